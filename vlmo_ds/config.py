@@ -1,0 +1,364 @@
+"""The recipe: every setting of a run, its type, default and meaning. Bad settings die here, before anything is built.
+
+A recipe is YAML. It says WHAT is trained; a DeepSpeed config (ds_configs/) says HOW it is spread over devices.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+TASKS = ("mim", "textmlm", "mlm", "itc", "itm")
+REFERENCE_WEIGHTS = {"mim": 1.0, "textmlm": 1.0, "mlm": 0.25, "itc": 1.0, "itm": 1.0}
+
+# Sizes of the published models (VLMo, arXiv:2111.02358; base-plus from the official code).
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vlmo_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, "vlffn_start_layer_index": 10},
+    "vlmo_base_plus_patch16": {
+        "embed_dim": 544,
+        "depth": 24,
+        "num_heads": 16,
+        "vlffn_start_layer_index": 21,
+        "use_abs_pos_emb": True,
+        "need_relative_position_embed": False,
+        "layer_scale_init_values": None,
+    },
+    "vlmo_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "vlffn_start_layer_index": 21},
+}
+
+# What a stage trains, by name; a recipe may list its own patterns (fnmatch) instead.
+TRAINABLE: dict[str, list[str]] = {
+    "all": ["*"],
+    "image_only": [
+        "transformer.patch_embed.*",
+        "transformer.cls_token",
+        "transformer.mask_token",
+        "transformer.pos_embed",
+        "transformer.blocks.*.norm1.*",
+        "transformer.blocks.*.attn.*",
+        "transformer.blocks.*.gamma_?",
+        "transformer.blocks.*.norm2_imag.*",
+        "transformer.blocks.*.mlp_imag.*",
+        "transformer.norm.*",
+        "relative_position_bias_table",
+        "token_type_embeddings.*",
+        "mim_score.*",
+    ],
+    "text_only": [  # as the reference: attention, norm1, gammas, vision and VL experts are frozen
+        "text_embeddings.*",
+        "token_type_embeddings.*",
+        "transformer.blocks.*.norm2_text.*",
+        "transformer.blocks.*.mlp_text.*",
+        "transformer.norm.*",
+        "relative_position_bias_table",
+        "mlm_score.*",
+    ],
+}
+
+
+class RecipeError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what is accepted."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Settings):
+    """The architecture. `arch` fills in the sizes of a published model; single settings may still differ."""
+
+    arch: Literal["custom", *ARCHITECTURES] = Field("custom", description="a published architecture, or custom")
+    embed_dim: int = Field(192, gt=0, description="width D")
+    depth: int = Field(6, gt=0, description="number of blocks")
+    num_heads: int = Field(3, gt=0, description="attention heads; must divide embed_dim")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of an expert over D")
+    vlffn_start_layer_index: int = Field(5, gt=0, description="first block with a vision-language expert")
+    image_size: int = Field(224, gt=0, description="pixels per side")
+    patch_size: int = Field(16, gt=0, description="pixels per side of a patch; must divide image_size")
+    max_text_len: int = Field(40, gt=2, description="longest text in tokens, [CLS] and [SEP] included")
+    max_text_len_of_initckpt: int = Field(196, gt=2, description="text length the relative table has rows for")
+    vocab_size: int = Field(0, ge=0, description="size of the vocabulary; 0: the tokenizer's")
+    use_abs_pos_emb: bool = Field(False, description="absolute image positions")
+    need_relative_position_embed: bool = Field(True, description="relative position bias; else absolute text positions")
+    layer_scale_init_values: float | None = Field(0.1, description="initial LayerScale; null: no LayerScale")
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
+    text_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of text embeddings; null: drop_path_rate")
+    attention: Literal["auto", "sdpa", "explicit"] = Field(
+        "auto", description="auto: torch's kernel on GPUs, written out on CPUs"
+    )
+    activation_checkpoint_every: int = Field(
+        0, ge=0, description="recompute activations in backward: 0 never, 1 every block, n every n-th"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_architecture(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {**ARCHITECTURES.get(str(data.get("arch")), {}), **data}
+        return data
+
+    @model_validator(mode="after")
+    def check_sizes(self) -> ModelConfig:
+        if self.image_size % self.patch_size:
+            near = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"image_size is {self.image_size}, which is not a multiple of patch_size {self.patch_size}: "
+                f"take {max(near, self.patch_size)} or {near + self.patch_size}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.vlffn_start_layer_index > self.depth:
+            raise ValueError(
+                f"vlffn_start_layer_index is {self.vlffn_start_layer_index}, the model has {self.depth} blocks: "
+                f"take 1 to {self.depth} ({self.depth}: no VL experts)"
+            )
+        if self.need_relative_position_embed and self.max_text_len > self.max_text_len_of_initckpt:
+            raise ValueError(
+                f"max_text_len is {self.max_text_len}, but the relative position table has rows for texts of up to "
+                f"max_text_len_of_initckpt {self.max_text_len_of_initckpt} tokens"
+            )
+        return self
+
+    @property
+    def text_dropout_rate(self) -> float:
+        return self.drop_path_rate if self.text_dropout is None else self.text_dropout
+
+
+class TokenizerConfig(Settings):
+    """Where word pieces come from."""
+
+    name: str = Field(
+        "train", description="a Hugging Face name, a directory, a vocab.txt, or 'train': WordPiece on the run's own text"
+    )
+    vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
+
+
+class DataConfig(Settings):
+    """One training set: shards and how a sample becomes a model input."""
+
+    shards: list[str] = Field(min_length=1, description="tar files or folders of them; {000..009} and * are expanded")
+    transform: Literal["square", "square_randaug", "crop_flip", "crop_flip_randaug"] = Field(
+        "square_randaug", description="augmentation of images (data/transforms.py)"
+    )
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of words that are masked")
+    whole_word_masking: bool = Field(True, description="mask all pieces of a word together")
+    mim_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches that are masked (BEiT: 0.4)")
+    lanes: int = Field(64, gt=0, description="virtual lanes of the stream; ranks x workers must divide it")
+    shuffle: int = Field(4096, gt=0, description="window of the shuffle within a lane, in samples")
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="stop when more samples than this cannot be decoded")
+
+
+class OptimizerConfig(Settings):
+    """AdamW (arXiv:1711.05101) with the reference's values."""
+
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms, positions, tokens and scales")
+    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the heads over lr")
+    gradient_clipping: float = Field(0.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over the steps of a stage."""
+
+    name: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup_steps: int | float = Field(0.1, ge=0, description="steps, or a share of the stage's steps if below 1")
+
+
+class InitConfig(Settings):
+    """A stage's initial weights. Every key is accounted for: what is neither loaded nor named here is an error."""
+
+    weights: str = Field("previous", description="'previous' stage, 'fresh', or a .safetensors/.pt file or folder")
+    fresh: list[str] = Field([], description="patterns of parameters that start fresh although the source may have them")
+    drop: list[str] = Field([], description="patterns of the source's weights that are not wanted")
+    vl_experts: Literal["keep", "fresh", "text", "image"] = Field(
+        "keep", description="VL experts: as in the source, fresh, or copies of the text or image experts"
+    )
+
+
+class StageConfig(Settings):
+    """One stage of training."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="names the stage in logs, checkpoints and --stages")
+    tasks: dict[str, float | None] = Field(description="task -> weight; null: the reference's weight")
+    data: DataConfig
+    trainable: str | list[str] = Field("all", description=f"{', '.join(TRAINABLE)}, or patterns of parameter names")
+    global_batch_size: int = Field(gt=0, description="samples per optimiser step over all ranks")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="samples per rank and forward pass; null: no gradient accumulation"
+    )
+    steps: int = Field(gt=0, description="optimiser steps")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    init: InitConfig = InitConfig()
+    checkpoint_every: int = Field(1000, ge=0, description="steps between checkpoints; 0: at the stage's end only")
+    log_images_every: int = Field(500, ge=0, description="steps between sample images in TensorBoard; 0: never")
+
+    @model_validator(mode="after")
+    def check_tasks(self) -> StageConfig:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"task '{task}' is not known{nearest(task, TASKS)}; accepted: {', '.join(TASKS)}")
+        if not self.tasks:
+            raise ValueError(f"tasks is empty; accepted: {', '.join(TASKS)}")
+        alone = {"mim", "textmlm"} & set(self.tasks)
+        if alone and len(self.tasks) > 1:
+            raise ValueError(f"task '{alone.pop()}' trains on one modality and goes alone in a stage, found {list(self.tasks)}")
+        if "itm" in self.tasks and "itc" not in self.tasks:
+            raise ValueError("task 'itm' draws its negatives from the similarities of 'itc': add itc to the stage's tasks")
+        if isinstance(self.trainable, str) and self.trainable not in TRAINABLE:
+            raise ValueError(
+                f"trainable is '{self.trainable}'{nearest(self.trainable, TRAINABLE)}; accepted: {', '.join(TRAINABLE)}, "
+                "or a list of patterns"
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {task: REFERENCE_WEIGHTS[task] if w is None else w for task, w in self.tasks.items()}
+
+    @property
+    def trainable_patterns(self) -> list[str]:
+        return TRAINABLE[self.trainable] if isinstance(self.trainable, str) else self.trainable
+
+    @property
+    def warmup(self) -> int:
+        steps = self.schedule.warmup_steps
+        return round(steps * self.steps) if steps < 1 else int(steps)
+
+
+class RetrievalConfig(Settings):
+    """Retrieval on held-out shards after the last stage."""
+
+    shards: list[str] = Field(min_length=1, description="held-out shards")
+    max_images: int = Field(0, ge=0, description="use the first so many images; 0: all")
+    rerank: int = Field(16, ge=0, description="candidates per query that the itm head scores again; 0: none")
+    batch_size: int = Field(64, gt=0, description="images or pairs per forward pass")
+    gallery: int = Field(12, ge=0, description="queries shown in the report")
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory is runs/<name>")
+    seed: int = Field(0, ge=0, description="seed of initial weights, data order, masks, augmentation and dropout")
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    stages: list[StageConfig] = Field(min_length=1)
+    retrieval: RetrievalConfig | None = Field(None, description="null: no evaluation")
+    keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
+
+    @model_validator(mode="after")
+    def check_names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages have the same name: {', '.join(names)}")
+        return self
+
+
+def nearest(word: str, known: Sequence[str] | dict) -> str:
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies `key=value` overrides, as in `stages.joint.steps=100` or `model.depth=4`."""
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in Path("launch/recipes").glob("*.yaml"))) or "none found"
+        raise RecipeError(f"recipe {path} does not exist; in launch/recipes: {known}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} holds {type(data).__name__}, expected settings such as 'model:' and 'stages:'")
+    for override in overrides:
+        apply_override(data, override)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: dict, source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"recipe {source}:"] + [f"  {explain(item, data)}" for item in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def apply_override(data: dict, override: str) -> None:
+    """Sets one value in nested settings; a part of the key may be a stage's name, its number, or * for every stage."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override '{override}' is not of the form key=value, such as stages.joint.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value is not valid YAML: {error}") from None
+    targets: list[Any] = [data]
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        targets = [found for target in targets for found in descend(target, part, override, ".".join(parts[:depth]))]
+    for target in targets:
+        if not isinstance(target, dict):
+            raise RecipeError(f"override '{override}': '{'.'.join(parts[:-1])}' has no settings in it")
+        target[parts[-1]] = value
+
+
+def descend(target: Any, part: str, override: str, parent: str) -> list[Any]:
+    if isinstance(target, list):
+        if part == "*":
+            return target
+        named = [x for i, x in enumerate(target) if str(i) == part or (isinstance(x, dict) and x.get("name") == part)]
+        if not named:
+            names = ", ".join(str(x.get("name", i)) if isinstance(x, dict) else str(i) for i, x in enumerate(target))
+            raise RecipeError(f"override '{override}': {parent} has no '{part}'; accepted: {names} or *")
+        return named
+    if not isinstance(target, dict):
+        raise RecipeError(f"override '{override}': '{parent}' has no settings in it")
+    if target.get(part) is None:
+        target[part] = {}
+    return [target[part]]
+
+
+def explain(item: dict, data: dict) -> str:
+    """One validation error as a sentence: where, what was found, what is accepted."""
+    location = [part for part in item["loc"]]
+    where = []
+    node: Any = data
+    for part in location:
+        name = part
+        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+            name = node.get("name", part) if isinstance(node, dict) else part
+        elif isinstance(node, dict):
+            node = node.get(part)
+        where.append(str(name))
+    place = ".".join(where) or "recipe"
+    if item["type"] == "extra_forbidden":
+        known = known_settings(location[:-1])
+        return f"{place}: unknown setting{nearest(location[-1], known)}; accepted: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{place}: missing, and it has no default"
+    found = item["input"]
+    shown = "" if isinstance(found, dict) else f" (found {found!r})"
+    return f"{place}: {item['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def known_settings(location: Sequence[Any]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else model
+        for inner in (annotation, *get_args(annotation)):
+            if isinstance(inner, type) and get_origin(inner) is None and issubclass(inner, Settings):
+                model = inner
+    return sorted(model.model_fields)
