@@ -65,6 +65,17 @@ class Collector:
         count = self.sum(local_count.to(local_sum.dtype)).clamp(min=1)
         return local_sum / count * self.world_size
 
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+    def from_rank0(self, value: object) -> object:
+        """Rank 0's Python object, on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
     def first_row(self, local_rows: int) -> int:
         """Global index of this rank's first row."""
         return self.rank * local_rows

@@ -24,7 +24,6 @@ from vlmo_ds.objectives.itm import itm_loss, mine_negatives
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
 from vlmo_ds.objectives.mlm import mlm_loss
 
-MAX_LOG_SCALE = math.log(100.0)  # CLIP, arXiv:2103.00020, section 2.5
 IMAGE_MEAN = IMAGE_STD = 0.5  # VLMo's normalisation to [-1, 1]
 
 Batch = Mapping[str, Tensor]

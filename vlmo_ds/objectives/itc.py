@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import contrastive_rows
+
+
+MAX_LOG_SCALE = math.log(100.0)  # CLIP, arXiv:2103.00020, section 2.5
 
 
 @dataclass
@@ -23,8 +27,11 @@ class Contrast:
 
 
 def gather_features(image_BD: Tensor, text_BD: Tensor, log_scale: Tensor, collector: Collector) -> Contrast:
+    """The scale is at most 100; past it the value stays and the gradient still flows, so that it can come back."""
     both = collector.gather(torch.stack((image_BD, text_BD), dim=1))  # one collective for both modalities
-    return Contrast(image_BD, text_BD, both[:, 0], both[:, 1], log_scale.to(image_BD.dtype).exp())
+    log_scale = log_scale.to(image_BD.dtype)
+    log_scale = log_scale - (log_scale - MAX_LOG_SCALE).clamp(min=0).detach()
+    return Contrast(image_BD, text_BD, both[:, 0], both[:, 1], log_scale.exp())
 
 
 def itc_loss(contrast: Contrast, collector: Collector) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

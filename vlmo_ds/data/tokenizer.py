@@ -1,0 +1,67 @@
+"""Tokenizers: by Hugging Face name, from a folder or vocab.txt, or WordPiece trained on the run's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from vlmo_ds.data.shards import DataError
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with padding id 0 and [CLS], [SEP], [MASK] tokens."""
+    path = Path(name)
+    vocab = path / "vocab.txt" if path.is_dir() else path
+    if vocab.name.endswith(".txt") and vocab.is_file() and not (path / "tokenizer.json").is_file():
+        tokenizer = wrap(wordpiece(models.WordPiece.from_file(str(vocab), unk_token="[UNK]")))
+    else:
+        if path.exists() and not (path / "tokenizer.json").is_file():
+            raise DataError(f"tokenizer: {name} holds neither tokenizer.json nor vocab.txt")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"tokenizer: '{name}' is no folder here and cannot be loaded from the hub ({reason}); accepted: a Hugging "
+                "Face name such as bert-base-uncased, a folder with tokenizer.json or vocab.txt, or 'train'"
+            ) from None
+    missing = [special for special in SPECIAL if getattr(tokenizer, special) is None]
+    if missing or tokenizer.pad_token_id != 0:
+        raise DataError(
+            f"tokenizer: '{name}' has padding id {tokenizer.pad_token_id} and lacks {missing or 'nothing'}; the model needs "
+            "padding id 0 and the special tokens of BERT"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """WordPiece in the manner of bert-base-uncased, trained on the given texts."""
+    tokenizer = wordpiece(models.WordPiece(unk_token="[UNK]"))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), continuing_subword_prefix="##", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrap(tokenizer)
+
+
+def wordpiece(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    ids = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")}
+    if None in ids.values():
+        raise DataError(f"tokenizer: the vocabulary of {tokenizer.get_vocab_size()} pieces has no [CLS] or no [SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ids.items())
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)

@@ -1,0 +1,84 @@
+"""Parameter groups, optimiser and learning-rate schedule of a stage."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from vlmo_ds.config import OptimizerConfig, RecipeError, StageConfig
+
+HEADS = ("mlm_score.", "itm_score.", "mim_score.", "itc_", "pooler.")
+NO_DECAY = (
+    "*.bias",
+    "*_bias",
+    "*norm*.weight",
+    "*LayerNorm.weight",
+    "*.gamma_?",
+    "*cls_token",
+    "*mask_token",
+    "*pos_embed",
+    "*position_embeddings.weight",
+    "*token_type_embeddings.weight",
+    "relative_position_bias_table",
+    "logit_scale",
+    "logit_vl_scale",
+)
+
+
+def matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def set_trainable(model: nn.Module, stage: StageConfig) -> list[str]:
+    """Freezes what the stage does not train; returns the names of what it trains. A pattern that fits nothing is an error."""
+    names = [name for name, _ in model.named_parameters()]
+    if not isinstance(stage.trainable, str):
+        for pattern in stage.trainable_patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise RecipeError(f"stages.{stage.name}.trainable: '{pattern}' fits no parameter of the model")
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(matches(name, stage.trainable_patterns))
+        if parameter.requires_grad:
+            trained.append(name)
+    return trained
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Up to four groups: decayed or not, backbone or head. Only trainable parameters are in them."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            head = name.startswith(HEADS) and config.head_lr_multiplier != 1.0
+            groups.setdefault((matches(name, NO_DECAY), head), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if no_decay else config.weight_decay,
+            "lr": config.lr * (config.head_lr_multiplier if head else 1.0),
+            "name": f"{'head' if head else 'backbone'}{'-no-decay' if no_decay else ''}",
+        }
+        for (no_decay, head), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def adamw(groups: list[dict], config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
+    """torch's AdamW; DeepSpeed's compiled CPU Adam where a GPU run keeps its optimiser states in host memory."""
+    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if offloaded and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available() or None, **settings)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer, stage: StageConfig) -> LRScheduler:
+    """Warm-up, then linear or cosine decay to zero at the stage's last step, or none."""
+    if stage.schedule.name == "constant":
+        return get_constant_schedule_with_warmup(optimizer, stage.warmup)
+    build = get_linear_schedule_with_warmup if stage.schedule.name == "linear" else get_cosine_schedule_with_warmup
+    return build(optimizer, stage.warmup, stage.steps)

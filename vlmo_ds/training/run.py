@@ -1,0 +1,267 @@
+"""A whole run: command line, checks before anything is trained, the stages, the evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import Recipe, RecipeError, StageConfig, load_recipe, nearest, parse_recipe
+from vlmo_ds.data.loader import check_samples
+from vlmo_ds.data.shards import DataError, list_shards, read_sample, write_atomically
+from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import retrieval
+from vlmo_ds.evaluation.report import write_report
+from vlmo_ds.training import checkpoint
+from vlmo_ds.training.engine import device, merge, read_config, start_distributed
+from vlmo_ds.training.loop import build_dataset, train_stage
+from vlmo_ds.training.monitor import Monitor
+
+QUICKSTART = Path("launch/recipes/quickstart.yaml")
+TOKENIZER_TEXTS = 200_000
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_ds.py",
+        description="Pretrains a vision-language mixture-of-modality-experts transformer in stages under DeepSpeed.",
+        epilog="Start it with deepspeed, torchrun, srun or plain python. Settings: key=value, such as stages.joint.steps=100.",
+    )
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json", help="how the run is spread (default: %(default)s)")
+    parser.add_argument("--recipe", default=str(QUICKSTART), help="what is trained (default: %(default)s)")
+    parser.add_argument("--stages", help="only these stages, separated by commas (default: all)")
+    parser.add_argument("--output_dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
+    parser.add_argument("--resume", default="auto", help="auto (continue if there is something), never, or a checkpoint folder")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a setting or file that cannot be used."""
+    args = parse_arguments(argv)
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        ds_config = read_config(args.deepspeed_config)
+        stages = chosen_stages(recipe, args.stages)
+        world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+        for stage in stages:
+            merge(ds_config, stage, world_size)
+        start_distributed()
+        run_stages(args, recipe, ds_config, stages)
+    except (RecipeError, DataError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def chosen_stages(recipe: Recipe, names: str | None) -> list[StageConfig]:
+    if names is None:
+        return recipe.stages
+    known = [stage.name for stage in recipe.stages]
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise RecipeError(f"--stages: the recipe has no stage '{name}'{nearest(name, known)}; accepted: {', '.join(known)}")
+    return [stage for stage in recipe.stages if stage.name in wanted]
+
+
+def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
+    """Runs a check on rank 0; its result, or its error, reaches every rank, so that all go on or all stop."""
+    outcome: tuple[Any, str | None] = (None, None)
+    if collector.rank == 0:
+        try:
+            outcome = (function(), None)
+        except (RecipeError, DataError) as error:
+            outcome = (None, str(error))
+    result, message = collector.from_rank0(outcome)
+    if message is not None:
+        raise RecipeError(message)
+    return result
+
+
+def run_stages(args: argparse.Namespace, recipe: Recipe, ds_config: dict, stages: list[StageConfig]) -> None:
+    collector = Collector()
+    run = args.output_dir or Path("runs") / recipe.name
+    on_rank0(collector, lambda: check_before_start(args, recipe, stages, run))
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
+    on_rank0(collector, lambda: check_data(recipe, stages, tokenizer, collector))
+    on_rank0(collector, lambda: write_resolved(run, recipe, ds_config, stages, collector.world_size))
+
+    total = sum(stage.steps for stage in recipe.stages)
+    monitor = Monitor(run, collector.rank, total)
+    for stage in stages:
+        number = recipe.stages.index(stage)
+        folder = run / "checkpoints" / stage.name
+        if (folder / "final").is_dir() and args.resume == "auto":
+            if collector.rank == 0:
+                print(f"{stage.name}: finished already", flush=True)
+            continue
+        source, origin = initial_weights(recipe, number, run)
+        train_stage(
+            recipe,
+            stage,
+            ds_config,
+            source=source,
+            origin=origin,
+            tokenizer=tokenizer,
+            folder=folder,
+            resume_from=find_checkpoint(args.resume, folder),
+            monitor=monitor,
+            offset=sum(s.steps for s in recipe.stages[:number]),
+            collector=collector,
+        )
+    monitor.close()
+    finish(recipe, run, tokenizer, collector)
+
+
+def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[StageConfig], run: Path) -> None:
+    """Everything that can be wrong without reading samples; makes the run's tokenizer."""
+    begun = (run / "recipe.yaml").exists()
+    if args.resume == "never" and begun:
+        raise RecipeError(f"--resume never, but {run} holds a run already: choose another --output_dir")
+    if args.resume not in ("auto", "never"):
+        path = Path(args.resume)
+        if path not in checkpoint.list_checkpoints(path.parent) or path.parent.name not in [s.name for s in stages]:
+            raise RecipeError(
+                f"--resume: {path} is no checkpoint; accepted: auto, never, or {run}/checkpoints/<stage>/step-<number>"
+            )
+    if begun:
+        compare_recipes(recipe, run)
+    first = recipe.stages.index(stages[0])
+    if stages[0].init.weights == "previous" and first > 0:
+        before = run / "checkpoints" / recipe.stages[first - 1].name / "final"
+        if not before.is_dir():
+            raise RecipeError(
+                f"stage '{stages[0].name}' starts from stage '{recipe.stages[first - 1].name}', which has not finished in {run}: "
+                f"add it to --stages, or set stages.{stages[0].name}.init.weights to 'fresh' or a file"
+            )
+    for stage in stages:
+        list_shards(stage.data.shards)
+        if stage.init.weights not in ("previous", "fresh") and not Path(stage.init.weights).exists():
+            raise RecipeError(f"stages.{stage.name}.init.weights: {stage.init.weights} does not exist")
+    if recipe.retrieval:
+        list_shards(recipe.retrieval.shards)
+    if not (run / "tokenizer").is_dir():
+        make_tokenizer(recipe).save_pretrained(str(run / "tokenizer.tmp"))
+        (run / "tokenizer.tmp").replace(run / "tokenizer")
+
+
+def compare_recipes(recipe: Recipe, run: Path) -> None:
+    """A run goes on with the recipe it began with."""
+    try:
+        old = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()), str(run / "recipe.yaml"))
+    except (RecipeError, yaml.YAMLError):
+        raise RecipeError(f"{run}/recipe.yaml cannot be read: choose another --output_dir") from None
+    before, now = flatten(old.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+    free = ("retrieval", "keep_checkpoints", "name")
+    changed = [
+        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not key.startswith(free)
+        and not key.endswith((".checkpoint_every", ".log_images_every", ".workers"))
+        and not (key == "model.vocab_size" and now[key] == 0)
+    ]
+    if changed:
+        raise RecipeError(
+            f"{run} was begun with another recipe; choose another --output_dir, or undo:\n  " + "\n  ".join(changed[:12])
+        )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for key, inner in items for k, v in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    if recipe.tokenizer.name != "train":
+        return load_tokenizer(recipe.tokenizer.name)
+    patterns = list(dict.fromkeys(p for s in recipe.stages if s.tasks.keys() - {"mim"} for p in s.data.shards))
+    if not patterns:
+        raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
+
+    def texts():
+        shards = list_shards(patterns)
+        stride = -(-sum(s.samples for s in shards) // TOKENIZER_TEXTS)
+        for shard in tqdm(shards, desc="training the tokenizer", unit="shard"):
+            for row in range(0, shard.samples, stride):
+                try:
+                    yield from read_sample(shard.path, row).captions
+                except DataError:
+                    continue
+
+    return train_tokenizer(texts(), recipe.tokenizer.vocab_size)
+
+
+def check_data(recipe: Recipe, stages: list[StageConfig], tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
+    if len(tokenizer) > recipe.model.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces: take 0 (the tokenizer's) or more"
+        )
+    for stage in stages:
+        try:
+            check_samples(build_dataset(recipe, stage, tokenizer, collector))
+        except DataError as error:
+            raise RecipeError(f"stages.{stage.name}.data: {error}") from None
+
+
+def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[StageConfig], world_size: int) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
+    resolved = {stage.name: merge(ds_config, stage, world_size) for stage in stages}
+    write_atomically(run / "ds_config.json", json.dumps(resolved, indent=1).encode())
+
+
+def initial_weights(recipe: Recipe, number: int, run: Path) -> tuple[dict | None, str]:
+    """(state dict, where it is from) for a stage; nothing for a fresh model."""
+    weights = recipe.stages[number].init.weights
+    if weights == "fresh" or (weights == "previous" and number == 0):
+        return None, "a fresh initialisation"
+    if weights == "previous":
+        weights = str(run / "checkpoints" / recipe.stages[number - 1].name / "final")
+    return checkpoint.read_weights(Path(weights)), weights
+
+
+def find_checkpoint(resume: str, folder: Path) -> Path | None:
+    if resume not in ("auto", "never"):
+        return Path(resume) if Path(resume).parent.name == folder.name else None
+    found = checkpoint.list_checkpoints(folder)
+    return found[-1] if found and resume == "auto" else None
+
+
+def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
+    """Evaluation after the last stage, and the report."""
+    data = result = None
+    queries = 0
+    if recipe.retrieval and (run / "checkpoints" / recipe.stages[-1].name / "final").is_dir() and "itc" in recipe.stages[-1].tasks:
+        model = retrieval.load_model(recipe, run / "checkpoints" / recipe.stages[-1].name / "final").to(device())
+        data = retrieval.load_set(recipe.retrieval, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
+        result = retrieval.evaluate(model, data, recipe.retrieval, collector)
+        queries = recipe.retrieval.gallery
+    if collector.rank == 0:
+        if result is not None:
+            write_atomically(run / "retrieval.json", json.dumps(result.metrics, indent=1).encode())
+        path = write_report(run, recipe.name, data, result, queries)
+        if result is not None:
+            print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
+        print(f"report: {path}", flush=True)
+    collector.barrier()
