@@ -89,9 +89,8 @@ class Collector:
         if self.world_size == 1:
             return [table[index] for table, index in zip(tables, wanted, strict=True)]
         batch = len(tables[0])
-        every = torch.stack(list(wanted)).new_empty(self.world_size, len(tables), batch)
-        dist.all_gather_into_tensor(every, torch.stack(list(wanted)).contiguous(), group=self.group)
-        every = every.cpu()  # the split sizes below are host numbers, so the host has to know them
+        # The split sizes below are host numbers, so the host has to know what every rank wants.
+        every = self.gather(torch.cat(list(wanted))).view(self.world_size, len(tables), batch).cpu()
         device = tables[0].device
         flat = [table.reshape(batch, -1).view(torch.uint8) for table in tables]
         owner = every // batch

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,18 @@ from vlmo_ds.models.layers import AttentionGroup, Block, PackedLayout, PatchEmbe
 from vlmo_ds.models.position import joint_position_index
 
 
-@dataclass
-class Stream:
-    """Sequences of one kind. At least one of text_BLD and image_rows_B is given, with the same B."""
+class Stream(NamedTuple):
+    """Sequences of one kind. At least one of text_BLD and image_rows_B is given, with the same B.
+
+    A tuple, like Encoded: DeepSpeed looks for tensors in tuples, lists and dicts to hang ZeRO-3's backward hooks on.
+    """
 
     text_BLD: Tensor | None = None  # embedded text
     text_mask_BL: Tensor | None = None  # 1 = token, 0 = padding; needed with text_BLD
     image_rows_B: Tensor | None = None  # which of the images embedded in the same call, int64
     vl_twin: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.text_BLD is None and self.image_rows_B is None:
             raise ValueError("a stream needs text_BLD or image_rows_B")
         if (self.text_BLD is None) != (self.text_mask_BL is None):
@@ -48,8 +51,7 @@ class Stream:
         return len(self.text_BLD if self.text_BLD is not None else self.image_rows_B)
 
 
-@dataclass
-class Encoded:
+class Encoded(NamedTuple):
     """A stream's tokens after the final norm, [B, L, D]; twin_BLD likewise from the VL experts, where asked for."""
 
     tokens_BLD: Tensor
@@ -143,6 +145,8 @@ class MultiWayTransformer(nn.Module):
         image_type: token-type embedding of the images, broadcastable to [B, 1, D].
         mask_BP: true where a patch is replaced by the mask token (masked image modelling).
         """
+        for stream in streams:
+            stream.check()
         images = None if image_BCHW is None else self.visual_embed(image_BCHW, mask_BP) + image_type
         image_len = self.patch_embed.num_patches + 1
         lower = place(streams, lower_order(streams), image_len)

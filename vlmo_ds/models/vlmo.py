@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,8 @@ IMAGE_MEAN = IMAGE_STD = 0.5  # VLMo's normalisation to [-1, 1]
 Batch = Mapping[str, Tensor]
 
 
-@dataclass
-class StepOutput:
-    """What one forward pass gives back.
+class StepOutput(NamedTuple):
+    """What one forward pass gives back (a tuple, in which DeepSpeed finds the tensors).
 
     loss: this rank's weighted sum, to be averaged over ranks; losses: the same per task, weights included, gradients
     attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: equal on all ranks.
@@ -39,8 +38,8 @@ class StepOutput:
 
     loss: Tensor
     losses: dict[str, Tensor]
-    ratios: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
+    ratios: dict[str, tuple[Tensor, Tensor]]
+    values: dict[str, Tensor]
 
 
 def init_weights(module: nn.Module) -> None:
@@ -152,7 +151,7 @@ class VLMo(nn.Module):
             streams["mim"] = Stream(image_rows_B=rows)
         wave1 = self.encode(streams, images, batch["image_mask"] if "mim" in tasks else None)
 
-        out = StepOutput(torch.zeros(()), {})
+        out = StepOutput(torch.zeros(()), {}, {}, {})
         if "mim" in tasks:
             out_mim = mim_loss(
                 wave1["mim"].tokens_BLD, images, batch["image_mask"], self.mim_score, self.mim_target, self.collector
@@ -175,12 +174,11 @@ class VLMo(nn.Module):
             vl_loss, vl_ratios = itc_loss(twin, self.collector)
             ratios |= {f"vl_{name}": ratio for name, ratio in vl_ratios.items()}
             self.record(out, "itc", ((loss + vl_loss) / 2, ratios))
-            out.values |= {"itc/logit_scale": main.scale.detach(), "itc/vl_logit_scale": twin.scale.detach()}
+            out.values.update({"itc/logit_scale": main.scale.detach(), "itc/vl_logit_scale": twin.scale.detach()})
         if "itm" in tasks:
             cls = torch.cat((pairs["clean"][:, 0], self.mined_pairs(batch, images, text["clean"], main)))
             self.record(out, "itm", itm_loss(self.itm_score(self.pooler(cls)), self.collector))
-        out.loss = sum(out.losses.values())
-        return out
+        return out._replace(loss=sum(out.losses.values()))
 
     @property
     def needs_image(self) -> bool:
@@ -189,7 +187,7 @@ class VLMo(nn.Module):
     def record(self, out: StepOutput, task: str, result: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]) -> None:
         loss, ratios = result
         out.losses[task] = loss * self.tasks[task]
-        out.ratios |= {f"{task}/{name}": ratio for name, ratio in ratios.items()}
+        out.ratios.update({f"{task}/{name}": ratio for name, ratio in ratios.items()})
 
     def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, contrast) -> Tensor:
         """Wave 2: class tokens of (text, wrong image), then of (wrong text, image), [2B, D]."""

@@ -29,7 +29,7 @@ class Contrast:
 def gather_features(image_BD: Tensor, text_BD: Tensor, log_scale: Tensor, collector: Collector) -> Contrast:
     """The scale is at most 100; past it the value stays and the gradient still flows, so that it can come back."""
     both = collector.gather(torch.stack((image_BD, text_BD), dim=1))  # one collective for both modalities
-    log_scale = log_scale.to(image_BD.dtype)
+    log_scale = log_scale.reshape(()).to(image_BD.dtype)
     log_scale = log_scale - (log_scale - MAX_LOG_SCALE).clamp(min=0).detach()
     return Contrast(image_BD, text_BD, both[:, 0], both[:, 1], log_scale.exp())
 

@@ -93,10 +93,13 @@ def brief(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def full_state(engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_state(
+    engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
     """The model's float32 state dict, gathered from all ranks (every rank has to call; the result is rank 0's).
 
     frozen: float32 copies of what the stage does not train, so that half precision never reaches them.
+    shapes: the parameters' shapes before the engine took them.
     """
     state = {}
     for name, parameter in engine.module.named_parameters():
@@ -106,7 +109,7 @@ def full_state(engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor]) 
         value = safe_get_full_fp32_param(parameter)
         value = parameter if value is None else value
         if engine.global_rank == 0:
-            state[name] = value.detach().float().cpu().clone().contiguous()
+            state[name] = value.detach().float().cpu().reshape(shapes[name]).clone()
     state |= {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
     return state
 

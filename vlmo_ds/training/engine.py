@@ -127,6 +127,9 @@ def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[s
 
 
 def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    for parameter in model.parameters():
+        if parameter.dim() == 0:  # DeepSpeed 0.19 cannot broadcast a scalar in half precision (seen in _broadcast_model)
+            parameter.data = parameter.data.view(1)
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
     engine, *_ = deepspeed.initialize(

@@ -76,6 +76,7 @@ def train_stage(
     dataset = build_dataset(recipe, stage, tokenizer, collector)
     model = build_model(recipe, stage, source, origin, collector)
     frozen = checkpoint.frozen_state(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     engine = build_engine(model, stage, merge(ds_config, stage, collector.world_size))
     first = checkpoint.load(engine, resume_from) if resume_from else 0
     if first and collector.rank == 0:
@@ -119,7 +120,7 @@ def train_stage(
         monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
         if stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
             checkpoint.save(engine, folder, step + 1, recipe.keep_checkpoints, collector)
-    state = checkpoint.full_state(engine, frozen)
+    state = checkpoint.full_state(engine, frozen, shapes)
     if collector.rank == 0:
         meta = {"stage": stage.name, "steps": stage.steps, "tasks": stage.weights}
         checkpoint.write_final(folder / "final", state, meta)
