@@ -7,6 +7,7 @@ given in both places must agree, or the run stops and says where.
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import os
 import socket
@@ -36,8 +37,9 @@ def start_distributed(timeout_minutes: float = 10) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    import datetime
-
+    elif "OMP_NUM_THREADS" not in os.environ:  # the deepspeed launcher sets none: every rank would take all cores
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
 
 
