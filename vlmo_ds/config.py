@@ -86,6 +86,7 @@ class ModelConfig(Settings):
     use_abs_pos_emb: bool = Field(False, description="absolute image positions")
     need_relative_position_embed: bool = Field(True, description="relative position bias; else absolute text positions")
     layer_scale_init_values: float | None = Field(0.1, description="initial LayerScale; null: no LayerScale")
+    init_std: float = Field(0.02, gt=0, description="std of initial weights; narrow models want more, about 1/sqrt(embed_dim)")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     text_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of text embeddings; null: drop_path_rate")
     attention: Literal["auto", "sdpa", "explicit"] = Field(

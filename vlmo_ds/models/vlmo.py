@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,10 @@ class StepOutput(NamedTuple):
     values: dict[str, Tensor]
 
 
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for the backbone's linear layers, normal for embeddings and heads, as the reference."""
+def init_weights(module: nn.Module, std: float) -> None:
+    """Truncated normal for linear layers and embeddings, zeros for biases and the padding word."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():
                 module.weight[module.padding_idx].zero_()
@@ -104,10 +105,10 @@ class VLMo(nn.Module):
             self.itc_vl_text_proj, self.itc_vl_image_proj = ITCHead(dim), ITCHead(dim)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
             self.logit_vl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.apply(init_weights)
+        self.apply(partial(init_weights, std=config.init_std))
         for token in (self.transformer.cls_token, self.transformer.mask_token, self.transformer.pos_embed):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                nn.init.trunc_normal_(token, std=config.init_std)
 
     def forward(self, batch: Batch, call: str = "step"):
         """Runs one of: step (all tasks, gives StepOutput), encode_image, encode_text, match (for evaluation)."""

@@ -1,0 +1,149 @@
+"""What the tests share: tiny data, a tiny recipe, real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def golden(name: str) -> Path:
+    path = SHARED / "golden" / name
+    if not path.exists():
+        pytest.skip(f"needs the reference numbers {path}, which are not part of the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    path = SHARED / "data"
+    if not path.exists():
+        pytest.skip(f"needs the sample data {path}, which is not part of the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory) -> Path:
+    """96 training scenes, 24 held-out ones and 96 sentences, 32 pixels a side."""
+    folder = tmp_path_factory.mktemp("data") / "synthetic"
+    command = [sys.executable, "-m", "vlmo_ds.data.prepare", "synthetic", "--output", str(folder)]
+    sizes = ["--train", "96", "--test", "24", "--text", "96", "--image_size", "32", "--samples_per_shard", "32"]
+    subprocess.run(command + sizes, check=True, cwd=ROOT, capture_output=True)
+    return folder
+
+
+def tiny_recipe(data: Path, **changes) -> dict:
+    """Three stages of a few steps of a very small model."""
+
+    def stage(name: str, tasks: dict, shards: str, **more) -> dict:
+        return {
+            "name": name,
+            "tasks": tasks,
+            "data": {"shards": [str(data / shards)], "transform": "square", "lanes": 8},
+            "global_batch_size": 8,
+            "steps": 3,
+            "log_images_every": 0,
+            "optimizer": {"lr": 1e-3, "gradient_clipping": 1.0},
+            **more,
+        }
+
+    recipe = {
+        "name": "tiny",
+        "model": {
+            "embed_dim": 32,
+            "depth": 3,
+            "num_heads": 2,
+            "vlffn_start_layer_index": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "max_text_len": 32,
+            "max_text_len_of_initckpt": 32,
+        },
+        "tokenizer": {"name": "train", "vocab_size": 200},
+        "stages": [
+            stage("image", {"mim": None}, "train", trainable="image_only"),
+            stage(
+                "text",
+                {"textmlm": None},
+                "text",
+                trainable="text_only",
+                init={"fresh": ["mlm_score.*"], "drop": ["mim_score.*", "transformer.mask_token"]},
+            ),
+            stage(
+                "joint",
+                {"itc": None, "itm": None, "mlm": None},
+                "train",
+                init={"fresh": ["itc_*", "logit_*scale", "itm_score.*"], "vl_experts": "text"},
+            ),
+        ],
+        "retrieval": {"shards": [str(data / "test")], "rerank": 4, "batch_size": 16, "gallery": 2},
+    }
+    recipe.update(changes)
+    return recipe
+
+
+def write_yaml(path: Path, value: dict) -> Path:
+    path.write_text(yaml.safe_dump(value, sort_keys=False))
+    return path
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(command: list[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
+    """Starts `ranks` processes that find each other as under any launcher."""
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            **environment,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    return processes
+
+
+def run_ranks(command: list[str], ranks: int, timeout: float = 240, **environment: str) -> str:
+    """Runs a command on several ranks; returns rank 0's output; fails with all output if one fails."""
+    processes = start_ranks(command, ranks, **environment)
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=timeout)[0])
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(outputs)[-6000:]
+    return outputs[0]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

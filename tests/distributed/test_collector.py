@@ -1,0 +1,163 @@
+"""The number of ranks is not a hyperparameter: 1, 2 and 4 real processes give the same losses, gradients and negatives."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import run_ranks
+from models.tiny import tiny_batch, tiny_model
+
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.distributed.rows import contrastive_rows, gumbel_noise, sample_negatives
+
+GLOBAL = 8
+
+
+def worker(output: str) -> None:
+    """One rank of the tests below: its part of the global batch through the collector and the whole model."""
+    torch.distributed.init_process_group("gloo")
+    collector = Collector()
+    part = slice(collector.rank * GLOBAL // collector.world_size, (collector.rank + 1) * GLOBAL // collector.world_size)
+    torch.manual_seed(5)
+    table, ids = torch.randn(GLOBAL, 3, dtype=torch.float64), torch.arange(GLOBAL * 2).view(GLOBAL, 2)
+    weights = torch.randn(GLOBAL, GLOBAL, 3, dtype=torch.float64)
+    wanted = torch.randint(0, GLOBAL, (2, GLOBAL))
+
+    local = table[part].clone().requires_grad_()
+    gathered = collector.gather(local)
+    assert torch.equal(gathered, table)
+    (gathered * weights[part].sum(0)).sum().backward()
+    assert torch.allclose(local.grad, weights.sum(0)[part])  # every rank's gradient, not only this one's
+
+    rows, pairs = collector.exchange([table[part], ids[part]], list(wanted[:, part]))
+    assert torch.equal(rows, table[wanted[0, part]]) and torch.equal(pairs, ids[wanted[1, part]])
+
+    mean = collector.global_mean(table[part].sum(), torch.tensor(float(table[part].numel())))
+    assert torch.allclose(collector.sum(mean) / collector.world_size, table.mean())
+
+    model = tiny_model()
+    batch = {k: v if v.dim() == 0 else v[part] for k, v in tiny_batch(GLOBAL).items()}
+    trim = int(batch["text_masks"].sum(1).max())  # ranks may trim their texts differently
+    batch = {k: v[:, :trim] if k.startswith("text_") else v for k, v in batch.items()}
+    out = model(batch)
+    out.loss.backward()
+    grads = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in model.parameters()])
+    result = {
+        "losses": {k: float(collector.sum(v) / collector.world_size) for k, v in out.losses.items()},
+        "grads": (collector.sum(grads) / collector.world_size).tolist(),  # averaged, as DeepSpeed does
+    }
+    if collector.rank == 0:
+        with open(output, "w") as file:
+            json.dump(result, file)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
+    for ranks in (1, 2, 4):
+        run_ranks(["-c", f"from distributed.test_collector import worker; worker({str(folder / str(ranks))!r})"], ranks)
+        found[ranks] = json.loads((folder / str(ranks)).read_text())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_losses_and_gradients_do_not_depend_on_ranks(results, ranks):
+    for task, loss in results[1]["losses"].items():
+        assert results[ranks]["losses"][task] == pytest.approx(loss, rel=1e-10)
+    one, many = torch.tensor(results[1]["grads"]), torch.tensor(results[ranks]["grads"])
+    assert (one - many).norm() / one.norm() < 1e-10
+
+
+def features(rows, width=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(rows, width, generator=g, dtype=torch.float64), dim=1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunked_rows_equal_the_plain_cross_entropy(chunk):
+    q, k, scale = features(4).requires_grad_(), features(10, seed=1).requires_grad_(), torch.tensor(20.0, dtype=torch.float64).requires_grad_()
+    label = torch.tensor([2, 3, 4, 5])
+    loss, correct = contrastive_rows(q, k, scale, label, chunk)
+    found = torch.autograd.grad(loss, (q, k, scale))
+    logits = scale * q @ k.t()
+    expected_loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
+    expected = torch.autograd.grad(expected_loss, (q, k, scale))
+    torch.testing.assert_close(loss, expected_loss)
+    assert int(correct) == int((logits.argmax(1) == label).sum())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_never_hold_the_whole_square():
+    """Peak extra memory of forward and backward stays near the chunk's, whatever the number of columns."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak(columns):
+        q, k = features(64).float().requires_grad_(), features(columns, seed=1).float().requires_grad_()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+            contrastive_rows(q, k, torch.tensor(10.0), torch.arange(64), chunk=256)[0].backward()
+        largest = max((e.cpu_memory_usage for e in p.events() if e.cpu_memory_usage > 0), default=0)
+        return largest
+
+    assert peak(16384) < 64 * 16384 * 4 / 2  # less than half of the float32 square
+
+
+def draw(q, k, scale, seed, image=None, chunk=4):
+    ids, image_q = torch.arange(len(q)), torch.arange(len(q)) if image is None else image[: len(q)]
+    candidates = torch.arange(len(k))
+    return sample_negatives(
+        q, k, torch.tensor(scale), seed=seed, query_id_B=ids, candidate_id_G=candidates, query_image_B=image_q,
+        candidate_image_G=candidates if image is None else image, chunk=chunk,
+    )  # fmt: skip
+
+
+def test_negatives_follow_the_softmax():
+    q, k, scale = features(1), features(6, seed=1), 3.0
+    counts = torch.zeros(6)
+    for seed in range(4000):
+        counts[draw(q, k, scale, seed)] += 1
+    logits = scale * (q @ k.t())[0]
+    logits[0] = float("-inf")  # the query's own image
+    expected = logits.softmax(0) * 4000
+    assert counts[0] == 0
+    chi_square = float(((counts[1:] - expected[1:]) ** 2 / expected[1:]).sum())
+    assert chi_square < 20  # 4 degrees of freedom: 99.95% below
+
+
+def test_no_caption_of_the_same_image_is_a_negative():
+    image = torch.tensor([7, 7, 7, 8, 7, 7])
+    q = features(6)
+    for seed in range(50):
+        drawn = draw(q, q, 100.0, seed, image)
+        assert all(image[i] != image[j] for i, j in enumerate(drawn.tolist()))
+
+
+def test_saturated_rows_still_have_a_draw():
+    q = torch.eye(6, dtype=torch.float64)
+    assert draw(q, q, 1e4, 0).tolist() != list(range(6))
+    assert all(i != j for i, j in enumerate(draw(q, q, 1e4, 1).tolist()))
+
+
+def test_chunks_and_neighbours_do_not_change_the_draw():
+    q, k = features(6), features(9, seed=1)
+    assert torch.equal(draw(q, k, 5.0, 3, chunk=2), draw(q, k, 5.0, 3, chunk=100))
+    ids = torch.tensor([10**15, 5, 2**62])
+    assert torch.equal(gumbel_noise(1, ids[1:], ids)[0], gumbel_noise(1, ids[1:2], ids)[0])
+    assert not torch.equal(gumbel_noise(1, ids, ids), gumbel_noise(2, ids, ids))
+
+
+def test_noise_is_gumbel():
+    noise = gumbel_noise(0, torch.arange(300), torch.arange(300)).double()
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
+    assert float(noise.var()) == pytest.approx(torch.pi**2 / 6, abs=0.05)
+    assert torch.isfinite(noise).all()
+
+
+def test_a_batch_with_one_image_is_a_clear_error():
+    with pytest.raises(ValueError, match="all 3 pairs of the global batch have image_id 4"):
+        draw(features(3), features(3), 1.0, 0, torch.tensor([4, 4, 4]))
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
