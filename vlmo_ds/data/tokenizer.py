@@ -12,6 +12,8 @@ from vlmo_ds.data.shards import DataError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
+MAX_ALPHABET = 1000
+
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer with padding id 0 and [CLS], [SEP], [MASK] tokens."""
@@ -40,13 +42,25 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """WordPiece in the manner of bert-base-uncased, trained on the given texts."""
-    tokenizer = wordpiece(models.WordPiece(unk_token="[UNK]"))
+    """WordPiece in the manner of bert-base-uncased, trained on the given texts: the same texts, the same vocabulary.
+
+    The library numbers the single characters in the order of a hash map, which differs from process to process, and
+    breaks ties between merges by those numbers. Passing the sorted characters as special tokens fixes the numbers; the
+    tokenizer is then built from the vocabulary alone, so that they are no special tokens in use.
+    """
+    learner = wordpiece(models.WordPiece(unk_token="[UNK]"))
+    texts = list(texts)
+    characters = sorted({c for text in texts for c in learner.normalizer.normalize_str(text)} - {" "})[:MAX_ALPHABET]
+    fixed = [*SPECIAL.values(), *characters, *(f"##{c}" for c in characters)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), continuing_subword_prefix="##", show_progress=False
+        vocab_size=max(vocab_size, len(fixed)),
+        special_tokens=fixed,
+        limit_alphabet=MAX_ALPHABET,
+        continuing_subword_prefix="##",
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return wrap(tokenizer)
+    learner.train_from_iterator(texts, trainer)
+    return wrap(wordpiece(models.WordPiece(learner.get_vocab(), unk_token="[UNK]")))
 
 
 def wordpiece(model: models.WordPiece) -> Tokenizer:

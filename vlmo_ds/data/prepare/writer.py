@@ -21,10 +21,6 @@ class ShardSetWriter:
     def __init__(self, folder: Path, *, prefix: str, samples_per_shard: int = 1000, overwrite: bool = False):
         if (folder / INDEX).exists() and not overwrite:
             raise DataError(f"{folder} holds a finished shard set: choose another --output, or pass --overwrite")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX).unlink(missing_ok=True)
-        for leftover in [*folder.glob(f"{prefix}-*.tar"), *folder.glob("*.tmp")]:
-            leftover.unlink()
         self.folder, self.prefix, self.samples_per_shard = folder, prefix, samples_per_shard
         self.counts: dict[str, int] = {}
         self.summary: Counter[str] = Counter()
@@ -38,6 +34,8 @@ class ShardSetWriter:
     def write(self, fields: dict[str, bytes], captions: int = 0) -> None:
         """One sample; its key is its number."""
         if self.writer is None:
+            if not self.counts:
+                self.clear()
             self.writer = wds.TarWriter(open(self.temporary, "wb"), mtime=0, encoder=False)  # noqa: SIM115
             self.in_shard = 0
         self.writer.write({"__key__": f"{self.summary['samples']:08d}", **fields})
@@ -45,6 +43,13 @@ class ShardSetWriter:
         self.summary.update(samples=1, captions=captions, bytes=sum(len(v) for v in fields.values()))
         if self.in_shard == self.samples_per_shard:
             self.publish()
+
+    def clear(self) -> None:
+        """Removes what an earlier run left, when there is something to put in its place."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / INDEX).unlink(missing_ok=True)
+        for leftover in [*self.folder.glob(f"{self.prefix}-*.tar"), *self.folder.glob("*.tmp")]:
+            leftover.unlink()
 
     def reject(self, reason: str) -> None:
         self.rejects[reason] += 1
