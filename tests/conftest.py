@@ -123,7 +123,12 @@ def start_ranks(command: list[str], ranks: int, **environment: str) -> list[subp
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         )
     return processes

@@ -86,7 +86,9 @@ class ModelConfig(Settings):
     use_abs_pos_emb: bool = Field(False, description="absolute image positions")
     need_relative_position_embed: bool = Field(True, description="relative position bias; else absolute text positions")
     layer_scale_init_values: float | None = Field(0.1, description="initial LayerScale; null: no LayerScale")
-    init_std: float = Field(0.02, gt=0, description="std of initial weights; narrow models want more, about 1/sqrt(embed_dim)")
+    init_std: float = Field(
+        0.02, gt=0, description="std of initial weights; narrow models want more, about 1/sqrt(embed_dim)"
+    )
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     text_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of text embeddings; null: drop_path_rate")
     attention: Literal["auto", "sdpa", "explicit"] = Field(
@@ -134,7 +136,8 @@ class TokenizerConfig(Settings):
     """Where word pieces come from."""
 
     name: str = Field(
-        "train", description="a Hugging Face name, a directory, a vocab.txt, or 'train': WordPiece on the run's own text"
+        "train",
+        description="a Hugging Face name, a directory, a vocab.txt, or 'train': WordPiece on the run's own text",
     )
     vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
 
@@ -177,7 +180,9 @@ class InitConfig(Settings):
     """A stage's initial weights. Every key is accounted for: what is neither loaded nor named here is an error."""
 
     weights: str = Field("previous", description="'previous' stage, 'fresh', or a .safetensors/.pt file or folder")
-    fresh: list[str] = Field([], description="patterns of parameters that start fresh although the source may have them")
+    fresh: list[str] = Field(
+        [], description="patterns of parameters that start fresh although the source may have them"
+    )
     drop: list[str] = Field([], description="patterns of the source's weights that are not wanted")
     vl_experts: Literal["keep", "fresh", "text", "image"] = Field(
         "keep", description="VL experts: as in the source, fresh, or copies of the text or image experts"
@@ -211,9 +216,13 @@ class StageConfig(Settings):
             raise ValueError(f"tasks is empty; accepted: {', '.join(TASKS)}")
         alone = {"mim", "textmlm"} & set(self.tasks)
         if alone and len(self.tasks) > 1:
-            raise ValueError(f"task '{alone.pop()}' trains on one modality and goes alone in a stage, found {list(self.tasks)}")
+            raise ValueError(
+                f"task '{alone.pop()}' trains on one modality and goes alone in a stage, found {list(self.tasks)}"
+            )
         if "itm" in self.tasks and "itc" not in self.tasks:
-            raise ValueError("task 'itm' draws its negatives from the similarities of 'itc': add itc to the stage's tasks")
+            raise ValueError(
+                "task 'itm' draws its negatives from the similarities of 'itc': add itc to the stage's tasks"
+            )
         if isinstance(self.trainable, str) and self.trainable not in TRAINABLE:
             raise ValueError(
                 f"trainable is '{self.trainable}'{nearest(self.trainable, TRAINABLE)}; accepted: {', '.join(TRAINABLE)}, "
@@ -280,7 +289,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path} holds {type(data).__name__}, expected settings such as 'model:' and 'stages:'")
+        raise RecipeError(
+            f"recipe {path} holds {type(data).__name__}, expected settings such as 'model:' and 'stages:'"
+        )
     for override in overrides:
         apply_override(data, override)
     return parse_recipe(data, str(path))

@@ -105,7 +105,13 @@ def test_eighty_ten_ten():
 def test_every_text_has_a_label():
     for words in ([None, 0, 0, 0, 0, 0, 0, 0, None], [None, 0, None]):
         _, labels = mask_tokens(
-            list(range(1, len(words) + 1)), words, probability=0.15, whole_word=True, mask_id=4, vocab_size=9, rng=generator(1)
+            list(range(1, len(words) + 1)),
+            words,
+            probability=0.15,
+            whole_word=True,
+            mask_id=4,
+            vocab_size=9,
+            rng=generator(1),
         )
         assert (labels != -100).sum() == 1
 
@@ -133,7 +139,14 @@ def test_transforms_give_the_size_and_repeat(name):
     assert (name == "square") == np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("data, reason", [(b"", "not a readable image"), (b"hello world", "not a readable image"), (b"\x89PNG\r\n\x1a\n", "not a readable image")])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "not a readable image"),
+        (b"hello world", "not a readable image"),
+        (b"\x89PNG\r\n\x1a\n", "not a readable image"),
+    ],
+)
 def test_unreadable_images_say_why(data, reason):
     with pytest.raises(ValueError, match=reason):
         decode(data)
@@ -146,7 +159,11 @@ def test_a_decompression_bomb_is_refused():
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(ValueError, match="exceeds limit|at most"):
         decode(bomb)
 
@@ -195,7 +212,9 @@ def test_expand_and_count(tmp_path):
     assert [s.samples for s in list_shards([str(tmp_path)])] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("name, message", [("missing.tar", "missing.tar does not exist"), ("empty", "holds no .tar file")])
+@pytest.mark.parametrize(
+    "name, message", [("missing.tar", "missing.tar does not exist"), ("empty", "holds no .tar file")]
+)
 def test_missing_shards(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
@@ -224,8 +243,17 @@ def test_captions_and_ids(tmp_path):
 
 def dataset(folder, tasks=("mlm", "itc"), rank=0, world=1, batch=8, **changes):
     data = DataConfig(shards=[str(folder)], **{"transform": "square_randaug", "lanes": 8, **changes})
-    tokenizer = train_tokenizer([c for s in list_shards([str(folder)]) for r in range(s.samples) for c in safe_captions(s.path, r)], 150)
-    return BatchDataset(data, spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 20, 3), tokenizer, rank=rank, world_size=world, batch_size=batch)
+    tokenizer = train_tokenizer(
+        [c for s in list_shards([str(folder)]) for r in range(s.samples) for c in safe_captions(s.path, r)], 150
+    )
+    return BatchDataset(
+        data,
+        spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 20, 3),
+        tokenizer,
+        rank=rank,
+        world_size=world,
+        batch_size=batch,
+    )
 
 
 def safe_captions(path, row):

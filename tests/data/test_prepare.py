@@ -27,13 +27,32 @@ def samples(folder):
 
 def coco_tree(root):
     images = []
-    for i, (split, folder) in enumerate([("train", "train2014"), ("restval", "val2014"), ("test", "val2014"), ("train", "train2014"), ("train", "train2014")]):
+    for i, (split, folder) in enumerate(
+        [
+            ("train", "train2014"),
+            ("restval", "val2014"),
+            ("test", "val2014"),
+            ("train", "train2014"),
+            ("train", "train2014"),
+        ]
+    ):
         name = f"COCO_{folder}_{i:012d}.jpg"
         (root / folder).mkdir(parents=True, exist_ok=True)
         if i != 4:
             (root / folder / name).write_bytes(b"broken" if i == 3 else jpeg(colour=(i * 50, 0, 0)))
-        sentences = [{"raw": f"caption {j} of {i} \n", "tokens": ["caption"], "imgid": i, "sentid": j} for j in range(5)]
-        images.append({"filepath": folder, "filename": name, "imgid": i, "split": split, "cocoid": 1000 + i, "sentences": sentences})
+        sentences = [
+            {"raw": f"caption {j} of {i} \n", "tokens": ["caption"], "imgid": i, "sentid": j} for j in range(5)
+        ]
+        images.append(
+            {
+                "filepath": folder,
+                "filename": name,
+                "imgid": i,
+                "split": split,
+                "cocoid": 1000 + i,
+                "sentences": sentences,
+            }
+        )
     (root / "karpathy").mkdir()
     (root / "karpathy" / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
 
@@ -45,8 +64,12 @@ def test_karpathy_coco(tmp_path):
     assert "2 samples, 10 captions" in done.stdout
     assert "rejected 1: image file missing" in done.stdout and "rejected 1: image: not a readable image" in done.stdout
     first, second = samples(tmp_path / "out")
-    assert first.captions == [f"caption {j} of 0" for j in range(5)] and first.image_id == 1000 and second.image_id == 1001
-    assert first.image == (tmp_path / "coco/train2014/COCO_train2014_000000000000.jpg").read_bytes()  # not encoded again
+    assert (
+        first.captions == [f"caption {j} of 0" for j in range(5)] and first.image_id == 1000 and second.image_id == 1001
+    )
+    assert (
+        first.image == (tmp_path / "coco/train2014/COCO_train2014_000000000000.jpg").read_bytes()
+    )  # not encoded again
     assert "--split: 'trian' is not in" in prepare(*arguments, "--split", "trian", "--overwrite", code=2).stderr
     assert "holds a finished shard set" in prepare(*arguments, "--split", "test", code=2).stderr
 
@@ -55,7 +78,12 @@ def test_karpathy_flickr30k(tmp_path):
     root = tmp_path / "flickr"
     (root / "flickr30k-images").mkdir(parents=True)
     (root / "flickr30k-images" / "7.jpg").write_bytes(jpeg())
-    image = {"filename": "7.jpg", "imgid": 0, "split": "test", "sentences": [{"raw": "Two men.", "tokens": [], "sentid": 0}]}
+    image = {
+        "filename": "7.jpg",
+        "imgid": 0,
+        "split": "test",
+        "sentences": [{"raw": "Two men.", "tokens": [], "sentid": 0}],
+    }
     (root / "dataset_flickr30k.json").write_text(json.dumps({"images": [image], "dataset": "flickr30k"}))
     prepare("karpathy", "--dataset", "flickr30k", "--root", root, "--split", "test", "--output", tmp_path / "out")
     assert samples(tmp_path / "out")[0].captions == ["Two men."]
@@ -70,27 +98,48 @@ def test_nlvr1_keeps_true_sentences(tmp_path):
                 info = tarfile.TarInfo(f"images/3/dev-{identifier}-{permutation}.png")
                 info.size = len(buffer.getvalue())
                 tar.addfile(info, io.BytesIO(buffer.getvalue()))
-    examples = [{"identifier": i, "label": v, "sentence": f"There is {i}", "directory": "3"} for i, v in (("10-0", "true"), ("11-0", "false"))]
+    examples = [
+        {"identifier": i, "label": v, "sentence": f"There is {i}", "directory": "3"}
+        for i, v in (("10-0", "true"), ("11-0", "false"))
+    ]
     (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, examples)))
     prepare("nlvr1", "--root", tmp_path, "--output", tmp_path / "out")
     assert [s.captions for s in samples(tmp_path / "out")] == [["There is 10-0"]]
 
 
 def test_text_packs_sentences(tmp_path):
-    (tmp_path / "a.txt").write_text(" = Heading = \n\nOne two three . Four five six .\nSeven eight nine ten eleven twelve .\nno\n")
+    (tmp_path / "a.txt").write_text(
+        " = Heading = \n\nOne two three . Four five six .\nSeven eight nine ten eleven twelve .\nno\n"
+    )
     done = prepare("text", "--input", tmp_path / "a.txt", "--words", "8", "--output", tmp_path / "out")
     assert [s.captions[0] for s in samples(tmp_path / "out")] == [
         "One two three . Four five six .",
         "Seven eight nine ten eleven twelve .",
     ]
     assert "rejected 1: fewer than three words" in done.stdout
-    assert "does not exist" in prepare("text", "--input", tmp_path / "b.txt", "--output", tmp_path / "o2", code=2).stderr
+    assert (
+        "does not exist" in prepare("text", "--input", tmp_path / "b.txt", "--output", tmp_path / "o2", code=2).stderr
+    )
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path):
     digests = []
     for name in ("one", "two"):
-        prepare("synthetic", "--output", tmp_path / name, "--train", 12, "--test", 4, "--text", 9, "--image_size", 32, "--samples_per_shard", 5)
+        prepare(
+            "synthetic",
+            "--output",
+            tmp_path / name,
+            "--train",
+            12,
+            "--test",
+            4,
+            "--text",
+            9,
+            "--image_size",
+            32,
+            "--samples_per_shard",
+            5,
+        )
         files = sorted((tmp_path / name).rglob("*.tar"))
         assert [f.name for f in files if "train" in f.name] == [f"train-{i:06d}.tar" for i in range(3)]
         digests.append([hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
@@ -98,7 +147,17 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
 
 
 def test_real_samples(tmp_path, shared_data):
-    out = prepare("karpathy", "--dataset", "coco", "--root", shared_data / "coco_photos", "--split", "train+restval", "--output", tmp_path / "coco")
+    out = prepare(
+        "karpathy",
+        "--dataset",
+        "coco",
+        "--root",
+        shared_data / "coco_photos",
+        "--split",
+        "train+restval",
+        "--output",
+        tmp_path / "coco",
+    )
     assert "255 samples" in out.stdout and "rejected" not in out.stdout
     out = prepare("nlvr1", "--root", shared_data / "nlvr1", "--split", "dev", "--output", tmp_path / "nlvr1")
     assert len(samples(tmp_path / "nlvr1")) > 400

@@ -42,7 +42,9 @@ def worker(output: str) -> None:
     batch = {k: v[:, :trim] if k.startswith("text_") else v for k, v in batch.items()}
     out = model(batch)
     out.loss.backward()
-    grads = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in model.parameters()])
+    grads = torch.cat(
+        [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in model.parameters()]
+    )
     result = {
         "losses": {k: float(collector.sum(v) / collector.world_size) for k, v in out.losses.items()},
         "grads": (collector.sum(grads) / collector.world_size).tolist(),  # averaged, as DeepSpeed does
@@ -76,7 +78,11 @@ def features(rows, width=16, seed=0):
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunked_rows_equal_the_plain_cross_entropy(chunk):
-    q, k, scale = features(4).requires_grad_(), features(10, seed=1).requires_grad_(), torch.tensor(20.0, dtype=torch.float64).requires_grad_()
+    q, k, scale = (
+        features(4).requires_grad_(),
+        features(10, seed=1).requires_grad_(),
+        torch.tensor(20.0, dtype=torch.float64).requires_grad_(),
+    )
     label = torch.tensor([2, 3, 4, 5])
     loss, correct = contrastive_rows(q, k, scale, label, chunk)
     found = torch.autograd.grad(loss, (q, k, scale))

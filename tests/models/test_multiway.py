@@ -53,7 +53,9 @@ def test_trimmed_text_gives_the_untrimmed_features(positions):
 def losses_and_gradients(model, batch):
     out = model(batch)
     out.loss.backward()
-    return {k: v.detach() for k, v in out.losses.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {k: v.detach() for k, v in out.losses.items()}, {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(a, b, tolerance=1e-10):
@@ -63,7 +65,9 @@ def assert_same(a, b, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("change", [{"attention": "sdpa"}, {"activation_checkpoint_every": 1}, {"activation_checkpoint_every": 2}])
+@pytest.mark.parametrize(
+    "change", [{"attention": "sdpa"}, {"activation_checkpoint_every": 1}, {"activation_checkpoint_every": 2}]
+)
 def test_kernel_and_recomputation_change_nothing(positions, change):
     batch = tiny_batch()
     expected = losses_and_gradients(tiny_model(attention="explicit", **positions), batch)

@@ -16,7 +16,15 @@ def count_calls(model, kind):
     return calls
 
 
-@pytest.mark.parametrize("tasks, walks", [({"mlm": 0.25, "itc": 1.0, "itm": 1.0}, 2), ({"itc": 1.0, "mlm": 0.25}, 1), ({"textmlm": 1.0}, 1), ({"mim": 1.0}, 1)])
+@pytest.mark.parametrize(
+    "tasks, walks",
+    [
+        ({"mlm": 0.25, "itc": 1.0, "itm": 1.0}, 2),
+        ({"itc": 1.0, "mlm": 0.25}, 1),
+        ({"textmlm": 1.0}, 1),
+        ({"mim": 1.0}, 1),
+    ],
+)
 def test_every_block_runs_once_a_wave(tasks, walks):
     model = tiny_model(tasks)
     calls = count_calls(model, Block)

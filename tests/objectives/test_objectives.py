@@ -24,14 +24,24 @@ def test_mim_counts_masked_patches_only():
 
     loss, _ = mim_loss(tokens, image, mask, head, target, Collector())
     assert torch.equal(seen[0], torch.stack((tokens[0, 4], tokens[1, 16])))
-    torch.testing.assert_close(loss, torch.stack([target.target(image)[i, j].square().mean() for i, j in ((0, 3), (1, 15))]).mean())
+    torch.testing.assert_close(
+        loss, torch.stack([target.target(image)[i, j].square().mean() for i, j in ((0, 3), (1, 15))]).mean()
+    )
 
 
 def test_masked_patches_hide_their_pixels():
     model, batch = tiny_model({"mim": 1.0}), tiny_batch()
-    model.mim_target = type("Target", (), {"target": lambda s, i: torch.zeros(len(i), 16, 192), "loss": lambda s, p, t: p.square().mean(-1)})()
+    model.mim_target = type(
+        "Target", (), {"target": lambda s, i: torch.zeros(len(i), 16, 192), "loss": lambda s, p, t: p.square().mean(-1)}
+    )()
     before = float(model(batch).loss)
-    hidden = batch["image_mask"][:, :, None].expand(-1, -1, 64).reshape(5, 4, 4, 8, 8).permute(0, 1, 3, 2, 4).reshape(5, 1, 32, 32)
+    hidden = (
+        batch["image_mask"][:, :, None]
+        .expand(-1, -1, 64)
+        .reshape(5, 4, 4, 8, 8)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(5, 1, 32, 32)
+    )
     batch["image"] = torch.where(hidden, torch.zeros_like(batch["image"]), batch["image"])
     assert float(model(batch).loss) == pytest.approx(before, rel=1e-12)
     batch["image"] = torch.zeros_like(batch["image"])

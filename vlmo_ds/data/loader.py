@@ -67,7 +67,9 @@ class BatchDataset(Dataset):
     ):
         self.data, self.spec, self.tokenizer = data, spec, tokenizer
         self.shards = list_shards(data.shards)
-        self.order = SampleOrder([s.samples for s in self.shards], lanes=data.lanes, window=data.shuffle, seed=spec.seed)
+        self.order = SampleOrder(
+            [s.samples for s in self.shards], lanes=data.lanes, window=data.shuffle, seed=spec.seed
+        )
         self.batch_size, self.global_size = batch_size, batch_size * world_size
         self.first = rank * batch_size
 

@@ -138,7 +138,9 @@ class RawSample:
         for extension in IMAGE_EXTENSIONS:
             if extension in self.fields:
                 return self.fields[extension]
-        raise DataError(f"{self.name} has no image; found .{', .'.join(self.fields)}, accepted .{', .'.join(IMAGE_EXTENSIONS)}")
+        raise DataError(
+            f"{self.name} has no image; found .{', .'.join(self.fields)}, accepted .{', .'.join(IMAGE_EXTENSIONS)}"
+        )
 
     @property
     def captions(self) -> list[str]:

@@ -98,7 +98,20 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
         return [(x + q * math.sin(i * math.pi / 5), y - q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
     if shape == "cross":
         t = 0.34 * r
-        corners = [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)]
+        corners = [
+            (-t, -r),
+            (t, -r),
+            (t, -t),
+            (r, -t),
+            (r, t),
+            (t, t),
+            (t, r),
+            (-t, r),
+            (-t, t),
+            (-r, t),
+            (-r, -t),
+            (-t, -t),
+        ]
         return [(x + a, y + b) for a, b in corners]
     angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)  # heart
     return [
@@ -156,7 +169,9 @@ def jpeg(image: Image.Image) -> bytes:
 def noun(thing: Thing, rng: np.random.Generator, detail: float) -> str:
     words = []
     if rng.random() < detail:
-        words.append({"small": ("small", "little", "tiny"), "large": ("large", "big")}[thing.size][int(rng.integers(2))])
+        words.append(
+            {"small": ("small", "little", "tiny"), "large": ("large", "big")}[thing.size][int(rng.integers(2))]
+        )
     if thing.texture != "plain" and rng.random() < max(detail, 0.7):
         words.append(thing.texture)
     return " ".join([*words, thing.colour, thing.shape])

@@ -10,7 +10,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vlmo_ds.data.shards import DataError
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 
 MAX_ALPHABET = 1000
 

@@ -1,9 +1,9 @@
 """Image transforms with Pillow: bytes to uint8 pixels. Randomness comes from the generator that is passed in.
 
-    square             resize to a square (evaluation; and scenes whose captions speak of left and right)
-    square_randaug     the reference's: random crop of 50-100% of the area, flip, RandAugment
-    crop_flip          random crop and flip alone
-    crop_flip_randaug  the same as square_randaug with crops down to 20% (image-only pretraining)
+square             resize to a square (evaluation; and scenes whose captions speak of left and right)
+square_randaug     the reference's: random crop of 50-100% of the area, flip, RandAugment
+crop_flip          random crop and flip alone
+crop_flip_randaug  the same as square_randaug with crops down to 20% (image-only pretraining)
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def affine(image: Image.Image, coefficients: tuple[float, ...]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=(128,) * 3
+    )
 
 
 # The operations that keep colours nameable (ALBEF, arXiv:2107.07651), each with a level from 0 to 1 and a sign.
@@ -68,7 +70,9 @@ RANDAUGMENT: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "shear_y": lambda image, level, sign: affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0)),
     "translate_x": lambda image, level, sign: affine(image, (1, 0, sign * 10 * level, 0, 1, 0)),
     "translate_y": lambda image, level, sign: affine(image, (1, 0, 0, 0, 1, sign * 10 * level)),
-    "rotate": lambda image, level, sign: image.rotate(sign * 30 * level, Image.Resampling.BILINEAR, fillcolor=(128,) * 3),
+    "rotate": lambda image, level, sign: image.rotate(
+        sign * 30 * level, Image.Resampling.BILINEAR, fillcolor=(128,) * 3
+    ),
 }
 
 

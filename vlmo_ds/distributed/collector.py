@@ -104,7 +104,9 @@ class Collector:
                 size += send[-1].numel()
             send_sizes.append(size)
         widths = [rows.shape[1] for rows in flat]
-        counts = [[int((owner[self.rank, t] == source).sum()) for t in range(len(flat))] for source in range(self.world_size)]
+        counts = [
+            [int((owner[self.rank, t] == source).sum()) for t in range(len(flat))] for source in range(self.world_size)
+        ]
         receive_sizes = [sum(n * w for n, w in zip(row, widths, strict=True)) for row in counts]
         received = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=device)
         dist.all_to_all_single(received, torch.cat(send), receive_sizes, send_sizes, group=self.group)

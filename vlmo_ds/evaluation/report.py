@@ -52,7 +52,9 @@ def curve(title: str, series: dict[str, list[tuple[int, float]]], width: int = 3
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
     for i, (name, colour) in enumerate(zip(series, COLOURS, strict=False)):
         if len(series) > 1:
-            parts.append(f'<text x="{width - right - 4}" y="{18 + 13 * i}" text-anchor="end" style="fill:{colour}">{html.escape(name)}</text>')
+            parts.append(
+                f'<text x="{width - right - 4}" y="{18 + 13 * i}" text-anchor="end" style="fill:{colour}">{html.escape(name)}</text>'
+            )
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}</svg></figure>"
 
 
@@ -79,7 +81,9 @@ def curves(run: Path) -> str:
         figures.append(curve(f"{stage}: loss by step", losses))
         ratios = [k for k in records[0] if k.endswith("accuracy") and "vl_" not in k]
         if ratios:
-            figures.append(curve(f"{stage}: accuracy by step", {n: [(r["step"], r[n]) for r in records] for n in ratios}))
+            figures.append(
+                curve(f"{stage}: accuracy by step", {n: [(r["step"], r[n]) for r in records] for n in ratios})
+            )
     return f'<div class="curves">{"".join(figures)}</div>'
 
 
@@ -101,7 +105,9 @@ def gallery(data: RetrievalSet, result: RetrievalResult, count: int) -> str:
         order = result.text_to_image[t].argsort(descending=True, stable=True)[:5].tolist()
         found = "".join(picture(data.encoded[i], i == owner[t]) for i in order)
         parts.append(f'<div class="query"><p>{html.escape(data.captions[t])}</p>{found}</div>')
-    parts.append("<h2>Image to text</h2><p class='note'>The three best captions for an image; right ones are green.</p>")
+    parts.append(
+        "<h2>Image to text</h2><p class='note'>The three best captions for an image; right ones are green.</p>"
+    )
     for i in spread(len(data.images), count):
         order = result.image_to_text[i].argsort(descending=True, stable=True)[:3].tolist()
         items = "".join(
@@ -133,7 +139,9 @@ def write_report(run: Path, name: str, data: RetrievalSet | None, result: Retrie
     body.append("<h2>Training</h2>" + curves(run))
     if result is not None and queries:
         body.append(gallery(data, result, queries))
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"
+    )
     path = run / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (page + "".join(body) + "</html>").encode())

@@ -42,7 +42,9 @@ class RetrievalSet:
     image_of_text: Tensor  # [T] int64
 
 
-def load_set(config: RetrievalConfig, image_size: int, max_text_len: int, tokenizer: PreTrainedTokenizerBase) -> RetrievalSet:
+def load_set(
+    config: RetrievalConfig, image_size: int, max_text_len: int, tokenizer: PreTrainedTokenizerBase
+) -> RetrievalSet:
     """Reads whole shards; samples with the same image_id are one image with several captions."""
     index: dict[int, int] = {}
     images, encoded, captions, owner = [], [], [], []
@@ -56,7 +58,9 @@ def load_set(config: RetrievalConfig, image_size: int, max_text_len: int, tokeni
                 encoded.append(raw.image)
                 try:
                     picture = decode(raw.image)
-                    images.append(torch.from_numpy(pixels(square(picture, image_size, np.random.default_rng(0))).copy()))
+                    images.append(
+                        torch.from_numpy(pixels(square(picture, image_size, np.random.default_rng(0))).copy())
+                    )
                 except (ValueError, OSError) as error:
                     raise DataError(f"{raw.name}: {error}") from None
             for caption in raw.captions:
@@ -81,10 +85,20 @@ def text_batch(ids: Tensor) -> dict[str, Tensor]:
 def features(model: VLMo, data: RetrievalSet, batch: int, collector: Collector) -> tuple[Tensor, Tensor]:
     """Contrastive features of all images and all captions, [I, D] and [T, D]; each rank encodes its share."""
     device = next(model.parameters()).device
-    images = share(len(data.images), batch, collector, lambda rows: model(
-        {"image": data.images[rows].to(device)}, "encode_image")["image"])
-    texts = share(len(data.text_ids), batch, collector, lambda rows: model(
-        {k: v.to(device) for k, v in text_batch(data.text_ids[rows]).items()}, "encode_text")["text"])
+    images = share(
+        len(data.images),
+        batch,
+        collector,
+        lambda rows: model({"image": data.images[rows].to(device)}, "encode_image")["image"],
+    )
+    texts = share(
+        len(data.text_ids),
+        batch,
+        collector,
+        lambda rows: model({k: v.to(device) for k, v in text_batch(data.text_ids[rows]).items()}, "encode_text")[
+            "text"
+        ],
+    )
     return images, texts
 
 
@@ -106,7 +120,13 @@ def recalls(score_QC: Tensor, correct_QC: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def rerank(
-    model: VLMo, data: RetrievalSet, logits_QC: Tensor, queries_are_texts: bool, k: int, batch: int, collector: Collector
+    model: VLMo,
+    data: RetrievalSet,
+    logits_QC: Tensor,
+    queries_are_texts: bool,
+    k: int,
+    batch: int,
+    collector: Collector,
 ) -> Tensor:
     """Scores each query's k best candidates again: contrastive logit + matching log-odds; the others keep their order.
 
@@ -157,7 +177,10 @@ def evaluate(model: VLMo, data: RetrievalSet, config: RetrievalConfig, collector
 
 
 def table(metrics: dict, images: int, captions: int) -> str:
-    lines = [f"retrieval on {images} images and {captions} captions", f"{'':16}{'':10}" + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
+    lines = [
+        f"retrieval on {images} images and {captions} captions",
+        f"{'':16}{'':10}" + "".join(f"{f'R@{k}':>8}" for k in RANKS),
+    ]
     for direction, methods in metrics.items():
         for method, values in methods.items():
             numbers = "".join(f"{values[f'R@{k}']:8.1f}" for k in RANKS)
@@ -171,7 +194,9 @@ def final_folder(run: Path, recipe: Recipe) -> Path:
         folder = run / "checkpoints" / stage.name / "final"
         if "itc" in stage.tasks and folder.is_dir():
             return folder
-    raise RecipeError(f"{run} has no finished stage with the itc task; found {[s.name for s in recipe.stages]} in its recipe")
+    raise RecipeError(
+        f"{run} has no finished stage with the itc task; found {[s.name for s in recipe.stages]} in its recipe"
+    )
 
 
 def load_model(recipe: Recipe, folder: Path) -> VLMo:
@@ -203,7 +228,9 @@ def main() -> int:
         model = load_model(recipe, final or final_folder(run, recipe))
         if torch.cuda.is_available():
             model.cuda()
-        data = load_set(config, recipe.model.image_size, recipe.model.max_text_len, load_tokenizer(str(run / "tokenizer")))
+        data = load_set(
+            config, recipe.model.image_size, recipe.model.max_text_len, load_tokenizer(str(run / "tokenizer"))
+        )
         result = evaluate(model, data, config, model.collector)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -126,7 +126,11 @@ def compare(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, floa
             model.itm_score.register_forward_hook(lambda *args: itm_logits.append(args[2]))
         out = model(batch)
         loss = out.losses[task]
-        yield f"losses.{task} (weight {REFERENCE_WEIGHTS[task]:g})", relative_difference(loss, golden["losses"][task]), bar
+        yield (
+            f"losses.{task} (weight {REFERENCE_WEIGHTS[task]:g})",
+            relative_difference(loss, golden["losses"][task]),
+            bar,
+        )
         if task == "itm":
             yield "itm.logits", relative_difference(itm_logits[0], golden["outputs"]["itm"]["logits"]), bar
         loss.backward()

@@ -183,7 +183,9 @@ class MultiWayTransformer(nn.Module):
         x_BLD = torch.cat((self.cls_token.expand(len(x_BLD), -1, -1), x_BLD), dim=1)
         return x_BLD if self.pos_embed is None else x_BLD + self.pos_embed
 
-    def layout(self, streams: Sequence[Stream], pieces: list[Piece], device: torch.device, relative: bool) -> PackedLayout:
+    def layout(
+        self, streams: Sequence[Stream], pieces: list[Piece], device: torch.device, relative: bool
+    ) -> PackedLayout:
         experts: dict[str, slice] = {}
         by_sequences: dict[tuple[int, bool], list[Piece]] = {}
         for piece in pieces:

@@ -84,7 +84,11 @@ class VLMo(nn.Module):
             checkpoint_every=config.activation_checkpoint_every,
         )
         self.text_embeddings = TextEmbeddings(
-            config.vocab_size, dim, config.max_text_len, not config.need_relative_position_embed, config.text_dropout_rate
+            config.vocab_size,
+            dim,
+            config.max_text_len,
+            not config.need_relative_position_embed,
+            config.text_dropout_rate,
         )
         self.token_type_embeddings = nn.Embedding(2, dim)
         self.pooler = Pooler(dim)
@@ -281,5 +285,3 @@ def normalize(image: Tensor, dtype: torch.dtype) -> Tensor:
     if image.dtype == torch.uint8:
         image = (image.float() / 255 - IMAGE_MEAN) / IMAGE_STD
     return image.to(dtype)
-
-

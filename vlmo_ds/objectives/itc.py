@@ -11,7 +11,6 @@ from torch import Tensor
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import contrastive_rows
 
-
 MAX_LOG_SCALE = math.log(100.0)  # CLIP, arXiv:2103.00020, section 2.5
 
 

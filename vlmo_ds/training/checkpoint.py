@@ -1,7 +1,7 @@
 """Weights and checkpoints: what is written, how a stage finds its way back, and the hand-over between stages.
 
-    checkpoints/<stage>/step-00000100/   DeepSpeed's checkpoint: weights, optimiser, schedule; renamed when it is whole
-    checkpoints/<stage>/final/           model.safetensors in float32 with official parameter names; the stage is done
+checkpoints/<stage>/step-00000100/   DeepSpeed's checkpoint: weights, optimiser, schedule; renamed when it is whole
+checkpoints/<stage>/final/           model.safetensors in float32 with official parameter names; the stage is done
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a stage's folder, a .safetensors file, or a .pt file (tensors only; nested under the usual keys)."""
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
-        raise RecipeError(f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file")
+        raise RecipeError(
+            f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file"
+        )
     if file.suffix == ".safetensors":
         return load_file(file)
     try:
@@ -75,7 +77,9 @@ def hand_over(model: VLMo, source: Mapping[str, Tensor], init: InitConfig, origi
     if missing:
         problems.append(f"{len(missing)} missing there: {brief(missing)} (name them in init.fresh to start them fresh)")
     if unexpected:
-        problems.append(f"{len(unexpected)} that this stage does not have: {brief(unexpected)} (name them in init.drop to leave them)")
+        problems.append(
+            f"{len(unexpected)} that this stage does not have: {brief(unexpected)} (name them in init.drop to leave them)"
+        )
     for pattern in init.fresh:
         if not any(matches(k, [pattern]) for k in own):
             problems.append(f"init.fresh: '{pattern}' fits no weight of this model")

@@ -22,7 +22,15 @@ from torch import nn
 from vlmo_ds.config import RecipeError, StageConfig, nearest
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
 
-REMOVED = ("elasticity", "amp", "sparse_attention", "curriculum_learning", "progressive_layer_drop", "nebula", "compression_training")
+REMOVED = (
+    "elasticity",
+    "amp",
+    "sparse_attention",
+    "curriculum_learning",
+    "progressive_layer_drop",
+    "nebula",
+    "compression_training",
+)
 
 
 def start_distributed(timeout_minutes: float = 10) -> None:
@@ -51,7 +59,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none found"
-        raise RecipeError(f"--deepspeed_config: {path} does not exist{nearest(path, [str(p) for p in Path('ds_configs').glob('*.json')])}; in ds_configs: {known}")
+        raise RecipeError(
+            f"--deepspeed_config: {path} does not exist{nearest(path, [str(p) for p in Path('ds_configs').glob('*.json')])}; in ds_configs: {known}"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -80,7 +90,9 @@ def micro_batch(stage: StageConfig, world_size: int) -> tuple[int, int]:
     if rest:
         lower, upper = per_rank * world_size, (per_rank + 1) * world_size
         accepted = f"{lower} or {upper}" if lower else str(upper)
-        raise RecipeError(f"{where}, which {world_size} ranks do not divide: take {accepted}, or another number of ranks")
+        raise RecipeError(
+            f"{where}, which {world_size} ranks do not divide: take {accepted}, or another number of ranks"
+        )
     if micro is None:
         return per_rank, 1
     if per_rank % micro:
@@ -115,11 +127,15 @@ def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[s
     optimizer = merged.pop("optimizer", None)
     if optimizer is not None:
         if str(optimizer.get("type", "AdamW")).lower() not in ("adamw", "auto"):
-            raise RecipeError(f"the DeepSpeed config has optimizer.type = {optimizer['type']!r}; accepted: 'AdamW' or 'auto'")
+            raise RecipeError(
+                f"the DeepSpeed config has optimizer.type = {optimizer['type']!r}; accepted: 'AdamW' or 'auto'"
+            )
         params = optimizer.get("params", {})
         for key in params:
             if key not in ("lr", "betas", "eps", "weight_decay"):
-                raise RecipeError(f"the DeepSpeed config has optimizer.params.{key}; accepted: lr, betas, eps, weight_decay")
+                raise RecipeError(
+                    f"the DeepSpeed config has optimizer.params.{key}; accepted: lr, betas, eps, weight_decay"
+                )
             value = getattr(stage.optimizer, key)
             value = list(value) if isinstance(value, tuple) else value
             settle(params, key, f"optimizer.params.{key}", value, f"optimizer.{key}")
@@ -130,7 +146,9 @@ def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[s
 
 def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     for parameter in model.parameters():
-        if parameter.dim() == 0:  # DeepSpeed 0.19 cannot broadcast a scalar in half precision (seen in _broadcast_model)
+        if (
+            parameter.dim() == 0
+        ):  # DeepSpeed 0.19 cannot broadcast a scalar in half precision (seen in _broadcast_model)
             parameter.data = parameter.data.view(1)
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)

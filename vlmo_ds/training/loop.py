@@ -40,7 +40,9 @@ def build_dataset(
     )
 
 
-def build_model(recipe: Recipe, stage: StageConfig, source: dict[str, Tensor] | None, origin: str, collector: Collector) -> VLMo:
+def build_model(
+    recipe: Recipe, stage: StageConfig, source: dict[str, Tensor] | None, origin: str, collector: Collector
+) -> VLMo:
     """The stage's model with its initial weights, the same on every rank; what it does not train is frozen."""
     torch.manual_seed(stage_seed(recipe, stage))
     model = VLMo(recipe.model, stage.weights, collector)
@@ -53,7 +55,10 @@ def build_model(recipe: Recipe, stage: StageConfig, source: dict[str, Tensor] | 
     if collector.rank == 0:
         total = sum(p.numel() for p in model.parameters())
         learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)", flush=True)
+        print(
+            f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)",
+            flush=True,
+        )
     return model
 
 

@@ -32,7 +32,9 @@ def global_metrics(outputs: list[StepOutput], replaced: int, collector: Collecto
         local += [sum(o.ratios[name][i].detach().double() for o in outputs) for i in (0, 1)]
     local += [sum(o.values[name].double() for o in outputs) * share for name in value_names]
     device = local[0].device
-    total = collector.sum(torch.stack([*(x.to(device) for x in local), torch.tensor(float(replaced), device=device).double()]))
+    total = collector.sum(
+        torch.stack([*(x.to(device) for x in local), torch.tensor(float(replaced), device=device).double()])
+    )
     values = iter(total.tolist())
     metrics = {name: next(values) for name in names}
     metrics["loss"] = sum(metrics.values())

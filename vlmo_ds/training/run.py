@@ -37,11 +37,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description="Pretrains a vision-language mixture-of-modality-experts transformer in stages under DeepSpeed.",
         epilog="Start it with deepspeed, torchrun, srun or plain python. Settings: key=value, such as stages.joint.steps=100.",
     )
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json", help="how the run is spread (default: %(default)s)")
+    parser.add_argument(
+        "--deepspeed_config", default="ds_configs/zero2.json", help="how the run is spread (default: %(default)s)"
+    )
     parser.add_argument("--recipe", default=str(QUICKSTART), help="what is trained (default: %(default)s)")
     parser.add_argument("--stages", help="only these stages, separated by commas (default: all)")
     parser.add_argument("--output_dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
-    parser.add_argument("--resume", default="auto", help="auto (continue if there is something), never, or a checkpoint folder")
+    parser.add_argument(
+        "--resume", default="auto", help="auto (continue if there is something), never, or a checkpoint folder"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     return parser.parse_args(argv)
@@ -77,7 +81,9 @@ def chosen_stages(recipe: Recipe, names: str | None) -> list[StageConfig]:
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in known:
-            raise RecipeError(f"--stages: the recipe has no stage '{name}'{nearest(name, known)}; accepted: {', '.join(known)}")
+            raise RecipeError(
+                f"--stages: the recipe has no stage '{name}'{nearest(name, known)}; accepted: {', '.join(known)}"
+            )
     return [stage for stage in recipe.stages if stage.name in wanted]
 
 
@@ -181,7 +187,8 @@ def compare_recipes(recipe: Recipe, run: Path) -> None:
     ]
     if changed:
         raise RecipeError(
-            f"{run} was begun with another recipe; choose another --output_dir, or undo:\n  " + "\n  ".join(changed[:12])
+            f"{run} was begun with another recipe; choose another --output_dir, or undo:\n  "
+            + "\n  ".join(changed[:12])
         )
 
 
@@ -212,7 +219,9 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return train_tokenizer(texts(), recipe.tokenizer.vocab_size)
 
 
-def check_data(recipe: Recipe, stages: list[StageConfig], tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
+def check_data(
+    recipe: Recipe, stages: list[StageConfig], tokenizer: PreTrainedTokenizerBase, collector: Collector
+) -> None:
     if len(tokenizer) > recipe.model.vocab_size:
         raise RecipeError(
             f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces: take 0 (the tokenizer's) or more"
@@ -252,7 +261,11 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
     """Evaluation after the last stage, and the report."""
     data = result = None
     queries = 0
-    if recipe.retrieval and (run / "checkpoints" / recipe.stages[-1].name / "final").is_dir() and "itc" in recipe.stages[-1].tasks:
+    if (
+        recipe.retrieval
+        and (run / "checkpoints" / recipe.stages[-1].name / "final").is_dir()
+        and "itc" in recipe.stages[-1].tasks
+    ):
         model = retrieval.load_model(recipe, run / "checkpoints" / recipe.stages[-1].name / "final").to(device())
         data = retrieval.load_set(recipe.retrieval, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
         result = retrieval.evaluate(model, data, recipe.retrieval, collector)

@@ -49,9 +49,7 @@ def positive(text: str) -> int:
 
 def prepare(args: argparse.Namespace) -> None:
     def writer(folder: Path = args.output, prefix: str = args.name) -> ShardSetWriter:
-        return ShardSetWriter(
-            folder, prefix=prefix, samples_per_shard=args.samples_per_shard, overwrite=args.overwrite
-        )
+        return ShardSetWriter(folder, prefix=prefix, samples_per_shard=args.samples_per_shard, overwrite=args.overwrite)
 
     if args.name == "karpathy":
         with writer(prefix=args.dataset) as w:

@@ -85,7 +85,9 @@ def nlvr1(writer: ShardSetWriter, root: Path, splits: list[str]) -> None:
                 if problem := image_problem(data):
                     writer.reject(f"image: {problem}")
                     continue
-                meta = sample_json(captions=[sentences[match[1]]["sentence"]], image_id=stable_id(data.hex()), file=info.name)
+                meta = sample_json(
+                    captions=[sentences[match[1]]["sentence"]], image_id=stable_id(data.hex()), file=info.name
+                )
                 writer.write({"png": data, "json": meta}, 1)
 
 
