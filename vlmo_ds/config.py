@@ -72,7 +72,9 @@ class Settings(BaseModel):
 class ModelConfig(Settings):
     """The architecture. `arch` fills in the sizes of a published model; single settings may still differ."""
 
-    arch: Literal["custom", *ARCHITECTURES] = Field("custom", description="a published architecture, or custom")
+    arch: Literal["custom", "vlmo_base_patch16", "vlmo_base_plus_patch16", "vlmo_large_patch16"] = Field(
+        "custom", description="a published architecture, or custom"
+    )
     embed_dim: int = Field(192, gt=0, description="width D")
     depth: int = Field(6, gt=0, description="number of blocks")
     num_heads: int = Field(3, gt=0, description="attention heads; must divide embed_dim")

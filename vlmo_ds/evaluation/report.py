@@ -47,7 +47,7 @@ def curve(title: str, series: dict[str, list[tuple[int, float]]], width: int = 3
     for x in (x0, x1):
         px, _ = place(x, y0)
         parts.append(f'<text x="{px:.1f}" y="{height - 6}" text-anchor="{"start" if x == x0 else "end"}">{x}</text>')
-    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+    for values, colour in zip(series.values(), COLOURS, strict=False):
         line = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in thin(values))
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
     for i, (name, colour) in enumerate(zip(series, COLOURS, strict=False)):

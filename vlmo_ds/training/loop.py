@@ -77,7 +77,7 @@ def train_stage(
     collector: Collector,
 ) -> None:
     """Trains a stage to its end and writes its final weights. offset: optimiser steps of the stages before."""
-    micro, accumulation = micro_batch(stage, collector.world_size)
+    _, accumulation = micro_batch(stage, collector.world_size)
     dataset = build_dataset(recipe, stage, tokenizer, collector)
     model = build_model(recipe, stage, source, origin, collector)
     frozen = checkpoint.frozen_state(model)

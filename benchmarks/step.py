@@ -1,0 +1,155 @@
+"""Seconds per joint step, peak memory, and useful FLOP/s as a share of this machine's own matrix-product rate.
+
+    python benchmarks/step.py [--arch vlmo_base_patch16] [--batch 4 8] [--dtype float32 bfloat16] [--output FILE]
+
+One process, forward and backward of itc + itm + mlm on random pairs, each setting in a process of its own. The useful
+work is counted from the shapes (model_flops); recomputation and padding do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from vlmo_ds.config import ModelConfig
+from vlmo_ds.data.shards import write_atomically
+from vlmo_ds.models.vlmo import VLMo
+
+TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
+
+
+def machine() -> dict[str, str | int]:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return {"device": name, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -> float:
+    """Multiply-adds times two of the forward pass: linear layers, attention products, patches, heads."""
+    d, patches = config.embed_dim, (config.image_size // config.patch_size) ** 2
+    image, joint = patches + 1, text_len + patches + 1
+    upper = (config.depth - config.vlffn_start_layer_index) / config.depth
+    # joint sequences: masked, matched, two kinds of wrong pairs; text alone and image alone twice in the upper layers
+    sequences = [(4.0, joint), (1.0 + upper, text_len), (1.0 + upper, image)]
+    per_layer = sum(n * (length * (8 + 4 * config.mlp_ratio) * d**2 + 4 * length**2 * d) for n, length in sequences)
+    embeddings = 2 * 2 * patches * (3 * config.patch_size**2) * d  # images of wave 1, and matched + wrong ones of wave 2
+    embeddings += 2 * patches * (3 * config.patch_size**2) * d
+    heads = 4 * 2 * d**2 + 3 * (2 * d**2 + 4 * d)
+    return pairs * (config.depth * per_layer + embeddings + heads) + masked * (2 * d**2 + 2 * d * config.vocab_size)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measured(function, repeats: int, warmup: int) -> float:
+    """Median seconds."""
+    times = []
+    for i in range(warmup + repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        if i >= warmup:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of large matrix products of the shapes that the blocks use."""
+    rows, d = (1536, 768) if device.type == "cpu" else (16384, 4096)
+    a, b = torch.randn(rows, d, dtype=dtype, device=device), torch.randn(d, 4 * d, dtype=dtype, device=device)
+    return 2 * rows * d * 4 * d / measured(lambda: a @ b, 20, 5)
+
+
+def batch_of(config: ModelConfig, pairs: int, text_len: int, device: torch.device) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, config.vocab_size, (pairs, text_len), generator=g)
+    labels = torch.full_like(ids, -100)
+    labels[:, 1 : 1 + round(0.15 * text_len)] = ids[:, 1 : 1 + round(0.15 * text_len)]
+    batch = {
+        "image": torch.randint(0, 256, (pairs, 3, config.image_size, config.image_size), generator=g).to(torch.uint8),
+        "text_ids": ids,
+        "text_masks": torch.ones_like(ids),
+        "text_ids_mlm": ids,
+        "text_labels_mlm": labels,
+        "image_id": torch.arange(pairs),
+        "sample_id": torch.arange(pairs),
+    }
+    return {k: v.to(device) for k, v in batch.items()} | {"negative_seed": torch.tensor(0)}
+
+
+def one(arch: str, pairs: int, dtype_name: str, repeats: int, text_len: int) -> dict:
+    """One setting, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, dtype_name)
+    config = ModelConfig(arch=arch, vocab_size=30522)
+    model = VLMo(config, TASKS).to(device=device, dtype=dtype).train()
+    batch = batch_of(config, pairs, text_len, device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(batch).loss.backward()
+
+    seconds = measured(step, repeats, 2 if device.type == "cpu" else 5)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    masked = int((batch["text_labels_mlm"] != -100).sum())
+    useful = 3 * forward_flops(config, pairs, text_len, masked)
+    rate = matrix_rate(dtype, device)
+    return {
+        "arch": arch,
+        "image_size": config.image_size,
+        "text_len": text_len,
+        "batch": pairs,
+        "dtype": dtype_name,
+        "seconds_per_step": round(seconds, 4),
+        "pairs_per_second": round(pairs / seconds, 3),
+        "peak_memory_gb": round(peak / 1e9, 2),
+        "useful_tflop_per_step": round(useful / 1e12, 3),
+        "useful_gflop_per_second": round(useful / seconds / 1e9, 1),
+        "matrix_product_gflop_per_second": round(rate / 1e9, 1),
+        "share_of_matrix_product_rate": round(useful / seconds / rate, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="vlmo_base_patch16")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--text_len", type=int, default=40, help="tokens, none of them padding (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args.arch, args.batch[0], args.dtype[0], args.repeats, args.text_len)))
+        return
+    results = []
+    for dtype in args.dtype:
+        for pairs in args.batch:
+            command = [sys.executable, __file__, "--one", "--arch", args.arch, "--batch", str(pairs), "--dtype", dtype]
+            command += ["--repeats", str(args.repeats), "--text_len", str(args.text_len)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(results[-1]), flush=True)
+    if args.output:
+        record = {"machine": machine(), "command": "python " + " ".join([Path(__file__).parent.name + "/step.py", *sys.argv[1:]]), "results": results}
+        write_atomically(args.output, (json.dumps(record, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
