@@ -33,7 +33,12 @@ def machine() -> dict[str, str | int]:
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return {"device": name, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -> float:
@@ -44,7 +49,9 @@ def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -
     # joint sequences: masked, matched, two kinds of wrong pairs; text alone and image alone twice in the upper layers
     sequences = [(4.0, joint), (1.0 + upper, text_len), (1.0 + upper, image)]
     per_layer = sum(n * (length * (8 + 4 * config.mlp_ratio) * d**2 + 4 * length**2 * d) for n, length in sequences)
-    embeddings = 2 * 2 * patches * (3 * config.patch_size**2) * d  # images of wave 1, and matched + wrong ones of wave 2
+    embeddings = (
+        2 * 2 * patches * (3 * config.patch_size**2) * d
+    )  # images of wave 1, and matched + wrong ones of wave 2
     embeddings += 2 * patches * (3 * config.patch_size**2) * d
     heads = 4 * 2 * d**2 + 3 * (2 * d**2 + 4 * d)
     return pairs * (config.depth * per_layer + embeddings + heads) + masked * (2 * d**2 + 2 * d * config.vocab_size)
@@ -105,7 +112,11 @@ def one(arch: str, pairs: int, dtype_name: str, repeats: int, text_len: int) -> 
         model(batch).loss.backward()
 
     seconds = measured(step, repeats, 2 if device.type == "cpu" else 5)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     masked = int((batch["text_labels_mlm"] != -100).sum())
     useful = 3 * forward_flops(config, pairs, text_len, masked)
     rate = matrix_rate(dtype, device)
@@ -147,7 +158,11 @@ def main() -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(results[-1]), flush=True)
     if args.output:
-        record = {"machine": machine(), "command": "python " + " ".join([Path(__file__).parent.name + "/step.py", *sys.argv[1:]]), "results": results}
+        record = {
+            "machine": machine(),
+            "command": "python " + " ".join([Path(__file__).parent.name + "/step.py", *sys.argv[1:]]),
+            "results": results,
+        }
         write_atomically(args.output, (json.dumps(record, indent=1) + "\n").encode())
 
 

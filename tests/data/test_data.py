@@ -274,8 +274,8 @@ def test_batches_have_what_the_tasks_need(synthetic):
 
 def test_ranks_and_workers_do_not_change_the_batches(synthetic):
     whole = [dataset(synthetic / "train")[i] for i in range(6)]
-    for world in (2, 4):
-        parts = [dataset(synthetic / "train", rank=r, world=world, batch=8 // world) for r in range(world)]
+    for ranks in (2, 4):
+        parts = [dataset(synthetic / "train", rank=r, world=ranks, batch=8 // ranks) for r in range(ranks)]
         for i in range(6):
             pieces = [part[i] for part in parts]
             for key in ("image", "sample_id", "image_id"):
