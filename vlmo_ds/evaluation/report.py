@@ -17,6 +17,7 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem } .note { color: #5b6876 }
 table { border-collapse: collapse } td, th { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde3ea }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left }
 .curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } figcaption { font-weight: 600 }
+small { font-weight: 400; margin-left: .4rem }
 .query { display: flex; gap: .6rem; align-items: flex-start; margin: 1rem 0; flex-wrap: wrap }
 .query > p { width: 17rem; margin: 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover }
 ol { margin: 0; padding-left: 1.4rem } li.hit { outline: none; color: #1a7f37; font-weight: 600 }
@@ -50,12 +51,13 @@ def curve(title: str, series: dict[str, list[tuple[int, float]]], width: int = 3
     for values, colour in zip(series.values(), COLOURS, strict=False):
         line = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in thin(values))
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
-    for i, (name, colour) in enumerate(zip(series, COLOURS, strict=False)):
-        if len(series) > 1:
-            parts.append(
-                f'<text x="{width - right - 4}" y="{18 + 13 * i}" text-anchor="end" style="fill:{colour}">{html.escape(name)}</text>'
-            )
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}</svg></figure>"
+    parts.append("</svg>")
+    legend = "".join(
+        f' <span style="color:{colour}">{html.escape(name)}</span>'
+        for name, colour in zip(series, COLOURS, strict=False)
+        if len(series) > 1
+    )
+    return f"<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption>{''.join(parts)}</figure>"
 
 
 def thin(values: Sequence[tuple[int, float]], most: int = 200) -> list[tuple[int, float]]:
