@@ -10,35 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from common import measured, write_results
 
 from vlmo_ds.config import ModelConfig
-from vlmo_ds.data.shards import write_atomically
 from vlmo_ds.models.vlmo import VLMo
 
 TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
-
-
-def machine() -> dict[str, str | int]:
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "device": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -> float:
@@ -55,24 +38,6 @@ def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -
     embeddings += 2 * patches * (3 * config.patch_size**2) * d
     heads = 4 * 2 * d**2 + 3 * (2 * d**2 + 4 * d)
     return pairs * (config.depth * per_layer + embeddings + heads) + masked * (2 * d**2 + 2 * d * config.vocab_size)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measured(function, repeats: int, warmup: int) -> float:
-    """Median seconds."""
-    times = []
-    for i in range(warmup + repeats):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        if i >= warmup:
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -158,12 +123,7 @@ def main() -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(results[-1]), flush=True)
     if args.output:
-        record = {
-            "machine": machine(),
-            "command": "python " + " ".join([Path(__file__).parent.name + "/step.py", *sys.argv[1:]]),
-            "results": results,
-        }
-        write_atomically(args.output, (json.dumps(record, indent=1) + "\n").encode())
+        write_results(args.output, results)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ class RawSample:
 
     @property
     def sample_id(self) -> int:
-        return stable_id(f"{self.shard.name}:{self.key}")
+        """A hash of the key and the last three parts of the shard's path: coco/train/000.tar is not cc3m/train/000.tar."""
+        return stable_id(f"{'/'.join(self.shard.resolve().parts[-3:])}:{self.key}")
 
     @property
     def image_id(self) -> int:

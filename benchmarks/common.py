@@ -1,0 +1,55 @@
+"""What the benchmarks share: the machine's name, timing, the result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vlmo_ds.data.shards import write_atomically
+
+
+def machine() -> dict[str, str | int]:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measured(function: Callable[[], object], repeats: int, warmup: int) -> float:
+    """Median seconds."""
+    times = []
+    for i in range(warmup + repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        if i >= warmup:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def write_results(path: Path, results: list[dict]) -> None:
+    """The results with the machine and the command that made them."""
+    script = Path(sys.argv[0])
+    command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    record = {"machine": machine(), "command": command, "results": results}
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

@@ -1,0 +1,99 @@
+import json
+import re
+
+import pytest
+import torch
+from conftest import run_ranks
+from models.tiny import tiny_model
+
+from vlmo_ds.config import RetrievalConfig
+from vlmo_ds.data.loader import collate
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation.report import curve, thin, write_report
+from vlmo_ds.evaluation.retrieval import RetrievalSet, evaluate, recalls, rerank
+
+
+def small_set(images=11, per_image=2) -> RetrievalSet:
+    import numpy as np
+
+    g = torch.Generator().manual_seed(3)
+    texts = images * per_image
+    tokens = [
+        {"text_ids": np.asarray([2, *torch.randint(5, 50, (3 + i % 5,), generator=g).tolist(), 3])}
+        for i in range(texts)
+    ]
+    return RetrievalSet(
+        torch.randint(0, 256, (images, 3, 32, 32), generator=g).to(torch.uint8),
+        [b"\xff\xd8"] * images,
+        [f"<caption {i}>" for i in range(texts)],
+        collate(tokens, 24)["text_ids"],
+        torch.arange(images).repeat_interleave(per_image),
+    )
+
+
+@pytest.mark.parametrize("levels", [3, 10**6])  # with many ties, and with none
+def test_recall_equals_a_straightforward_count(levels):
+    g = torch.Generator().manual_seed(0)
+    score = torch.randint(0, levels, (30, 40), generator=g).float()
+    correct = torch.rand(30, 40, generator=g) < 0.1
+    correct[:, 0] |= ~correct.any(1)
+    for k in (1, 5, 10):
+        hits = 0
+        for row, right in zip(score.tolist(), correct.tolist(), strict=True):
+            best = sorted(range(40), key=lambda i: (-row[i], i))[:k]
+            hits += any(right[i] for i in best)
+        assert recalls(score, correct)[f"R@{k}"] == pytest.approx(100 * hits / 30)
+
+
+def test_reranking_moves_only_the_best_candidates():
+    model, data = tiny_model(dtype=torch.float32).eval(), small_set()
+    logits = torch.randn(22, 11, generator=torch.Generator().manual_seed(0))
+    again = rerank(model, data, logits, True, 4, 8, Collector())
+    for before, after in zip(logits, again, strict=True):
+        order_before, order_after = before.argsort(descending=True), after.argsort(descending=True)
+        assert set(order_before[:4].tolist()) == set(order_after[:4].tolist())
+        assert torch.equal(order_before[4:], order_after[4:])
+    pair = {"image": data.images[3:4], "text_ids": data.text_ids[5:6], "text_masks": (data.text_ids[5:6] != 0).long()}
+    top = logits[5].argmax()
+    expected = logits[5, top] + model({**pair, "image": data.images[top][None]}, "match")[0]
+    assert float(again[5, top]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def worker(output: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    result = evaluate(
+        tiny_model(dtype=torch.float32), small_set(), RetrievalConfig(shards=["x"], rerank=3, batch_size=4), Collector()
+    )
+    if torch.distributed.get_rank() == 0:
+        with open(output, "w") as file:
+            json.dump([result.metrics, result.text_to_image.tolist()], file)
+
+
+def test_ranks_do_not_change_the_result(tmp_path):
+    found = []
+    for ranks in (1, 2, 4):
+        run_ranks(["-c", f"from evaluation.test_retrieval import worker; worker({str(tmp_path / 'out')!r})"], ranks)
+        found.append(json.loads((tmp_path / "out").read_text()))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert torch.allclose(torch.tensor(found[0][1]), torch.tensor(found[2][1]), atol=1e-3)
+
+
+def test_report_is_self_contained_and_marks_the_right_answers(tmp_path):
+    model, data = tiny_model(dtype=torch.float32), small_set()
+    result = evaluate(model, data, RetrievalConfig(shards=["x"], rerank=0), Collector())
+    result.text_to_image.copy_(torch.nn.functional.one_hot(data.image_of_text, 11).float())
+    records = [
+        {"stage": "joint", "step": i + 1, "loss/itc": 1.0 / (i + 1), "itc/i2t_accuracy": 0.5} for i in range(500)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    page = write_report(tmp_path, "a <name>", data, result, 4).read_text()
+    assert "&lt;caption 0&gt;" in page and "<caption" not in page and "a &lt;name&gt;" in page
+    assert len(re.findall(r'<img class="hit"', page)) == 4  # the right image of each of the four queries
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_curves_are_thinned_and_drawn():
+    values = [(i, float(i % 2)) for i in range(1, 1001)]
+    assert len(thin(values)) <= 200 and all(v == pytest.approx(0.5, abs=0.2) for _, v in thin(values))
+    svg = curve("title", {"one": values})
+    assert svg.count("<polyline") == 1 and "title" in svg
