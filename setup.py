@@ -26,7 +26,6 @@ setup(
         "numpy",
         "pydantic>=2",
         "tqdm",
-        "ninja",
     ],
     extras_require={"test": ["pytest", "ruff"]},
 )

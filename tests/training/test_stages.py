@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run_ranks, start_ranks, tiny_recipe, write_yaml
+from conftest import ROOT, free_port, run_ranks, start_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
 from vlmo_ds.config import TRAINABLE, load_recipe
@@ -254,14 +255,12 @@ def test_memory_is_back_to_its_baseline_after_each_stage(tmp_path, synthetic, st
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
 def test_every_launcher_starts_the_same_program(tmp_path, synthetic, launcher):
-    import subprocess
-
     command = arguments(tmp_path, synthetic, 1, BF16, retrieval=None)
     binaries = os.path.dirname(sys.executable)
     start = {
         "python": [sys.executable],
-        "torchrun": [f"{binaries}/torchrun", "--nproc_per_node", "2", "--master_port", "0"],
-        "deepspeed": [f"{binaries}/deepspeed", "--num_gpus", "2", "--master_port", "29631"],
+        "torchrun": [f"{binaries}/torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
+        "deepspeed": [f"{binaries}/deepspeed", "--num_gpus", "2", "--master_port", str(free_port())],
     }[launcher]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "PATH": f"{binaries}:{os.environ['PATH']}"

@@ -17,7 +17,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.engine import build_engine, device, merge, micro_batch
+from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable
 
@@ -130,7 +130,7 @@ def train_stage(
         meta = {"stage": stage.name, "steps": stage.steps, "tasks": stage.weights}
         checkpoint.write_final(folder / "final", state, meta)
     collector.barrier()
-    engine.destroy()
+    release(engine)
     del engine, model, stream, dataset
     gc.collect()
     if torch.cuda.is_available():
