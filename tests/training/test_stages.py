@@ -208,7 +208,7 @@ def test_zero3_gathers_each_weight_at_most_twice_in_a_joint_forward(tmp_path, sy
     (tmp_path / "watch.py").write_text(GATHERS)
     run_ranks([str(tmp_path / "watch.py"), str(tmp_path / "counts"), *command], 2)
     counts = eval((tmp_path / "counts").read_text())
-    assert set(counts.values()) <= {1, 2}
+    assert {k: v for k, v in counts.items() if v > 2} == {}
     for i in range(3):
         for part in ("attn.qkv.weight", "attn.proj.weight", "norm1.weight"):
             assert counts[f"transformer.blocks.{i}.{part}"] == 2
@@ -227,7 +227,8 @@ from vlmo_ds.training import run
 train = run.train_stage
 def live():
     gc.collect()
-    return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+    tensors = (o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 def measured(*args, **kwargs):
     kwargs_source = sum(v.nbytes for v in (kwargs["source"] or {}).values())
     before = live() - kwargs_source

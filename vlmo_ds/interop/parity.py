@@ -50,7 +50,7 @@ def build(golden: dict, tasks: dict[str, float], dtype: torch.dtype) -> VLMo:
 
 def features(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every recorded encoding, from one walk of the stack."""
-    text = model.embed_texts({"clean": batch["text_ids"], "masked": batch["text_ids_mlm"]})
+    text = model.embed_texts({"clean": batch["text_ids"], "masked": batch["text_ids_mlm"]}, model.token_types())
     mask, length = batch["text_masks"], batch["text_ids"].shape[1]
     rows = torch.arange(len(batch["image"]))
     streams = {
@@ -62,7 +62,7 @@ def features(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     before_norm: list[Tensor] = []
     hook = model.transformer.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
-    encoded = model.encode(streams, batch["image"])
+    encoded = model.encode(streams, batch["image"], model.token_types())
     hook.remove()
     raw = {}  # the reference records one-modality class tokens before the final norm
     pieces = place(list(streams.values()), upper_order(list(streams.values())), model.transformer.window**2 + 1)

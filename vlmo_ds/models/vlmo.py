@@ -139,7 +139,8 @@ class VLMo(nn.Module):
         if "itc" in tasks or "itm" in tasks:
             texts["clean"] = batch["text_ids"]
         images = normalize(batch["image"], self.transformer.cls_token.dtype) if self.needs_image else None
-        text = self.embed_texts(texts)
+        types = self.token_types()
+        text = self.embed_texts(texts, types)
         mask = batch.get("text_masks")
         rows = torch.arange(len(images), device=images.device) if images is not None else None
         joint = [name for name, task in (("masked", "mlm"), ("clean", "itm")) if task in tasks]
@@ -154,7 +155,7 @@ class VLMo(nn.Module):
             streams["image"] = Stream(image_rows_B=rows, vl_twin=True)
         if "mim" in tasks:
             streams["mim"] = Stream(image_rows_B=rows)
-        wave1 = self.encode(streams, images, batch["image_mask"] if "mim" in tasks else None)
+        wave1 = self.encode(streams, images, types, batch["image_mask"] if "mim" in tasks else None)
 
         out = StepOutput(torch.zeros(()), {}, {}, {})
         if "mim" in tasks:
@@ -181,7 +182,7 @@ class VLMo(nn.Module):
             self.record(out, "itc", ((loss + vl_loss) / 2, ratios))
             out.values.update({"itc/logit_scale": main.scale.detach(), "itc/vl_logit_scale": twin.scale.detach()})
         if "itm" in tasks:
-            cls = torch.cat((pairs["clean"][:, 0], self.mined_pairs(batch, images, text["clean"], main)))
+            cls = torch.cat((pairs["clean"][:, 0], self.mined_pairs(batch, images, text["clean"], types, main)))
             self.record(out, "itm", itm_loss(self.itm_score(self.pooler(cls)), self.collector))
         return out._replace(loss=sum(out.losses.values()))
 
@@ -194,7 +195,7 @@ class VLMo(nn.Module):
         out.losses[task] = loss * self.tasks[task]
         out.ratios.update({f"{task}/{name}": ratio for name, ratio in ratios.items()})
 
-    def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, contrast) -> Tensor:
+    def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, types_2D: Tensor, contrast) -> Tensor:
         """Wave 2: class tokens of (text, wrong image), then of (wrong text, image), [2B, D]."""
         negatives = mine_negatives(
             contrast, batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector
@@ -208,34 +209,38 @@ class VLMo(nn.Module):
         )
         keep = max(int(wrong_masks.sum(1).max()), text_BLD.shape[1])
         mask = torch.cat((masks, wrong_masks))[:, :keep]
-        wrong_text_BLD = self.embed_texts({"wrong": wrong_ids[:, :keep]})["wrong"]
+        wrong_text_BLD = self.embed_texts({"wrong": wrong_ids[:, :keep]}, types_2D)["wrong"]
         padded_text_BLD = F.pad(text_BLD, (0, 0, 0, keep - text_BLD.shape[1]))
         pairs = Stream(
             torch.cat((padded_text_BLD, wrong_text_BLD)), mask, torch.arange(2 * len(ids), device=mask.device)
         )
         pixels = torch.cat((normalize(wrong_image, images.dtype), images))
-        return self.encode({"pairs": pairs}, pixels)["pairs"].tokens_BLD[:, 0]
+        return self.encode({"pairs": pairs}, pixels, types_2D)["pairs"].tokens_BLD[:, 0]
 
     # ---- encodings ----
 
     def encode(
-        self, streams: Mapping[str, Stream], images: Tensor | None, image_mask: Tensor | None = None
+        self,
+        streams: Mapping[str, Stream],
+        images: Tensor | None,
+        types_2D: Tensor,
+        image_mask: Tensor | None = None,
     ) -> dict[str, Encoded]:
         """Walks the block stack once for all streams. images: normalised, what the streams' image_rows_B point to."""
-        image_type = None
-        if images is not None:
-            image_type = self.token_type_embeddings(torch.ones(1, dtype=torch.long, device=images.device))
         encoded = self.transformer(
-            list(streams.values()), self.relative_position_bias_table, images, image_type, image_mask
+            list(streams.values()), self.relative_position_bias_table, images, types_2D[1], image_mask
         )
         return dict(zip(streams, encoded, strict=True))
 
-    def embed_texts(self, texts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def token_types(self) -> Tensor:
+        """The embeddings that mark text (0) and image (1) tokens, [2, D]: read once a step, for both walks."""
+        return self.token_type_embeddings(torch.arange(2, device=self.token_type_embeddings.weight.device))
+
+    def embed_texts(self, texts: Mapping[str, Tensor], types_2D: Tensor) -> dict[str, Tensor]:
         """Word (and position) embeddings plus VLMo's token type 0, one call for all texts of equal length."""
         if not texts:
             return {}
-        ids = torch.cat(list(texts.values()))
-        embedded = self.text_embeddings(ids) + self.token_type_embeddings(ids.new_zeros(1))
+        embedded = self.text_embeddings(torch.cat(list(texts.values()))) + types_2D[0]
         return dict(zip(texts, embedded.split([len(t) for t in texts.values()]), strict=True))
 
     def itc_features(self, image: Encoded | None, text: Encoded | None) -> dict[str, Tensor]:
@@ -255,20 +260,22 @@ class VLMo(nn.Module):
         """image [B, 3, S, S] -> contrastive features image and vl_image, [B, D]."""
         images = normalize(batch["image"], self.transformer.cls_token.dtype)
         stream = Stream(image_rows_B=torch.arange(len(images), device=images.device), vl_twin=True)
-        return self.itc_features(self.encode({"image": stream}, images)["image"], None)
+        return self.itc_features(self.encode({"image": stream}, images, self.token_types())["image"], None)
 
     def encode_text(self, batch: Batch) -> dict[str, Tensor]:
         """text_ids, text_masks [B, L] -> contrastive features text and vl_text, [B, D]."""
-        text = self.embed_texts({"text": batch["text_ids"]})["text"]
+        types = self.token_types()
+        text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
         stream = Stream(text, batch["text_masks"], vl_twin=True)
-        return self.itc_features(None, self.encode({"text": stream}, None)["text"])
+        return self.itc_features(None, self.encode({"text": stream}, None, types)["text"])
 
     def match(self, batch: Batch) -> Tensor:
         """image, text_ids, text_masks of B pairs -> [B] log-odds that they match."""
         images = normalize(batch["image"], self.transformer.cls_token.dtype)
-        text = self.embed_texts({"text": batch["text_ids"]})["text"]
+        types = self.token_types()
+        text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
         stream = Stream(text, batch["text_masks"], torch.arange(len(images), device=images.device))
-        pooled = self.pooler(self.encode({"pair": stream}, images)["pair"].tokens_BLD[:, 0])
+        pooled = self.pooler(self.encode({"pair": stream}, images, types)["pair"].tokens_BLD[:, 0])
         logits = self.itm_score(pooled).float()
         return logits[:, 1] - logits[:, 0]
 

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
-from torch import nn
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+from torch import Tensor, nn
 
 from vlmo_ds.config import RecipeError, StageConfig, nearest
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
@@ -157,6 +160,8 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
             parameter.data = parameter.data.view(1)
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
+    half = any(merged.get(precision, {}).get("enabled") for precision in ("bf16", "fp16"))
+    exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if half else {}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -164,10 +169,35 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
         config=copy.deepcopy(merged),
         dist_init_required=False,
     )
+    # DeepSpeed makes its float32 weights from the half-precision ones: give them back the bits they lost, so that a
+    # hand-over changes nothing.
+    for name, parameter in engine.module.named_parameters():
+        if name in exact:
+            set_full_fp32(parameter, exact.pop(name))
     return engine
 
 
+def set_full_fp32(parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets the float32 value that the optimiser holds (every rank has to call, with the whole value)."""
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # ZeRO-3: DeepSpeed 0.19's own function fails where the ranks do not divide the number of elements
+    part = parameter.ds_tensor.numel()
+    rank, ranks = (f(group=parameter.ds_process_group) for f in (dist.get_rank, dist.get_world_size))
+    flat = nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
+    safe_set_local_fp32_param(parameter, flat.narrow(0, part * rank, part))
+
+
 def release(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Ends an engine; with its last reference goes all of its memory."""
+    """Ends an engine; with its last reference goes all of its memory.
+
+    DeepSpeed 0.19's destroy() leaves every ZeRO-3 engine alive in two places: the list of modules in their forward
+    pass keeps the model, and a cache on a method of the parameter coordinator keeps the coordinator.
+    """
     engine.destroy()
-    parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed 0.19 leaves every ZeRO-3 model in this list
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(method, "__closure__", None) or ():  # the cache is inside a decorator for profiler ranges
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()

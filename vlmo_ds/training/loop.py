@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release
+from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release, set_full_fp32
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable
 
@@ -145,4 +145,4 @@ def clamp_scales(model: VLMo) -> None:
         if value is None:
             parameter.clamp_(max=MAX_LOG_SCALE)
         elif float(value) > MAX_LOG_SCALE:
-            safe_set_full_fp32_param(parameter, value.clamp(max=MAX_LOG_SCALE))
+            set_full_fp32(parameter, value.clamp(max=MAX_LOG_SCALE))
