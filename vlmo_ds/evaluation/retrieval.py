@@ -168,7 +168,7 @@ def evaluate(model: VLMo, data: RetrievalSet, config: RetrievalConfig, collector
     best = {"text_to_image": logits_TI, "image_to_text": logits_TI.t().contiguous()}
     correct = {"text_to_image": correct_TI, "image_to_text": correct_TI.t()}
     metrics = {direction: {"itc": recalls(score, correct[direction])} for direction, score in best.items()}
-    if config.rerank:
+    if config.rerank and "itm" in model.tasks:
         for direction in best:
             texts = direction == "text_to_image"
             best[direction] = rerank(model, data, best[direction], texts, config.rerank, config.batch_size, collector)

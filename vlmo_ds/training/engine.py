@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def start_distributed(timeout_minutes: float = 10) -> None:
         # DeepSpeed would compile an all-reduce over shared memory at the first start (25 s and a C++ compiler; the
         # quickstart's steps are 3 to 6% faster with it). Without it every CPU run goes through gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 renamed: one warning per call site and rank
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
 
 
