@@ -33,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", type=Path, nargs="+", required=True, help="text files")
     sub.add_argument("--words", type=positive, default=32, help="words per sample at most (default: %(default)s)")
     sub = dataset("synthetic", "the built-in world: folders train, test and text under --output")
-    sub.add_argument("--train", type=positive, default=20000, help="training scenes (default: %(default)s)")
+    sub.add_argument("--train", type=positive, default=16000, help="training scenes (default: %(default)s)")
     sub.add_argument("--test", type=positive, default=256, help="held-out scenes (default: %(default)s)")
-    sub.add_argument("--text", type=positive, default=20000, help="sentences of the text corpus (default: %(default)s)")
-    sub.add_argument("--image_size", type=positive, default=64, help="pixels per side (default: %(default)s)")
+    sub.add_argument("--text", type=positive, default=16000, help="sentences of the text corpus (default: %(default)s)")
+    sub.add_argument("--image_size", type=positive, default=96, help="pixels per side (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     return top
 
