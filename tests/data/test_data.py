@@ -17,7 +17,7 @@ from vlmo_ds.data.loader import BatchDataset, batches, check_samples, spec_for
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import SampleOrder, generator
 from vlmo_ds.data.shards import DataError, expand, list_shards, read_sample
-from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmo_ds.data.tokenizer import hub_is_reachable, load_tokenizer, train_tokenizer
 from vlmo_ds.data.transforms import TRANSFORMS, decode
 
 COUNTS = [5, 30, 1, 17, 11]
@@ -194,7 +194,10 @@ def test_berts_vocabulary(shared_data):
 
 
 def test_tokenizer_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("vlmo_ds.data.tokenizer.ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    assert not hub_is_reachable()
     with pytest.raises(DataError, match="tokenizer: 'no-such-tokenizer' is no folder here"):
         load_tokenizer("no-such-tokenizer")
     with pytest.raises(DataError, match="holds neither tokenizer.json nor vocab.txt"):

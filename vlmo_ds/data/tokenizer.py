@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub.constants import ENDPOINT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -31,7 +35,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         if path.exists() and not (path / "tokenizer.json").is_file():
             raise DataError(f"tokenizer: {name} holds neither tokenizer.json nor vocab.txt")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_is_reachable())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(
@@ -45,6 +49,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "padding id 0 and the special tokens of BERT"
         )
     return tokenizer
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hugging Face hub answers: without this question, a machine without a network waits a minute for retries."""
+    if "https" in getproxies():
+        return True
+    address = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
