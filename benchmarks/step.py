@@ -20,6 +20,7 @@ from common import measured, write_results
 
 from vlmo_ds.config import ModelConfig
 from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.training.host import prepare_cpu
 
 TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
 
@@ -67,6 +68,8 @@ def batch_of(config: ModelConfig, pairs: int, text_len: int, device: torch.devic
 def one(arch: str, pairs: int, dtype_name: str, repeats: int, text_len: int) -> dict:
     """One setting, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        prepare_cpu()
     dtype = getattr(torch, dtype_name)
     config = ModelConfig(arch=arch, vocab_size=30522)
     model = VLMo(config, TASKS).to(device=device, dtype=dtype).train()

@@ -25,6 +25,7 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from vlmo_ds.config import RecipeError, StageConfig, nearest
+from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
 
 REMOVED = (
@@ -50,10 +51,8 @@ def start_distributed(timeout_minutes: float = 10) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    elif "OMP_NUM_THREADS" not in os.environ:  # the deepspeed launcher sets none: every rank would take all cores
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if not torch.cuda.is_available():
+    else:
+        prepare_cpu()
         # DeepSpeed would compile an all-reduce over shared memory at the first start (25 s and a C++ compiler; the
         # quickstart's steps are 3 to 6% faster with it). Without it every CPU run goes through gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
