@@ -44,7 +44,7 @@ def curve(title: str, series: dict[str, list[tuple[int, float]]], width: int = 3
         y = y0 + (y1 - y0) * i / 4
         _, py = place(x0, y)
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#e6ebf0"/>')
-        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.2g}</text>')
     for x in (x0, x1):
         px, _ = place(x, y0)
         parts.append(f'<text x="{px:.1f}" y="{height - 6}" text-anchor="{"start" if x == x0 else "end"}">{x}</text>')
