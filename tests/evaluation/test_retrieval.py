@@ -67,6 +67,7 @@ def worker(output: str) -> None:
     if torch.distributed.get_rank() == 0:
         with open(output, "w") as file:
             json.dump([result.metrics, result.text_to_image.tolist()], file)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

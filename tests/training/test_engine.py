@@ -28,6 +28,7 @@ for name, parameter in engine.module.named_parameters():
 clamp_scales(engine.module)
 scales = [float(safe_get_full_fp32_param(p)) for p in (engine.module.logit_scale, engine.module.logit_vl_scale)]
 assert abs(scales[0] - math.log(100)) < 1e-6 and scales[1] == float(before["logit_vl_scale"]), scales
+dist.barrier()
 dist.destroy_process_group()
 print("DONE")
 """

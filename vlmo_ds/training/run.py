@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             merge(ds_config, stage, world_size)
         start_distributed()
         run_stages(args, recipe, ds_config, stages)
+        dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
     except (RecipeError, DataError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
