@@ -1,4 +1,4 @@
-"""Runs launch/quickstart.sh after installation and keeps its wall time, throughput and retrieval scores.
+"""Runs launch/quickstart.sh after installation and keeps its wall time and retrieval scores.
 
     python benchmarks/quickstart.py [--output FILE] [key=value ...]
 

@@ -9,6 +9,7 @@ work is counted from the shapes (model_flops); recomputation and padding do not 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -23,6 +24,7 @@ from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.host import prepare_cpu
 
 TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
+MEMORY = "what the C library does with freed memory on a CPU: kept as in training, or returned as is its default"
 
 
 def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -> float:
@@ -33,10 +35,7 @@ def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -
     # joint sequences: masked, matched, two kinds of wrong pairs; text alone and image alone twice in the upper layers
     sequences = [(4.0, joint), (1.0 + upper, text_len), (1.0 + upper, image)]
     per_layer = sum(n * (length * (8 + 4 * config.mlp_ratio) * d**2 + 4 * length**2 * d) for n, length in sequences)
-    embeddings = (
-        2 * 2 * patches * (3 * config.patch_size**2) * d
-    )  # images of wave 1, and matched + wrong ones of wave 2
-    embeddings += 2 * patches * (3 * config.patch_size**2) * d
+    embeddings = 3 * 2 * patches * (3 * config.patch_size**2) * d  # wave 1, and wave 2's matched and wrong images
     heads = 4 * 2 * d**2 + 3 * (2 * d**2 + 4 * d)
     return pairs * (config.depth * per_layer + embeddings + heads) + masked * (2 * d**2 + 2 * d * config.vocab_size)
 
@@ -65,10 +64,10 @@ def batch_of(config: ModelConfig, pairs: int, text_len: int, device: torch.devic
     return {k: v.to(device) for k, v in batch.items()} | {"negative_seed": torch.tensor(0)}
 
 
-def one(arch: str, pairs: int, dtype_name: str, repeats: int, text_len: int) -> dict:
+def one(arch: str, pairs: int, dtype_name: str, memory: str, repeats: int, text_len: int) -> dict:
     """One setting, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
+    if device.type == "cpu" and memory == "kept":
         prepare_cpu()
     dtype = getattr(torch, dtype_name)
     config = ModelConfig(arch=arch, vocab_size=30522)
@@ -94,6 +93,7 @@ def one(arch: str, pairs: int, dtype_name: str, repeats: int, text_len: int) -> 
         "text_len": text_len,
         "batch": pairs,
         "dtype": dtype_name,
+        "freed_memory": memory,
         "seconds_per_step": round(seconds, 4),
         "pairs_per_second": round(pairs / seconds, 3),
         "peak_memory_gb": round(peak / 1e9, 2),
@@ -110,21 +110,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--text_len", type=int, default=40, help="tokens, none of them padding (default: %(default)s)")
+    parser.add_argument("--memory", nargs="+", choices=["kept", "returned"], default=["kept"], help=MEMORY)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.arch, args.batch[0], args.dtype[0], args.repeats, args.text_len)))
+        print(json.dumps(one(args.arch, args.batch[0], args.dtype[0], args.memory[0], args.repeats, args.text_len)))
         return
     results = []
-    for dtype in args.dtype:
-        for pairs in args.batch:
-            command = [sys.executable, __file__, "--one", "--arch", args.arch, "--batch", str(pairs), "--dtype", dtype]
-            command += ["--repeats", str(args.repeats), "--text_len", str(args.text_len)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-            print(json.dumps(results[-1]), flush=True)
+    for dtype, pairs, memory in itertools.product(args.dtype, args.batch, args.memory):
+        command = [sys.executable, __file__, "--one", "--arch", args.arch, "--batch", str(pairs), "--dtype", dtype]
+        command += ["--memory", memory, "--repeats", str(args.repeats), "--text_len", str(args.text_len)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(results[-1]), flush=True)
     if args.output:
         write_results(args.output, results)
 

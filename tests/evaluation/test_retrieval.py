@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
@@ -14,8 +15,6 @@ from vlmo_ds.evaluation.retrieval import RetrievalSet, evaluate, recalls, rerank
 
 
 def small_set(images=11, per_image=2) -> RetrievalSet:
-    import numpy as np
-
     g = torch.Generator().manual_seed(3)
     texts = images * per_image
     tokens = [

@@ -208,7 +208,7 @@ def test_zero3_gathers_each_weight_at_most_twice_in_a_joint_forward(tmp_path, sy
     (tmp_path / "watch.py").write_text(GATHERS)
     run_ranks([str(tmp_path / "watch.py"), str(tmp_path / "counts"), *command], 2)
     counts = eval((tmp_path / "counts").read_text())
-    assert {k: v for k, v in counts.items() if v > 2} == {}
+    assert {k: v for k, v in counts.items() if v not in (1, 2)} == {}
     for i in range(3):
         for part in ("attn.qkv.weight", "attn.proj.weight", "norm1.weight"):
             assert counts[f"transformer.blocks.{i}.{part}"] == 2

@@ -14,8 +14,8 @@ def prepare_cpu() -> None:
     """Splits the cores among the ranks of this machine, and lets freed memory be used again.
 
     The C library maps every block of more than 32 MB anew and gives it back when it is freed, so that each activation
-    of a large model costs its page faults in every step (benchmarks/step.py: 14.4 s against 8.9 s for a joint step of
-    vlmo_base with 8 pairs in bf16). Elsewhere than on Linux with the GNU C library memory stays as it is.
+    of a large model costs its page faults in every step (`benchmarks/step.py --memory kept returned` measures how
+    much). Elsewhere than on Linux with the GNU C library memory stays as it is.
     """
     if "OMP_NUM_THREADS" not in os.environ:  # the deepspeed launcher sets none: every rank would take all cores
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
