@@ -25,9 +25,10 @@ setup(
         "safetensors",
         "pyyaml",
         "pillow",
+        "simplejpeg",
         "numpy",
         "pydantic>=2",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "ruff"]},
+    extras_require={"arrow": ["pyarrow"], "test": ["pytest", "ruff", "pyarrow"]},
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vlmo_ds.data.shards import write_atomically
+from vlmo_ds.data.storage import write_atomically
 
 
 def machine() -> dict[str, str | int]:

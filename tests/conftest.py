@@ -48,7 +48,7 @@ def tiny_recipe(data: Path, **changes) -> dict:
         return {
             "name": name,
             "tasks": tasks,
-            "data": {"shards": [str(data / shards)], "transform": "square", "lanes": 8},
+            "data": {"shards": [str(data / shards)], "transform": "square_transform", "lanes": 8},
             "global_batch_size": 8,
             "steps": 3,
             "log_images_every": 0,

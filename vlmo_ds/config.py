@@ -144,20 +144,79 @@ class TokenizerConfig(Settings):
     vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
 
 
-class DataConfig(Settings):
-    """One training set: shards and how a sample becomes a model input."""
+Transform = Literal[
+    "square_transform", "square_transform_randaug", "pixelbert", "pixelbert_randaug", "crop_flip", "crop_flip_randaug"
+]
 
-    shards: list[str] = Field(min_length=1, description="tar files or folders of them; {000..009} and * are expanded")
-    transform: Literal["square", "square_randaug", "crop_flip", "crop_flip_randaug"] = Field(
-        "square_randaug", description="augmentation of images (data/transforms.py)"
+
+class SourceConfig(Settings):
+    """One source of a mixture."""
+
+    shards: list[str] = Field(
+        min_length=1, description="tar files, folders of them, URLs; {000..009} and * are expanded"
     )
+    index: str | None = Field(None, description="index file; null: the index.json beside the shards")
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    transform: Transform | None = Field(None, description="augmentation of this source's images; null: the data's")
+
+
+class DataConfig(Settings):
+    """Training data: one set of shards or a mixture of sources, and how a sample becomes a model input."""
+
+    shards: list[str] = Field([], description="tar files, folders of them, URLs; {000..009} and * are expanded")
+    index: str | None = Field(None, description="index file of `shards`; null: the index.json beside them")
+    sources: dict[str, SourceConfig] = Field({}, description="a mixture, instead of `shards`: name -> source")
+    mixing: Literal["random", "exact"] = Field(
+        "random",
+        description="random: each sample's source is drawn by weight; exact: weights are whole numbers, and every run "
+        "of sum(weights) samples holds so many of each source",
+    )
+    transform: Transform = Field("square_transform_randaug", description="augmentation of images (data/transforms.py)")
+    image_only: bool | None = Field(None, description="read images alone, no text; null: what the tasks need")
+    text_only: bool | None = Field(None, description="read text alone, no images; null: what the tasks need")
+    draw_false_image: int = Field(0, ge=0, description="images of other samples added to each (false_image_0, ...)")
+    draw_false_text: int = Field(0, ge=0, description="texts of other samples added to each (false_text_0_ids, ...)")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of words that are masked")
     whole_word_masking: bool = Field(True, description="mask all pieces of a word together")
     mim_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches that are masked (BEiT: 0.4)")
-    lanes: int = Field(64, gt=0, description="virtual lanes of the stream; ranks x workers must divide it")
+    lanes: int = Field(
+        64, gt=0, description="parts that each epoch is cut into; a rank stays on its own where ranks divide it"
+    )
     shuffle: int = Field(4096, gt=0, description="window of the shuffle within a lane, in samples")
+    length_bucketing: int = Field(
+        1, gt=0, description="batches whose samples are sorted by text length together and cut anew; 1: none"
+    )
     workers: int = Field(0, ge=0, description="loader processes per rank")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="stop when more samples than this cannot be decoded")
+    prefetch: int = Field(4, gt=0, description="batches that each loader process keeps ready")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="stop when a larger share of a source's samples cannot be used"
+    )
+    cache: str | None = Field(None, description="folder for copies of remote shards; null: in the temporary directory")
+    cache_size_gb: float = Field(100.0, gt=0, description="copies not used for longest are removed beyond this")
+    tries: int = Field(6, gt=0, description="times a remote shard is asked for before it counts as missing")
+    stall_seconds: float = Field(60.0, gt=0, description="a transfer without a byte for so long is begun anew")
+
+    @model_validator(mode="after")
+    def check_sources(self) -> DataConfig:
+        if bool(self.shards) == bool(self.sources):
+            raise ValueError(
+                f"{'both' if self.shards else 'neither'} of shards and sources given: name shards, or sources for a mixture"
+            )
+        if self.sources and self.index:
+            raise ValueError("index belongs to shards; in a mixture it is given for each source")
+        fractions = {name: s.weight for name, s in self.sources.items() if s.weight != int(s.weight)}
+        if self.mixing == "exact" and fractions:
+            raise ValueError(f"mixing 'exact' needs whole numbers as weights, found {fractions}")
+        if self.image_only and (self.text_only or self.draw_false_text):
+            raise ValueError("image_only leaves no text: text_only and draw_false_text have to be off")
+        if self.text_only and self.draw_false_image:
+            raise ValueError("text_only leaves no images: draw_false_image has to be 0")
+        return self
+
+    @property
+    def mixture(self) -> dict[str, SourceConfig]:
+        """All sources; `shards` are one called 'data'."""
+        return self.sources or {"data": SourceConfig(shards=self.shards, index=self.index)}
 
 
 class OptimizerConfig(Settings):
@@ -221,6 +280,14 @@ class StageConfig(Settings):
             raise ValueError(
                 f"task '{alone.pop()}' trains on one modality and goes alone in a stage, found {list(self.tasks)}"
             )
+        for setting, alone_task in (("image_only", "mim"), ("text_only", "textmlm")):
+            if getattr(self.data, setting) and set(self.tasks) != {alone_task}:
+                raise ValueError(
+                    f"data.{setting} is true, which fits task '{alone_task}' alone, found {list(self.tasks)}"
+                )
+        for setting, alone_task in (("draw_false_image", "textmlm"), ("draw_false_text", "mim")):
+            if getattr(self.data, setting) and alone_task in self.tasks:
+                raise ValueError(f"data.{setting} is {getattr(self.data, setting)}, but task '{alone_task}' reads none")
         if "itm" in self.tasks and "itc" not in self.tasks:
             raise ValueError(
                 "task 'itm' draws its negatives from the similarities of 'itc': add itc to the stage's tasks"

@@ -1,75 +1,19 @@
-"""Order, masks, transforms, tokenizer, shards and batches."""
+"""Masks, transforms, tokenizer, and the synthetic world."""
 
 import io
-import json
-import tarfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from data.files import jpeg
 from PIL import Image
 
-from vlmo_ds.config import DataConfig
 from vlmo_ds.data import synthetic as world
-from vlmo_ds.data.loader import BatchDataset, batches, check_samples, spec_for
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
-from vlmo_ds.data.order import SampleOrder, generator
-from vlmo_ds.data.shards import DataError, expand, list_shards, read_sample
+from vlmo_ds.data.order import generator
+from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import hub_is_reachable, load_tokenizer, train_tokenizer
-from vlmo_ds.data.transforms import TRANSFORMS, decode
-
-COUNTS = [5, 30, 1, 17, 11]
-
-
-def jpeg(size=(20, 10), colour=(200, 30, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-# ---- order ----
-
-
-@pytest.mark.parametrize("lanes, window", [(1, 100), (4, 3), (8, 1), (64, 7), (1000, 4)])
-def test_each_lane_sees_its_part_of_an_epoch_once(lanes, window):
-    order = SampleOrder(COUNTS, lanes=lanes, window=window, seed=1)
-    for epoch in range(3):
-        seen = Counter()
-        for lane in range(order.lanes):
-            length = (lane + 1) * 64 // order.lanes - lane * 64 // order.lanes
-            for position in range(epoch * length, (epoch + 1) * length):
-                at, shard, row = order.locate(lane, position)
-                assert at == epoch
-                seen[shard, row] += 1
-        assert seen == Counter({(s, r): 1 for s, n in enumerate(COUNTS) for r in range(n)})
-
-
-def test_order_depends_on_seed_and_epoch_only():
-    def first(seed):
-        order = SampleOrder(COUNTS, lanes=4, window=8, seed=seed)
-        return [order.batch(i, 8) for i in range(20)]
-
-    assert first(1) == first(1) != first(2)
-    fresh = SampleOrder(COUNTS, lanes=4, window=8, seed=1)
-    assert fresh.batch(13, 8) == first(1)[13]  # any position, without the ones before
-
-
-def test_a_rank_stays_on_its_lanes():
-    order = SampleOrder([100] * 8, lanes=8, window=10, seed=0)
-    shards = {shard for i in range(10) for _, shard, _ in order.batch(i, 16)[:4]}  # the first of four ranks
-    assert len(shards) == 2
-
+from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage
 
 # ---- masks ----
 
@@ -132,11 +76,49 @@ def test_blocks_cover_exactly_the_share_and_hang_together(window):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_give_the_size_and_repeat(name):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
-    first, again, other = (TRANSFORMS[name](image, 32, generator(s)) for s in (1, 1, 2))
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(buffer, "PNG")
+    first, again, other = (TRANSFORMS[name](EncodedImage(buffer.getvalue()), 32, generator(s)) for s in (1, 1, 2))
     assert first.size == (32, 32) and first.mode == "RGB"
     assert np.array_equal(first, again)
-    assert (name == "square") == np.array_equal(first, other)
+    assert (name in ("square_transform", "pixelbert")) == np.array_equal(first, other)
+
+
+def test_pixelbert_keeps_the_aspect_ratio():
+    image = np.asarray(TRANSFORMS["pixelbert"](EncodedImage(jpeg((40, 20), (255, 0, 0))), 32, generator(0)))
+    assert (image[:8] == 128).all() and (image[24:] == 128).all()
+    assert (abs(image[8:24].astype(int) - (254, 0, 0)) < 3).all()
+
+
+def photograph(size) -> Image.Image:
+    """Smooth structure with some noise, as photographs have."""
+    y, x = np.mgrid[: size[1], : size[0]] / 40
+    waves = np.stack([np.sin(x + c) * np.cos(y - c) for c in range(3)], -1) * 100 + 128
+    return Image.fromarray((waves + np.random.default_rng(0).normal(0, 4, waves.shape)).clip(0, 255).astype(np.uint8))
+
+
+def test_reduced_decoding_shows_the_same_picture():
+    buffer = io.BytesIO()
+    photograph((1203, 901)).save(buffer, "JPEG", quality=90)
+    image = EncodedImage(buffer.getvalue())
+    assert image.decode().shape == (901, 1203, 3) and image.decode(2).shape == (226, 301, 3)
+    whole = Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+    def difference(box):
+        wanted = whole.crop(box).resize((224, 224), Image.Resampling.BICUBIC)
+        return abs(np.asarray(image.resized(224, 224, box)).astype(int) - np.asarray(wanted))
+
+    assert difference((100, 52, 1100, 852)).mean() < 0.5
+    assert difference((101, 51, 1101, 851)).mean() < 2.0  # the box moves by a quarter of a pixel
+    assert difference((11, 7, 400, 300)).max() <= 1  # no reduction possible: nothing may be lost
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_jpegs_in_other_colours(mode):
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), (90, 90, 90)).convert(mode).save(buffer, "JPEG")
+    image = EncodedImage(buffer.getvalue()).resized(16, 16)
+    assert image.mode == "RGB" and abs(np.asarray(image).astype(int) - 90).max() < 4
 
 
 @pytest.mark.parametrize(
@@ -145,11 +127,13 @@ def test_transforms_give_the_size_and_repeat(name):
         (b"", "not a readable image"),
         (b"hello world", "not a readable image"),
         (b"\x89PNG\r\n\x1a\n", "not a readable image"),
+        (b"\xff\xd8\xff\xe0 not a JPEG", "not a readable image"),
+        (jpeg((200, 200))[:700], "not a readable image"),
     ],
 )
 def test_unreadable_images_say_why(data, reason):
     with pytest.raises(ValueError, match=reason):
-        decode(data)
+        EncodedImage(data).decode()
 
 
 def test_a_decompression_bomb_is_refused():
@@ -165,7 +149,7 @@ def test_a_decompression_bomb_is_refused():
         + chunk(b"IEND", b"")
     )
     with pytest.raises(ValueError, match="exceeds limit|at most"):
-        decode(bomb)
+        EncodedImage(bomb).decode()
 
 
 # ---- tokenizer ----
@@ -202,116 +186,6 @@ def test_tokenizer_that_is_not_there(tmp_path, monkeypatch):
         load_tokenizer("no-such-tokenizer")
     with pytest.raises(DataError, match="holds neither tokenizer.json nor vocab.txt"):
         load_tokenizer(str(tmp_path))
-
-
-# ---- shards ----
-
-
-def test_expand_and_count(tmp_path):
-    for i in range(3):
-        write_tar(tmp_path / f"a-{i:03d}.tar", {"x.jpg": jpeg(), "x.txt": b"one", "y.jpg": jpeg(), "y.txt": b"two"})
-    names = [p.name for p in expand([f"{tmp_path}/a-{{000..001}}.tar", f"{tmp_path}/a-00[2].tar"])]
-    assert names == ["a-000.tar", "a-001.tar", "a-002.tar"]
-    assert [s.samples for s in list_shards([str(tmp_path)])] == [2, 2, 2]
-
-
-@pytest.mark.parametrize(
-    "name, message", [("missing.tar", "missing.tar does not exist"), ("empty", "holds no .tar file")]
-)
-def test_missing_shards(tmp_path, name, message):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=message):
-        expand([str(tmp_path / name)])
-
-
-def test_unfinished_folder_is_refused(tmp_path):
-    write_tar(tmp_path / "a-000000.tar", {"x.txt": b"one"})
-    (tmp_path / "shard.tar.tmp").touch()
-    with pytest.raises(DataError, match="is unfinished"):
-        expand([str(tmp_path)])
-
-
-def test_captions_and_ids(tmp_path):
-    meta = json.dumps({"captions": ["a dog", "  ", "two\0 dogs"], "image_id": 42}).encode()
-    path = write_tar(tmp_path / "a.tar", {"k.jpg": jpeg(), "k.json": meta, "e.jpg": jpeg(), "e.txt": b" \n "})
-    sample, empty = read_sample(path, 0), read_sample(path, 1)
-    assert sample.captions == ["a dog", "two dogs"] and sample.image_id == 42
-    assert sample.sample_id == read_sample(path, 0).sample_id != empty.sample_id == empty.image_id
-    with pytest.raises(DataError, match="e has an empty caption"):
-        _ = empty.captions
-
-
-# ---- batches ----
-
-
-def dataset(folder, tasks=("mlm", "itc"), rank=0, world=1, batch=8, **changes):
-    data = DataConfig(shards=[str(folder)], **{"transform": "square_randaug", "lanes": 8, **changes})
-    tokenizer = train_tokenizer(
-        [c for s in list_shards([str(folder)]) for r in range(s.samples) for c in safe_captions(s.path, r)], 150
-    )
-    return BatchDataset(
-        data,
-        spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 20, 3),
-        tokenizer,
-        rank=rank,
-        world_size=world,
-        batch_size=batch,
-    )
-
-
-def safe_captions(path, row):
-    try:
-        return read_sample(path, row).captions
-    except DataError:
-        return []
-
-
-def test_batches_have_what_the_tasks_need(synthetic):
-    batch = dataset(synthetic / "train")[0]
-    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (8, 3, 32, 32)
-    assert batch["text_ids"].shape[1] <= 20 and torch.equal(batch["text_masks"], (batch["text_ids"] != 0).long())
-    assert ((batch["text_labels_mlm"] != -100).sum(1) > 0).all()
-    assert set(dataset(synthetic / "train", ["mim"])[0]) == {"image", "image_mask", "image_id", "sample_id", "replaced"}
-    assert "image" not in dataset(synthetic / "text", ["textmlm"])[0]
-
-
-def test_ranks_and_workers_do_not_change_the_batches(synthetic):
-    whole = [dataset(synthetic / "train")[i] for i in range(6)]
-    for ranks in (2, 4):
-        parts = [dataset(synthetic / "train", rank=r, world=ranks, batch=8 // ranks) for r in range(ranks)]
-        for i in range(6):
-            pieces = [part[i] for part in parts]
-            for key in ("image", "sample_id", "image_id"):
-                assert torch.equal(torch.cat([p[key] for p in pieces]), whole[i][key])
-            masked = [row[row != 0] for p in pieces for row in p["text_ids_mlm"]]
-            assert all(torch.equal(a, b[b != 0]) for a, b in zip(masked, whole[i]["text_ids_mlm"], strict=True))
-    for workers in (0, 2):
-        stream = batches(dataset(synthetic / "train"), 2, 6, workers)
-        assert [torch.equal(b["image"], w["image"]) for b, w in zip(stream, whole[2:], strict=True)] == [True] * 4
-
-
-def test_augmentation_changes_with_the_epoch(synthetic):
-    data = dataset(synthetic / "train", batch=96)
-    first, second = data[0], data[1]
-    by_id = {int(i): p for i, p in zip(first["sample_id"], first["image"], strict=True)}
-    assert {int(i) for i in second["sample_id"]} == set(by_id)
-    same = sum(torch.equal(by_id[int(i)], p) for i, p in zip(second["sample_id"], second["image"], strict=True))
-    assert same < 10
-
-
-def test_bad_samples_are_replaced_and_counted(tmp_path):
-    members = {}
-    for i in range(40):
-        members[f"{i:03d}.jpg"] = b"not an image" if i == 7 else jpeg(colour=(i * 6, 0, 0))
-        members[f"{i:03d}.txt"] = f"picture {i}".encode()
-    write_tar(tmp_path / "a.tar", members)
-    data = dataset(tmp_path, batch=40, max_bad_fraction=0.1)
-    with pytest.warns(UserWarning, match="007: not a readable image"):
-        batch = data[0]
-    assert int(batch["replaced"]) == 1 and len(set(batch["sample_id"].tolist())) == 39
-    check_samples(data)
-    with pytest.raises(DataError, match=r"1 of 40 samples .*max_bad_fraction is 0.01.*a.tar:007"):
-        check_samples(dataset(tmp_path))
 
 
 # ---- the synthetic world ----

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_ranks, start_ranks, tiny_recipe, write_yaml
-from data.test_data import jpeg, write_tar
+from data.files import jpeg, write_tar
 
 from vlmo_ds.config import RecipeError, load_recipe, parse_recipe
 from vlmo_ds.training.checkpoint import hand_over
@@ -29,6 +29,10 @@ def change_stage(number, **settings):
     return lambda recipe: recipe["stages"][number].update(settings)
 
 
+def change_data(number, **settings):
+    return lambda recipe: recipe["stages"][number]["data"].update(settings)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -47,6 +51,13 @@ def change_stage(number, **settings):
         (change_stage(0, steps=0), r"stages.image.steps: .*greater than 0.*found 0"),
         (change_stage(1, name="image"), r"two stages have the same name: image, image, joint"),
         (lambda r: r.pop("stages"), r"stages: missing"),
+        (change_data(0, shards=[]), r"stages.image.data: .*neither of shards and sources given"),
+        (change_data(0, sources={"a": {"shards": ["x"]}}), r"stages.image.data: .*both of shards and sources given"),
+        (change_data(0, shards=[], sources={"coco": {"shards": ["x"], "wieght": 2}}), r"stages.image.data.sources.coco.wieght: unknown setting \(did you mean 'weight'\?\)"),
+        (change_data(0, shards=[], sources={"a": {"shards": ["x"], "weight": 0.5}}, mixing="exact"), r"mixing 'exact' needs whole numbers as weights, found \{'a': 0.5\}"),
+        (change_data(0, text_only=True), r"data.text_only is true, which fits task 'textmlm' alone, found \['mim'\]"),
+        (change_data(0, draw_false_text=1), r"data.draw_false_text is 1, but task 'mim' reads none"),
+        (change_data(0, transform="square"), r"stages.image.data.transform: .*'square_transform'.*found 'square'"),
     ],
 )  # fmt: skip
 def test_recipe_mistakes(synthetic, change, message):

@@ -105,6 +105,7 @@ def test_a_run_leaves_what_it_should(finished):
         "itc/i2t_accuracy",
         "mlm/accuracy",
         "data/replaced",
+        "data/epoch",
     } <= set(joint)
     assert joint["loss"] == pytest.approx(sum(joint[f"loss/{t}"] for t in ("mlm", "itc", "itm")))
     assert {p.name for p in run.iterdir()} == {

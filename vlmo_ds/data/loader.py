@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import DataConfig
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
-from vlmo_ds.data.order import SampleOrder, generator
-from vlmo_ds.data.shards import DataError, RawSample, list_shards, read_members, read_sample
-from vlmo_ds.data.transforms import TRANSFORMS, decode, pixels
+from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
+from vlmo_ds.data.shards import RawSample, Shard, list_shards
+from vlmo_ds.data.storage import DataError, Storage
+from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
 
 REPLACEMENTS = 8  # tries to replace a sample that cannot be read, before giving up
-CHECKED_AT_START = 256
+CHECKED_AT_START = 256  # samples of each source
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,18 @@ def spec_for(tasks: Mapping[str, float], image_size: int, patch_size: int, max_t
     )
 
 
+def source_shards(data: DataConfig) -> list[list[Shard]]:
+    """The shards of each source."""
+    settings = {"cache_bytes": int(data.cache_size_gb * 1e9), "tries": data.tries, "stall_seconds": data.stall_seconds}
+    storage = Storage(**settings, **({"cache": Path(data.cache)} if data.cache else {}))
+    return [list_shards(source.shards, storage, source.index) for source in data.mixture.values()]
+
+
 class BatchDataset(Dataset):
     """Item i is this rank's part of global micro-batch i. Whatever is random is a function of (seed, epoch, sample id).
 
-    A sample that cannot be decoded is replaced by the next one of its shard; `replaced` counts them.
+    A sample that cannot be used is replaced by another of its source, chosen by its place; a batch's "replaced" holds
+    (source, reason) for each.
     """
 
     def __init__(
@@ -66,55 +75,66 @@ class BatchDataset(Dataset):
         batch_size: int,
     ):
         self.data, self.spec, self.tokenizer = data, spec, tokenizer
-        self.shards = list_shards(data.shards)
-        self.order = SampleOrder(
-            [s.samples for s in self.shards], lanes=data.lanes, window=data.shuffle, seed=spec.seed
+        self.names = list(data.mixture)
+        self.shards = source_shards(data)
+        self.transforms = [TRANSFORMS[source.transform or data.transform] for source in data.mixture.values()]
+        seeds = [spec.seed, *(stable_seed(spec.seed, number) for number in range(1, len(self.shards)))]
+        self.sources = [
+            SourceOrder([s.samples for s in shards], lanes=data.lanes, window=data.shuffle, seed=seed)
+            for shards, seed in zip(self.shards, seeds, strict=True)
+        ]
+        mixture = Mixture([s.weight for s in data.mixture.values()], exact=data.mixing == "exact", seed=spec.seed)
+        self.order = BatchOrder(
+            self.sources, mixture, seed=spec.seed, bucket=data.length_bucketing, length=self.text_length
         )
         self.batch_size, self.global_size = batch_size, batch_size * world_size
         self.first = rank * batch_size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor | list]:
         places = self.order.batch(index, self.global_size)[self.first : self.first + self.batch_size]
-        samples, replaced = [], 0
-        for epoch, shard, row in places:
-            sample, skipped = self.load(epoch, shard, row)
+        samples: list[dict[str, np.ndarray | int]] = []
+        replaced: list[tuple[str, str]] = []
+        for place in places:
+            sample, errors = self.load(place)
             samples.append(sample)
-            replaced += skipped
-        return collate(samples, self.spec.max_text_len) | {"replaced": torch.tensor(replaced)}
+            replaced += [(self.names[place.source], error) for error in errors]
+        return {**collate(samples, self.spec.max_text_len), "replaced": replaced}
 
-    def load(self, epoch: int, shard: int, row: int) -> tuple[dict[str, np.ndarray | int], int]:
-        errors = []
-        for step in range(REPLACEMENTS):
-            place = self.shards[shard]
+    def text_length(self, place: Place) -> int:
+        """Bytes of text as the index knows them; 0 where it does not."""
+        lengths = self.shards[place.source][place.shard].text_lengths
+        return int(lengths[place.row]) if place.row < len(lengths) else 0
+
+    def load(self, place: Place) -> tuple[dict[str, np.ndarray | int], list[str]]:
+        """The sample of a place or its replacement, and why the ones before it could not be used."""
+        errors: list[str] = []
+        first = place
+        for attempt in range(REPLACEMENTS):
             try:
-                return self.make(read_sample(place.path, (row + step) % place.samples), epoch), step
-            except (DataError, ValueError) as error:
+                raw = self.shards[place.source][place.shard].read(place.row)
+                return self.make(raw, place) | self.false_partners(raw, place), errors
+            except DataError as error:
                 errors.append(str(error))
-                warnings.warn(f"replaced a sample: {error}", stacklevel=2)
-        raise DataError(f"{REPLACEMENTS} samples in a row cannot be read; the first: {errors[0]}")
+                place = self.drawn(first, 4, stable_seed(*first), attempt)
+        raise DataError(f"{REPLACEMENTS} samples in a row cannot be used; the first: {errors[0]}")
 
-    def make(self, raw: RawSample, epoch: int) -> dict[str, np.ndarray | int]:
+    def drawn(self, place: Place, *key: int) -> Place:
+        """A place of the same source and epoch, drawn by a key."""
+        source = self.sources[place.source]
+        number = int(generator(self.spec.seed, *key).integers(source.total))
+        return Place(place.source, place.epoch, *source.stored(number))
+
+    def make(self, raw: RawSample, place: Place) -> dict[str, np.ndarray | int]:
         spec, sample_id = self.spec, raw.sample_id
-        rng = generator(spec.seed, 3, epoch, sample_id)
+        rng = generator(spec.seed, 3, place.epoch, sample_id)
         out: dict[str, np.ndarray | int] = {"sample_id": sample_id, "image_id": raw.image_id}
         if spec.image:
-            try:
-                image = decode(raw.image)
-            except DataError:
-                raise
-            except ValueError as error:
-                raise DataError(f"{raw.name}: {error}") from None
-            out["image"] = pixels(TRANSFORMS[self.data.transform](image, spec.image_size, rng))
+            out["image"] = self.image(raw, place.source, rng)
         if spec.mask_image:
             out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
         if spec.text:
-            captions = raw.captions
-            encoding = self.tokenizer(
-                captions[int(rng.integers(len(captions)))], truncation=True, max_length=spec.max_text_len
-            )
+            encoding = self.encoded_text(raw, rng)
             ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-            if len(ids) < 3:
-                raise DataError(f"{raw.name} has an empty caption after tokenisation")
             out["text_ids"] = ids
             if spec.mask_text:
                 out["text_ids_mlm"], out["text_labels_mlm"] = mask_tokens(
@@ -128,13 +148,57 @@ class BatchDataset(Dataset):
                 )
         return out
 
+    def image(self, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
+        try:
+            return pixels(self.transforms[source](EncodedImage(raw.image), self.spec.image_size, rng))
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{raw.name}: {error}") from None
+
+    def encoded_text(self, raw: RawSample, rng: np.random.Generator):
+        captions = raw.captions
+        chosen = captions[int(rng.integers(len(captions)))]
+        encoding = self.tokenizer(chosen, truncation=True, max_length=self.spec.max_text_len)
+        if len(encoding["input_ids"]) < 3:
+            raise DataError(f"{raw.name} has an empty caption after tokenisation")
+        return encoding
+
+    def false_partners(self, raw: RawSample, place: Place) -> dict[str, np.ndarray]:
+        """Images and texts of other samples of the source, as the reference's draw_false_image and draw_false_text."""
+        out: dict[str, np.ndarray] = {}
+        for kind, count in (("image", self.data.draw_false_image), ("text", self.data.draw_false_text)):
+            for number in range(count):
+                name = f"false_{kind}_{number}"
+                key = (8 if kind == "image" else 9, place.epoch, raw.sample_id, number)
+                other = self.other_sample(raw, place, key)
+                rng = generator(self.spec.seed, 3, *key)
+                if kind == "image":
+                    out[name] = self.image(other, place.source, rng)
+                else:
+                    out[f"{name}_ids"] = np.asarray(self.encoded_text(other, rng)["input_ids"], dtype=np.int64)
+        return out
+
+    def other_sample(self, raw: RawSample, place: Place, key: tuple[int, ...]) -> RawSample:
+        """A sample of the source that does not show the same picture."""
+        for attempt in range(REPLACEMENTS):
+            drawn = self.drawn(place, *key, attempt)
+            other = self.shards[drawn.source][drawn.shard].read(drawn.row)
+            if other.image_id != raw.image_id:
+                return other
+        raise DataError(f"{raw.name}: {REPLACEMENTS} draws of another sample gave none with another picture")
+
+
+def stable_seed(*key: int) -> int:
+    return int(generator(*key).integers(1 << 62))
+
 
 def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int) -> dict[str, Tensor]:
     """Stacks samples; texts are padded to the longest, rounded up to a multiple of 8 (at most max_text_len)."""
     batch: dict[str, Tensor] = {}
     for key in samples[0]:
         values = [sample[key] for sample in samples]
-        if key.startswith("text_"):
+        if key.startswith(("text_", "false_text_")):
             fill = -100 if key == "text_labels_mlm" else 0
             length = min(-(-max(len(v) for v in values) // 8) * 8, max_text_len)
             stacked = np.full((len(values), length), fill, dtype=np.int64)
@@ -145,12 +209,14 @@ def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int) -> di
             batch[key] = torch.tensor(values, dtype=torch.int64)
         else:
             batch[key] = torch.from_numpy(np.stack(values))
-    if "text_ids" in batch:
-        batch["text_masks"] = (batch["text_ids"] != 0).long()
+    for key in [k for k in batch if k.endswith("_ids")]:
+        batch[key.replace("_ids", "_masks")] = (batch[key] != 0).long()
     return batch
 
 
-def batches(dataset: BatchDataset, start: int, stop: int, workers: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    dataset: BatchDataset, start: int, stop: int, workers: int, prefetch: int = 4
+) -> Iterator[dict[str, Tensor | list]]:
     """Batches start .. stop-1 in order, whatever the number of workers."""
     loader = DataLoader(
         dataset,
@@ -158,7 +224,7 @@ def batches(dataset: BatchDataset, start: int, stop: int, workers: int) -> Itera
         sampler=range(start, stop),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=prefetch if workers else None,
         multiprocessing_context="fork" if workers else None,
     )
     return iter(loader)
@@ -167,24 +233,22 @@ def batches(dataset: BatchDataset, start: int, stop: int, workers: int) -> Itera
 def check_samples(dataset: BatchDataset) -> int:
     """Reads samples from all over the shards before training; returns how many were read.
 
-    Raises DataError naming the first bad sample when more than max_bad_fraction of them are bad.
+    Raises DataError naming the first bad sample when more than max_bad_fraction of a source's are bad.
     """
-    counts = [s.samples for s in dataset.shards]
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    chosen = np.unique(np.linspace(0, starts[-1] - 1, min(CHECKED_AT_START, starts[-1])).astype(np.int64))
-    bad = []
-    for place in chosen:
-        shard = int(np.searchsorted(starts, place, side="right")) - 1
-        try:
-            path, row = dataset.shards[shard].path, int(place - starts[shard])
-            if row >= len(read_members(path)):
-                raise DataError(f"shard {path} holds fewer samples than its index says: prepare it again")
-            dataset.make(read_sample(path, row), 0)
-        except (DataError, ValueError) as error:
-            bad.append(str(error))
-    if len(bad) > dataset.data.max_bad_fraction * len(chosen):
-        raise DataError(
-            f"{len(bad)} of {len(chosen)} samples looked at cannot be used (max_bad_fraction is "
-            f"{dataset.data.max_bad_fraction}); the first: {bad[0]}"
-        )
-    return len(chosen)
+    checked = 0
+    for number, source in enumerate(dataset.sources):
+        chosen = np.unique(np.linspace(0, source.total - 1, min(CHECKED_AT_START, source.total)).astype(np.int64))
+        bad = []
+        for stored in chosen:
+            place = Place(number, 0, *source.stored(int(stored)))
+            try:
+                dataset.make(dataset.shards[number][place.shard].read(place.row), place)
+            except DataError as error:
+                bad.append(str(error))
+        if len(bad) > dataset.data.max_bad_fraction * len(chosen):
+            raise DataError(
+                f"{len(bad)} of {len(chosen)} samples looked at in source '{dataset.names[number]}' cannot be used "
+                f"(max_bad_fraction is {dataset.data.max_bad_fraction}); the first: {bad[0]}"
+            )
+        checked += len(chosen)
+    return checked

@@ -1,137 +1,159 @@
-"""Shards: WebDataset tars (`key.jpg`, `key.txt`, `key.json`) with an index, read sample by sample.
-
-An index.json beside the shards holds the number of samples of each; it is written last, so a folder without one is
-either foreign (then it is counted) or unfinished (then it has a leftover .tmp file and is refused).
-"""
+"""Shards: WebDataset tars (`key.jpg`, `key.txt`, `key.json`), read sample by sample with the help of their index."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import tarfile
-import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from braceexpand import braceexpand
+import numpy as np
 
-INDEX = "index.json"
+from vlmo_ds.data.index import INDEX, ShardIndex, members, parse_index, scan_shard
+from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-TEXT_EXTENSIONS = ("txt", "caption", "json")
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what it holds and what is accepted."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    path: Path
-    samples: int
+    """One tar: its path or URL, what its index says, and how to get it."""
 
+    url: str
+    index: ShardIndex
+    storage: Storage
 
-@dataclass(frozen=True)
-class Member:
-    offset: int
-    size: int
+    @property
+    def samples(self) -> int:
+        return self.index.samples
 
+    @cached_property
+    def name(self) -> str:
+        """The last three parts of the path: coco/train/000.tar is not cc3m/train/000.tar, on whatever disk they are."""
+        path = urlsplit(self.url).path if is_remote(self.url) else str(Path(self.url).resolve())
+        return "/".join(Path(path).parts[-3:])
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name and renames: a reader sees the old file or the new one, never a half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """[samples] bytes of text, as far as the index knows."""
+        return unpacked_lengths(self.index.lengths) if self.index.lengths else np.zeros(self.samples, dtype=np.uint16)
 
-
-def expand(patterns: Sequence[str]) -> list[Path]:
-    """Tar files from names, {000..009} ranges, * patterns and folders, in a fixed order."""
-    paths: list[Path] = []
-    for pattern in patterns:
-        for name in braceexpand(pattern):
-            path = Path(name)
-            if path.is_dir():
-                leftovers = sorted(path.glob("*.tmp"))
-                if leftovers and not (path / INDEX).exists():
-                    raise DataError(
-                        f"shards: {path} is unfinished ({leftovers[0].name} is left in it and {INDEX} is missing): "
-                        "run the prepare command that writes it again"
-                    )
-                found = sorted(path.glob("*.tar"))
-            elif any(c in path.name for c in "*?["):
-                found = sorted(path.parent.glob(path.name))
-            else:
-                found = [path] if path.is_file() else []
-            if not found:
-                kind = "holds no .tar file" if path.is_dir() else "does not exist"
-                raise DataError(f"shards: {name} {kind}; expected WebDataset tars (see docs/data.md)")
-            paths += found
-    return paths
-
-
-def list_shards(patterns: Sequence[str]) -> list[Shard]:
-    """The shards that the patterns name, with their numbers of samples."""
-    shards = []
-    for path in expand(patterns):
-        count = read_index(path.parent).get(path.name)
-        if count is None:
-            count = len(read_members(path))
-        if count == 0:
-            raise DataError(f"shards: {path} holds no samples; expected members such as 000001.jpg and 000001.txt")
-        shards.append(Shard(path, count))
-    return shards
+    def read(self, row: int) -> RawSample:
+        """One sample. Raises DataError where the shard or this part of it cannot be read."""
+        path = self.storage.local(self.url, self.index.bytes if self.index.bytes >= 0 else None)
+        spans = offsets(self)
+        if row >= len(spans) - 1:
+            raise DataError(f"shard {self.url} holds {len(spans) - 1} samples, its index says {self.samples}")
+        start, end = int(spans[row]), int(spans[row + 1])
+        data = read_span(path, start, end - start)
+        key, fields = "", {}
+        try:
+            for member_key, extension, info, tar in members(io.BytesIO(data)):
+                if fields and member_key != key:
+                    raise DataError(f"shard {self.url} does not fit its index at sample {row}: build the index again")
+                if extension in fields:
+                    raise DataError(f"{self.url}:{member_key} has two members .{extension}")
+                key, fields[extension] = member_key, tar.extractfile(info).read()
+        except (tarfile.TarError, EOFError) as error:
+            raise DataError(f"shard {self.url} is damaged at sample {row}: {error}") from None
+        if not fields:
+            raise DataError(f"shard {self.url} does not fit its index at sample {row}: build the index again")
+        return RawSample(self, key, fields)
 
 
 @lru_cache(maxsize=256)
-def read_index(folder: Path) -> dict[str, int]:
-    """Samples per shard as index.json beside the shards says, or nothing."""
-    path = folder / INDEX
-    if not path.is_file():
-        return {}
-    try:
-        counts = {str(k): int(v["samples"]) for k, v in json.loads(path.read_text())["shards"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not an index ({error}): delete it, and the shards are counted instead") from None
-    return counts
+def unpacked(packed: str) -> np.ndarray:
+    return ShardIndex(0, offsets=packed).spans()
 
 
-@lru_cache(maxsize=512)
-def read_members(path: Path) -> list[tuple[str, dict[str, Member]]]:
-    """(key, {extension: where}) of every sample of a shard, from the tar's headers alone."""
-    samples: dict[str, dict[str, Member]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                samples.setdefault(key, {})[extension.lower()] = Member(info.offset_data, info.size)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"shard {path} cannot be read: {error}") from None
-    return list(samples.items())
+@lru_cache(maxsize=256)
+def unpacked_lengths(packed: str) -> np.ndarray:
+    return ShardIndex(0, lengths=packed).text_lengths()
+
+
+@lru_cache(maxsize=256)
+def scanned(path: Path) -> np.ndarray:
+    """Offsets of a shard whose index has only the number of samples."""
+    spans = scan_shard(str(path), Storage())[0].spans()
+    return np.zeros(1, dtype=np.int64) if spans is None else spans
+
+
+def offsets(shard: Shard) -> np.ndarray:
+    if shard.index.offsets:
+        return unpacked(shard.index.offsets)
+    return scanned(shard.storage.local(shard.url))
+
+
+def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: str | None = None) -> list[Shard]:
+    """The shards that the patterns name. index: an index file instead of those beside the shards.
+
+    Local shards that no index knows are scanned; for remote ones an index has to be built.
+    """
+    storage = storage or Storage()
+    shards = []
+    for url in expand(patterns):
+        folder, _, name = url.rpartition("/")
+        known = read_index(index or f"{folder or '.'}/{INDEX}", storage).get(name)
+        if known is None and is_remote(url):
+            raise DataError(
+                f"shards: there is no index for {url}: build one with "
+                f"`python -m vlmo_ds.data.index '{patterns[0]}' --output FILE` and name it in the recipe (data.index)"
+            )
+        if known is None:
+            known, problem = scan_shard(url, storage)
+            if known.samples == 0:
+                raise DataError(f"shards: {url}: {problem}; expected members such as 000001.jpg and 000001.txt")
+        elif not is_remote(url):
+            check_size(url, known)
+        if known.samples == 0:
+            raise DataError(f"shards: {url} holds no samples; expected members such as 000001.jpg and 000001.txt")
+        shards.append(Shard(url, known, storage))
+    return shards
+
+
+def check_size(url: str, known: ShardIndex) -> None:
+    """Warns of a truncated shard, whose last samples will be replaced; an index of another file is an error."""
+    size = Path(url).stat().st_size
+    if known.bytes < 0 or size == known.bytes:
+        return
+    if size > known.bytes:
+        raise DataError(
+            f"shards: {url} has {size} bytes, its index says {known.bytes}: "
+            f"build the index again with `python -m vlmo_ds.data.index {Path(url).parent}`"
+        )
+    warnings.warn(f"shard {url} is truncated: it has {size} bytes, its index says {known.bytes}", stacklevel=2)
+
+
+@lru_cache(maxsize=256)
+def read_index(url: str, storage: Storage) -> dict[str, ShardIndex]:
+    """Shard name -> index, as the file says; nothing where there is no such file."""
+    if is_remote(url):
+        try:
+            path = storage.local(url)
+        except DataError:
+            return {}
+    else:
+        path = Path(url)
+    return parse_index(path.read_bytes(), url) if path.is_file() else {}
 
 
 @dataclass
 class RawSample:
     """One sample as stored."""
 
-    shard: Path
+    shard: Shard
     key: str
     fields: dict[str, bytes]
 
     @property
     def name(self) -> str:
-        return f"{self.shard}:{self.key}"
+        return f"{self.shard.url}:{self.key}"
 
     @property
     def image(self) -> bytes:
@@ -167,8 +189,8 @@ class RawSample:
 
     @property
     def sample_id(self) -> int:
-        """A hash of the key and the last three parts of the shard's path: coco/train/000.tar is not cc3m/train/000.tar."""
-        return stable_id(f"{'/'.join(self.shard.resolve().parts[-3:])}:{self.key}")
+        """A hash of the key and the shard's name."""
+        return stable_id(f"{self.shard.name}:{self.key}")
 
     @property
     def image_id(self) -> int:
@@ -182,18 +204,3 @@ class RawSample:
 def stable_id(name: str) -> int:
     """A positive int64 that is the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def read_sample(path: Path, row: int) -> RawSample:
-    key, members = read_members(path)[row]
-    fields = {}
-    try:
-        with open(path, "rb") as file:
-            for extension, member in members.items():
-                file.seek(member.offset)
-                fields[extension] = file.read(member.size)
-                if len(fields[extension]) < member.size:
-                    raise DataError(f"shard {path} is truncated at sample {key}")
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error}") from None
-    return RawSample(path, key, fields)

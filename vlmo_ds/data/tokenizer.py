@@ -12,7 +12,7 @@ from huggingface_hub.constants import ENDPOINT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vlmo_ds.data.shards import DataError
+from vlmo_ds.data.storage import DataError
 
 SPECIAL = {
     "pad_token": "[PAD]",

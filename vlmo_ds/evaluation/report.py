@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmo_ds.data.shards import write_atomically
+from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
 
 STYLE = """

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import Recipe, RecipeError, RetrievalConfig, load_recipe
 from vlmo_ds.data.loader import collate
-from vlmo_ds.data.shards import DataError, list_shards, read_sample, write_atomically
+from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer
-from vlmo_ds.data.transforms import decode, pixels, square
+from vlmo_ds.data.transforms import EncodedImage, pixels, square
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.checkpoint import read_weights
@@ -50,19 +51,17 @@ def load_set(
     images, encoded, captions, owner = [], [], [], []
     for shard in list_shards(config.shards):
         for row in range(shard.samples):
-            raw = read_sample(shard.path, row)
+            raw = shard.read(row)
             if raw.image_id not in index:
                 if config.max_images and len(index) == config.max_images:
                     continue
                 index[raw.image_id] = len(index)
                 encoded.append(raw.image)
                 try:
-                    picture = decode(raw.image)
-                    images.append(
-                        torch.from_numpy(pixels(square(picture, image_size, np.random.default_rng(0))).copy())
-                    )
-                except (ValueError, OSError) as error:
+                    picture = square(EncodedImage(raw.image), image_size, np.random.default_rng(0))
+                except ValueError as error:
                     raise DataError(f"{raw.name}: {error}") from None
+                images.append(torch.from_numpy(pixels(picture).copy()))
             for caption in raw.captions:
                 captions.append(caption)
                 owner.append(index[raw.image_id])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import Recipe, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
-from vlmo_ds.data.shards import DataError
+from vlmo_ds.data.storage import DataError
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
@@ -22,6 +23,7 @@ from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable
 
 NEAR_MAX_SCALE = 90.0
+LEAST_JUDGED = 256  # samples of a source before its share of bad ones counts
 
 
 def stage_seed(recipe: Recipe, stage: StageConfig) -> int:
@@ -88,15 +90,20 @@ def train_stage(
         print(f"{stage.name}: resumed at step {first} from {resume_from}", flush=True)
     monitor.begin(stage.name, first, offset)
     seed = stage_seed(recipe, stage)
-    stream = batches(dataset, first * accumulation, stage.steps * accumulation, stage.data.workers)
+    stream = batches(dataset, first * accumulation, stage.steps * accumulation, stage.data.workers, stage.data.prefetch)
     engine.train()
-    replaced = 0
+    named: set[str] = set()  # bad samples that this rank has told of
+    replaced = dict.fromkeys(dataset.names, 0.0)
     for step in range(first, stage.steps):
         outputs: list[StepOutput] = []
-        bad = 0
+        bad = dict.fromkeys(dataset.names, 0)
         for part in range(accumulation):
             batch = next(stream)
-            bad += int(batch.pop("replaced"))
+            for source, reason in batch.pop("replaced"):
+                bad[source] += 1
+                if reason not in named:
+                    named.add(reason)
+                    print(f"{stage.name}: replaced a sample: {reason}", file=sys.stderr, flush=True)
             number = step * accumulation + part
             if stage.log_images_every and part == 0 and step % stage.log_images_every == 0:
                 monitor.images(step + 1, batch, tokenizer)
@@ -115,13 +122,12 @@ def train_stage(
             metrics["grad_norm"] = float(norm)
         if max(metrics.get("itc/logit_scale", 0.0), metrics.get("itc/vl_logit_scale", 0.0)) > NEAR_MAX_SCALE:
             clamp_scales(engine.module)
-        replaced += metrics["data/replaced"]
-        seen = (step + 1 - first) * stage.global_batch_size
-        if seen >= 256 and replaced > stage.data.max_bad_fraction * seen:
-            raise DataError(
-                f"stages.{stage.name}: {replaced:.0f} of {seen} samples could not be read and were replaced, more than "
-                f"max_bad_fraction {stage.data.max_bad_fraction}; their names are in the warnings above"
-            )
+        epochs = dataset.order.epochs((step + 1) * stage.global_batch_size)
+        if len(epochs) == 1:
+            metrics["data/epoch"] = epochs[0]
+        else:
+            metrics |= {f"data/epoch/{name}": epoch for name, epoch in zip(dataset.names, epochs, strict=True)}
+        count_replaced(replaced, metrics, dataset, stage, first, step + 1)
         monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
         if stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
             checkpoint.save(engine, folder, step + 1, recipe.keep_checkpoints, collector)
@@ -135,6 +141,25 @@ def train_stage(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def count_replaced(
+    replaced: dict[str, float],
+    metrics: dict[str, float],
+    dataset: BatchDataset,
+    stage: StageConfig,
+    first: int,
+    done: int,
+) -> None:
+    """Adds a step's replaced samples; DataError when a source has more than its share since the start at `first`."""
+    began, now = (dataset.order.mixture.consumed(step * stage.global_batch_size) for step in (first, done))
+    for name, seen in zip(dataset.names, (now - began).tolist(), strict=True):
+        replaced[name] += metrics.get(f"data/replaced/{name}", metrics["data/replaced"])
+        if seen >= LEAST_JUDGED and replaced[name] > stage.data.max_bad_fraction * seen:
+            raise DataError(
+                f"stages.{stage.name}: {replaced[name]:.0f} of {seen} samples of source '{name}' could not be used and "
+                f"were replaced, more than max_bad_fraction {stage.data.max_bad_fraction}; they are named above"
+            )
 
 
 @torch.no_grad()

@@ -15,15 +15,18 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.data.shards import write_atomically
+from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import StepOutput
 
 METRICS = "metrics.jsonl"
 
 
-def global_metrics(outputs: list[StepOutput], replaced: int, collector: Collector) -> dict[str, float]:
-    """Metrics of one optimiser step over all ranks and micro-batches, in one all-reduce."""
+def global_metrics(outputs: list[StepOutput], replaced: Mapping[str, int], collector: Collector) -> dict[str, float]:
+    """Metrics of one optimiser step over all ranks and micro-batches, in one all-reduce.
+
+    replaced: for each source of the data, its samples on this rank that could not be used.
+    """
     names = [f"loss/{task}" for task in outputs[0].losses]
     ratio_names, value_names = list(outputs[0].ratios), list(outputs[0].values)
     share = 1.0 / (len(outputs) * collector.world_size)
@@ -32,9 +35,8 @@ def global_metrics(outputs: list[StepOutput], replaced: int, collector: Collecto
         local += [sum(o.ratios[name][i].detach().double() for o in outputs) for i in (0, 1)]
     local += [sum(o.values[name].double() for o in outputs) * share for name in value_names]
     device = local[0].device
-    total = collector.sum(
-        torch.stack([*(x.to(device) for x in local), torch.tensor(float(replaced), device=device).double()])
-    )
+    local += [torch.tensor(count, dtype=torch.float64) for count in replaced.values()]
+    total = collector.sum(torch.stack([x.to(device) for x in local]))
     values = iter(total.tolist())
     metrics = {name: next(values) for name in names}
     metrics["loss"] = sum(metrics.values())
@@ -42,7 +44,10 @@ def global_metrics(outputs: list[StepOutput], replaced: int, collector: Collecto
         numerator, denominator = next(values), next(values)
         metrics[name] = numerator / max(denominator, 1.0)
     metrics |= {name: next(values) for name in value_names}
-    metrics["data/replaced"] = next(values)
+    by_source = {name: next(values) for name in replaced}
+    metrics["data/replaced"] = sum(by_source.values())
+    if len(by_source) > 1:
+        metrics |= {f"data/replaced/{name}": count for name, count in by_source.items()}
     return metrics
 
 

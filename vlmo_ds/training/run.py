@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import Recipe, RecipeError, StageConfig, load_recipe, nearest, parse_recipe
-from vlmo_ds.data.loader import check_samples
-from vlmo_ds.data.shards import DataError, list_shards, read_sample, write_atomically
+from vlmo_ds.data.loader import check_samples, source_shards
+from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import retrieval
@@ -160,7 +161,7 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
                 f"add it to --stages, or set stages.{stages[0].name}.init.weights to 'fresh' or a file"
             )
     for stage in stages:
-        list_shards(stage.data.shards)
+        source_shards(stage.data)
         if stage.init.weights not in ("previous", "fresh") and not Path(stage.init.weights).exists():
             raise RecipeError(f"stages.{stage.name}.init.weights: {stage.init.weights} does not exist")
     if recipe.retrieval:
@@ -203,17 +204,17 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer.name != "train":
         return load_tokenizer(recipe.tokenizer.name)
-    patterns = list(dict.fromkeys(p for s in recipe.stages if s.tasks.keys() - {"mim"} for p in s.data.shards))
-    if not patterns:
+    with_text = [stage.data for stage in recipe.stages if stage.tasks.keys() - {"mim"}]
+    if not with_text:
         raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
 
     def texts():
-        shards = list_shards(patterns)
+        shards = list({s.url: s for data in with_text for source in source_shards(data) for s in source}.values())
         stride = -(-sum(s.samples for s in shards) // TOKENIZER_TEXTS)
         for shard in tqdm(shards, desc="training the tokenizer", unit="shard"):
             for row in range(0, shard.samples, stride):
                 try:
-                    yield from read_sample(shard.path, row).captions
+                    yield from shard.read(row).captions
                 except DataError:
                     continue
 

@@ -1,0 +1,41 @@
+"""Small images and tars for the data tests."""
+
+import io
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+
+def jpeg(size=(20, 10), colour=(200, 30, 30)) -> bytes:
+    return encoded("JPEG", size, colour)
+
+
+def png(size=(20, 10), colour=(200, 30, 30)) -> bytes:
+    return encoded("PNG", size, colour)
+
+
+def encoded(kind: str, size, colour) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_pairs(path: Path, count: int, name: str = "", **changed: bytes) -> Path:
+    """A shard of pictures that differ, each with a caption. changed: other bytes for members, as s003_jpg=b""."""
+    members = {}
+    for i in range(count):
+        members[f"{name}{i:03d}.jpg"] = jpeg((24, 24), (i * 37 % 256, i * 11 % 256, len(name) * 40 % 256))
+        members[f"{name}{i:03d}.txt"] = f"picture {i} of {name}".encode()
+    for member, data in changed.items():
+        members[name + member[1:].replace("_", ".")] = data
+    return write_tar(path, members)

@@ -1,0 +1,166 @@
+"""Batches: what is in them, and that they depend on neither ranks, workers, prefetching nor where a run was resumed."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from data.files import jpeg, write_tar
+
+from vlmo_ds.config import DataConfig
+from vlmo_ds.data.loader import BatchDataset, batches, spec_for
+from vlmo_ds.data.tokenizer import train_tokenizer
+
+GLOBAL = 16
+TOKENIZER = train_tokenizer([f"picture {i} of a caption in words" for i in range(100)], 120)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two sources: 'photos' with several captions for each image, 'drawings' with one."""
+    root = tmp_path_factory.mktemp("stream")
+    for source, sizes in {"photos": (13, 20, 7, 11), "drawings": (9, 14)}.items():
+        (root / source).mkdir()
+        for number, size in enumerate(sizes):
+            members = {}
+            for i in range(size):
+                pixels = np.random.default_rng([number, i]).integers(0, 255, 3)
+                members[f"{i:03d}.jpg"] = jpeg((40 + i, 30), tuple(map(int, pixels)))
+                captions = [f"picture {i} of {source} " + "word " * (i % 9) + str(j) for j in range(3)]
+                members[f"{i:03d}.json"] = json.dumps({"captions": captions}).encode()
+            write_tar(root / source / f"{number:03d}.tar", members)
+    return root
+
+
+def stream(root, *, rank=0, ranks=1, tasks=("mlm", "itc"), sources=True, **changes) -> BatchDataset:
+    where = (
+        {"sources": {name: {"shards": [str(root / name)], "weight": w} for name, w in (("photos", 3), ("drawings", 1))}}
+        if sources
+        else {"shards": [str(root / "photos"), str(root / "drawings")]}
+    )
+    data = DataConfig(**{**where, "lanes": 8, "shuffle": 6, **changes})
+    spec = spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 24, 3)
+    return BatchDataset(data, spec, TOKENIZER, rank=rank, world_size=ranks, batch_size=GLOBAL // ranks)
+
+
+def rows(parts: list[dict]) -> list[dict]:
+    """The samples of a global batch from its ranks' parts, padding cut off."""
+    found = []
+    for part in parts:
+        for i in range(len(part["sample_id"])):
+            length = int(part["text_masks"][i].sum()) if "text_masks" in part else 0
+            row = {k: v[i] for k, v in part.items() if k != "replaced"}
+            found.append({k: (v[:length] if k.startswith("text_") else v).numpy().tobytes() for k, v in row.items()})
+    return found
+
+
+def drawn(root, ranks: int, workers: int, start: int, stop: int, prefetch: int = 4, **changes) -> list[list[dict]]:
+    parts = [
+        batches(stream(root, rank=r, ranks=ranks, **changes), start, stop, workers, prefetch) for r in range(ranks)
+    ]
+    return [rows(list(batch)) for batch in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixing": "exact", "length_bucketing": 4}, {"sources": False}])
+def test_the_first_fifty_batches_do_not_depend_on_ranks_and_workers(shards, changes):
+    alone = drawn(shards, 1, 0, 0, 50, **changes)
+    assert len({row["sample_id"] for batch in alone for row in batch}) == 74
+    for ranks, workers, prefetch in ((1, 2, 1), (2, 1, 4), (2, 2, 7), (4, 1, 2)):
+        assert drawn(shards, ranks, workers, 0, 50, prefetch, **changes) == alone, (ranks, workers)
+
+
+def test_masks_of_images_do_not_depend_on_ranks(shards):
+    assert drawn(shards, 1, 0, 0, 10, tasks=("mim",)) == drawn(shards, 4, 1, 0, 10, tasks=("mim",))
+
+
+@pytest.mark.parametrize("changes", [{}, {"length_bucketing": 3}])
+def test_resumed_at_twenty_positions_at_another_rank_count(shards, changes):
+    """60 batches are 13 epochs of one source and 17 of the other."""
+    whole = drawn(shards, 1, 0, 0, 60, **changes)
+    positions = random.Random(4).sample(range(57), 20)
+    for number, position in enumerate(positions):
+        ranks = (2, 4, 1, 8)[number % 4]
+        assert drawn(shards, ranks, number % 2, position, position + 3, **changes) == whole[position : position + 3]
+
+
+def test_no_sample_is_seen_twice_or_missed_in_an_epoch(shards):
+    seen = {"photos": [], "drawings": []}
+    data = stream(shards)
+    for i in range(40):
+        ids = data[i]["sample_id"].tolist()
+        for place, sample in zip(data.order.batch(i, GLOBAL), ids, strict=True):
+            seen[data.names[place.source]].append((place.epoch, sample))
+    for name, size in (("photos", 51), ("drawings", 23)):
+        counts = Counter(seen[name])
+        last = max(epoch for epoch, _ in counts)
+        assert last > 3 and set(counts.values()) == {1}
+        for epoch in range(last - 1):  # the last ones may be under way in some lanes
+            assert sum(at == epoch for at, _ in counts) == size
+
+
+def test_captions_of_an_image_change_with_the_epoch(shards):
+    texts = {}
+    data = stream(shards)
+    for i in range(40):
+        batch = data[i]
+        for sample, ids in zip(batch["sample_id"].tolist(), batch["text_ids"], strict=True):
+            texts.setdefault(sample, set()).add(TOKENIZER.decode(ids, skip_special_tokens=True).split()[-1])
+    assert np.mean([len(found) for found in texts.values()]) > 2
+
+
+def test_batches_have_what_the_tasks_need(synthetic):
+    def batch_of(folder, *tasks, **changes):
+        return stream(synthetic, tasks=tasks, sources=False, **{"shards": [str(synthetic / folder)], **changes})[0]
+
+    batch = batch_of("train", "mlm", "itc")
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (GLOBAL, 3, 32, 32)
+    assert batch["text_ids"].shape[1] % 8 == 0 and batch["text_ids"].shape[1] <= 24
+    assert torch.equal(batch["text_masks"], (batch["text_ids"] != 0).long())
+    assert ((batch["text_labels_mlm"] != -100).sum(1) > 0).all()
+    assert set(batch_of("train", "mim")) == {"image", "image_mask", "image_id", "sample_id", "replaced"}
+    assert "image" not in batch_of("text", "textmlm")
+
+
+def test_false_images_and_texts_are_of_other_pictures(shards):
+    one, again = (stream(shards, draw_false_image=2, draw_false_text=1)[0] for _ in range(2))
+    for key in ("false_image_0", "false_image_1", "false_text_0_ids", "false_text_0_masks"):
+        assert torch.equal(one[key], again[key])
+    assert one["false_image_0"].shape == one["image"].shape
+    for i in range(GLOBAL):
+        assert not torch.equal(one["false_image_0"][i], one["image"][i])
+        assert not torch.equal(one["false_image_0"][i], one["false_image_1"][i])
+    two_ranks = [stream(shards, rank=r, ranks=2, draw_false_image=2)[0]["false_image_1"] for r in range(2)]
+    assert torch.equal(torch.cat(two_ranks), one["false_image_1"])
+
+
+def test_augmentation_changes_with_the_epoch(synthetic):
+    pixels = {}
+    where = {"shards": [str(synthetic / "train")], "transform": "square_transform_randaug"}
+    data = stream(synthetic, sources=False, **where)
+    for i in range(12):  # two epochs
+        batch = data[i]
+        for sample, image in zip(batch["sample_id"].tolist(), batch["image"], strict=True):
+            pixels.setdefault(sample, []).append(image.numpy().tobytes())
+    assert {len(found) for found in pixels.values()} == {2}
+    assert sum(first == second for first, second in pixels.values()) < 10
+
+
+def test_a_source_has_its_own_transform(shards):
+    where = {
+        "photos": {"shards": [str(shards / "photos")], "transform": "pixelbert"},
+        "drawings": {"shards": [str(shards / "drawings")]},
+    }
+    data = BatchDataset(
+        DataConfig(sources=where, transform="square_transform"),
+        spec_for({"itc": 1.0}, 32, 8, 24, 3),
+        TOKENIZER,
+        rank=0,
+        world_size=1,
+        batch_size=GLOBAL,
+    )
+    batch = data[0]
+    for place, image in zip(data.order.batch(0, GLOBAL), batch["image"], strict=True):
+        grey_border = bool((image[:, 0] == 128).all())
+        assert grey_border == (data.names[place.source] == "photos")
