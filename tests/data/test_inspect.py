@@ -16,7 +16,9 @@ def inspect(*arguments, code=0):
 
 def test_page_counts_and_shows(tmp_path):
     same = jpeg((64, 48), (9, 99, 9))
-    write_pairs(tmp_path / "a.tar", 10, s003_jpg=b"", s004_jpg=same, s005_jpg=same, s006_txt=b"<b>bold</b> claim & more")
+    write_pairs(
+        tmp_path / "a.tar", 10, s003_jpg=b"", s004_jpg=same, s005_jpg=same, s006_txt=b"<b>bold</b> claim & more"
+    )
     write_tar(tmp_path / "b.tar", {"x.txt": b"a line of text alone"})
     inspect(tmp_path, "--output", tmp_path / "page.html", "--image_size", 64)
     page = (tmp_path / "page.html").read_text()

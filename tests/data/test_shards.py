@@ -289,10 +289,11 @@ def test_a_source_that_hangs_or_is_gone(remote, tmp_path):
         start = time.monotonic()
         data = dataset(f"{url}/{{0..3}}.tar", cache=str(tmp_path / "cache"), stall_seconds=1.0)
         assert whole_epoch(data, 40)[1] == [] and time.monotonic() - start < 15
-    with server(remote, lambda n: 404 if n > 1 else None) as (url, _):
-        data = dataset(f"{url}/{{0..3}}.tar", cache=str(tmp_path / "other"), tries=2)
-        with pytest.raises(DataError, match=r"8 samples in a row .*http://.* cannot be read \(tried 2 times\)"):
-            data[0]
+    for code, tries in ((404, 1), (503, 2)):  # what is not there is not asked for again
+        with server(remote, lambda n, code=code: code if n > 1 else None) as (url, _):
+            data = dataset(f"{url}/{{0..3}}.tar", cache=str(tmp_path / "other"), tries=2)
+            with pytest.raises(DataError, match=rf"8 samples in a row .*http://.*{code}.*\(try {tries} of 2\)"):
+                data[0]
 
 
 def test_remote_shards_need_an_index(remote, tmp_path):
@@ -304,6 +305,8 @@ def test_remote_shards_need_an_index(remote, tmp_path):
         assert "4 shards, 40 samples" in done.stdout
         data = dataset(f"{url}/{{0..3}}.tar", cache=str(tmp_path / "cache"), index=str(tmp_path / "remote.json"))
         assert len(whole_epoch(data, 40)[0]) == 40
+        with pytest.raises(DataError, match=r"data.index: .*no.json does not exist"):
+            dataset(f"{url}/{{0..3}}.tar", index=str(tmp_path / "no.json"))
     assert "--output is needed" in index(f"{url}/0.tar", code=2).stderr
 
 

@@ -96,6 +96,8 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
     Local shards that no index knows are scanned; for remote ones an index has to be built.
     """
     storage = storage or Storage()
+    if index and not read_index(index, storage):
+        raise DataError(f"data.index: {index} does not exist or names no shard")
     shards = []
     for url in expand(patterns):
         folder, _, name = url.rpartition("/")
@@ -135,12 +137,11 @@ def read_index(url: str, storage: Storage) -> dict[str, ShardIndex]:
     """Shard name -> index, as the file says; nothing where there is no such file."""
     if is_remote(url):
         try:
-            path = storage.local(url)
+            content = storage.read(url)
         except DataError:
             return {}
-    else:
-        path = Path(url)
-    return parse_index(path.read_bytes(), url) if path.is_file() else {}
+        return parse_index(content, url)
+    return parse_index(Path(url).read_bytes(), url) if Path(url).is_file() else {}
 
 
 @dataclass

@@ -11,12 +11,14 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,15 +97,25 @@ class Storage:
         name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rstrip("/").rsplit("/", 1)[-1])[-80:]
         path = self.cache / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
         with contextlib.suppress(FileNotFoundError):
-            os.utime(path)  # its last use, for prune
-            return path
+            if size is None or path.stat().st_size == size:
+                os.utime(path)  # its last use, for prune
+                return path
         self.cache.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f".{path.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
+            if not path.exists() or (size is not None and path.stat().st_size != size):
                 retried(lambda: self.fetch(url, path, size), self.tries, url)
                 self.prune(keep=path)
         return path
+
+    def read(self, url: str) -> bytes:
+        """A small remote file, not cached. Raises DataError when the last try has failed."""
+
+        def content() -> bytes:
+            with opened(url, self.stall_seconds) as stream:
+                return b"".join(iter(lambda: stream.read(CHUNK), b""))
+
+        return retried(content, self.tries, url)
 
     def fetch(self, url: str, path: Path, size: int | None) -> None:
         temporary = path.with_name(f".{path.name}.part")
@@ -143,11 +155,13 @@ def opened(url: str, stall_seconds: float) -> Iterator[BinaryIO]:
                 yield counted
                 if expected is not None and counted.bytes != int(expected):
                     raise OSError(f"the connection ended after {counted.bytes} of {expected} bytes")
+        except DataError:
+            raise
         except (HTTPException, ValueError) as error:
             raise OSError(str(error)) from None
         return
     if url.startswith("s3://"):
-        url = f"pipe:aws s3 cp {url} -"
+        url = f"pipe:aws s3 cp {shlex.quote(url)} -"
     if url.startswith("pipe:"):
         process = subprocess.Popen(url[5:], shell=True, stdout=subprocess.PIPE, start_new_session=True)
         stream = process.stdout
@@ -200,8 +214,9 @@ def retried(action: Callable[[], T], tries: int, what: str) -> T:
         try:
             return action()
         except OSError as error:
-            if attempt == tries or error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                raise DataError(f"{what} cannot be read (tried {attempt} times): {error}") from None
+            gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
+            if gone or attempt == tries or error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise DataError(f"{what} cannot be read: {error} (try {attempt} of {tries})") from None
             time.sleep(min(30.0, 0.5 * 2 ** (attempt - 1)))
     raise AssertionError("unreachable")
 
