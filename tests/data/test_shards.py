@@ -2,12 +2,14 @@
 
 import contextlib
 import http.server
+import io
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import warnings
@@ -168,6 +170,17 @@ def test_a_member_is_missing(tmp_path):
     _, replaced = whole_epoch(dataset(tmp_path), 20)
     reasons = "\n".join(sorted(reason for _, reason in replaced))
     assert "004 has no image; found .txt" in reasons and "011 has an empty caption" in reasons
+
+
+def test_two_members_of_one_name(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(20):
+            for extension, content in [("jpg", jpeg()), ("txt", b"a picture")] + [("jpg", jpeg())] * (i == 6):
+                info = tarfile.TarInfo(f"{i:03d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    _, replaced = whole_epoch(dataset(tmp_path), 20)
+    assert len(replaced) == 1 and "a.tar:006 has two members .jpg" in replaced[0][1]
 
 
 def test_a_caption_with_nuls_and_emoji_is_used(tmp_path):

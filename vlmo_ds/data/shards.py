@@ -67,17 +67,17 @@ class Shard:
         return RawSample(self, key, fields)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def unpacked(packed: str) -> np.ndarray:
     return ShardIndex(0, offsets=packed).spans()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def unpacked_lengths(packed: str) -> np.ndarray:
     return ShardIndex(0, lengths=packed).text_lengths()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def scanned(path: Path) -> np.ndarray:
     """Offsets of a shard whose index has only the number of samples."""
     spans = scan_shard(str(path), Storage())[0].spans()
