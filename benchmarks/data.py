@@ -11,12 +11,13 @@ import argparse
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +61,24 @@ def decoding(images: list[bytes], size: int, repeats: int) -> dict:
         TRANSFORMS["crop_flip"](image, size, generator(i))
         boxes.append(image.box)
 
-    def the_usual_way() -> torch.Tensor:
-        return torch.stack([usual(data, box, size) for data, box in zip(images, boxes, strict=True)])
+    pairs = list(zip(images, boxes, strict=True))
 
-    def ours() -> torch.Tensor:
-        rows = [pixels(EncodedImage(data).resized(size, size, box)) for data, box in zip(images, boxes, strict=True)]
-        return torch.from_numpy(np.stack(rows))
+    def the_usual_way(part: list) -> torch.Tensor:
+        return torch.stack([usual(data, box, size) for data, box in part])
 
-    def ours_normalised() -> torch.Tensor:
-        return ours().to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+    def ours(part: list) -> torch.Tensor:
+        return torch.from_numpy(np.stack([pixels(EncodedImage(data).resized(size, size, box)) for data, box in part]))
 
-    seconds = {way.__name__: measured(way, repeats, 1) for way in (the_usual_way, ours, ours_normalised)}
+    def ours_normalised(part: list) -> torch.Tensor:
+        return ours(part).to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+
+    def batchwise(way: Callable) -> Callable:
+        return lambda: [way(pairs[i : i + BATCH]) for i in range(0, len(pairs), BATCH)]
+
+    seconds = {way.__name__: measured(batchwise(way), repeats, 1) for way in (the_usual_way, ours, ours_normalised)}
     halved = [min((b[2] - b[0]), (b[3] - b[1])) >= 2 * size for b in boxes]
     result = {
-        "what": f"decoding to batches of {len(images)} at {size} px, one thread",
+        "what": f"decoding to batches of {BATCH} at {size} px, one thread",
         **{f"images_per_second_{name}": round(len(images) / s, 1) for name, s in seconds.items()},
         "ratio": round(seconds["the_usual_way"] / seconds["ours"], 2),
         "ratio_with_normalisation_on_the_cpu": round(seconds["the_usual_way"] / seconds["ours_normalised"], 2),
@@ -111,10 +116,10 @@ def unique_megabytes(process: psutil.Process) -> float:
     return process.memory_full_info().uss / 1e6
 
 
-def loading(shards: list[str], size: int, workers: int, count: int, tokenizer) -> dict:
+def loading(shards: list[str], size: int, workers: int, count: int) -> dict:
     """Shards to batches of images and masked texts. Without workers: one core does it all."""
     torch.set_num_threads(1)
-    stream = batches(dataset(shards, size, tokenizer), 0, count, workers)
+    stream = batches(dataset(shards, size, train_tokenizer(texts(shards), 2000)), 0, count, workers)
     next(stream)
     start = time.perf_counter()
     memory = []
@@ -129,6 +134,13 @@ def loading(shards: list[str], size: int, workers: int, count: int, tokenizer) -
     }
 
 
+def in_a_process(*arguments: str | list[str]) -> dict:
+    """What this script prints, called for a part of it."""
+    *options, shards = arguments
+    command = [sys.executable, __file__, *options, "--shards", *shards]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
 def resuming(shard: Path, samples: int) -> dict:
     """A fresh process: start to the first batch at a position of a simulated set, whose shards are links to one."""
     with tempfile.TemporaryDirectory() as folder:
@@ -141,9 +153,7 @@ def resuming(shard: Path, samples: int) -> dict:
         size = (Path(folder) / INDEX).stat().st_size
         seconds = {}
         for name, position in (("start", 0), ("middle", samples)):
-            command = [sys.executable, __file__, "--first_batch", str(position // BATCH), "--shards", folder]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            seconds[name] = float(done.stdout.splitlines()[-1])
+            seconds[name] = in_a_process("--first_batch", str(position // BATCH), [folder])["seconds"]
     return {
         "what": f"first batch of a set of {count * index.samples:,} samples in {count:,} shards",
         "index_megabytes": round(size / 1e6, 1),
@@ -156,7 +166,7 @@ def first_batch(shards: list[str], number: int) -> None:
     tokenizer = train_tokenizer(["a picture of words"] * 10, 60)
     start = time.perf_counter()
     dataset(shards, 224, tokenizer)[number]
-    print(time.perf_counter() - start)
+    print(json.dumps({"seconds": time.perf_counter() - start}))
 
 
 def main() -> None:
@@ -167,21 +177,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000_000, help="position of the resume (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--first_batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.first_batch is not None:
         first_batch(args.shards, args.first_batch)
         return
-    multiprocessing.set_start_method("fork")
+    if args.workers is not None:
+        print(json.dumps(loading(args.shards, 224, args.workers, args.batches)))
+        return
     shards = list_shards(args.shards)
     images = [shards[0].read(row).image for row in range(min(256, shards[0].samples))]
-    tokenizer = train_tokenizer(texts(args.shards), 2000)
     results = []
     for job in (
         lambda: decoding(images, 224, args.repeats),
         lambda: decoding(images, 96, args.repeats),
-        lambda: loading(args.shards, 224, 0, args.batches, tokenizer),
-        lambda: loading(args.shards, 224, 1, args.batches, tokenizer),
-        lambda: loading(args.shards, 224, 2, 2 * args.batches, tokenizer),
+        *(partial(in_a_process, "--workers", str(n), "--batches", str(args.batches), args.shards) for n in (0, 1, 2)),
         lambda: resuming(Path(shards[0].url), args.samples),
     ):
         results.append(job())

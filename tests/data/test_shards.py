@@ -179,7 +179,7 @@ def test_two_members_of_one_name(tmp_path):
                 info = tarfile.TarInfo(f"{i:03d}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    _, replaced = whole_epoch(dataset(tmp_path), 20)
+    _, replaced = whole_epoch(dataset(tmp_path, batch=20), 20)
     assert len(replaced) == 1 and "a.tar:006 has two members .jpg" in replaced[0][1]
 
 
