@@ -92,7 +92,7 @@ class Mixture:
         self.weights, self.exact, self.seed = np.asarray(weights, dtype=np.float64), exact, seed
         self.block = int(self.weights.sum()) if exact else BLOCK
         self.before = [np.zeros(len(weights), dtype=np.int64)]  # samples of each source before block 0, 1, ...
-        self.drawn = lru_cache(maxsize=64)(self._drawn)
+        self.drawn = lru_cache(maxsize=16)(self._drawn)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, number of its samples before) at a position of the stream."""

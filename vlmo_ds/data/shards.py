@@ -77,6 +77,11 @@ def unpacked_lengths(packed: str) -> np.ndarray:
     return ShardIndex(0, lengths=packed).text_lengths()
 
 
+@lru_cache(maxsize=100_000)
+def scan_once(path: str, changed: int) -> tuple[ShardIndex, str]:
+    return scan_shard(path, Storage())
+
+
 @lru_cache(maxsize=512)
 def scanned(path: Path) -> np.ndarray:
     """Offsets of a shard whose index has only the number of samples."""
@@ -108,7 +113,7 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
                 f"`python -m vlmo_ds.data.index '{patterns[0]}' --output FILE` and name it in the recipe (data.index)"
             )
         if known is None:
-            known, problem = scan_shard(url, storage)
+            known, problem = scan_once(url, Path(url).stat().st_mtime_ns)
             if known.samples == 0:
                 raise DataError(f"shards: {url}: {problem}; expected members such as 000001.jpg and 000001.txt")
         elif not is_remote(url):

@@ -30,6 +30,17 @@ from vlmo_ds.training.monitor import Monitor
 
 QUICKSTART = Path("launch/recipes/quickstart.yaml")
 TOKENIZER_TEXTS = 200_000
+# Settings of a stage that do not change what is trained: a run may go on with other values.
+FREE_SETTINGS = (
+    ".checkpoint_every",
+    ".log_images_every",
+    ".workers",
+    ".prefetch",
+    ".index",
+    ".cache",
+    ".cache_size_gb",
+)
+FREE_SETTINGS += (".tries", ".stall_seconds", ".max_bad_fraction")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -184,7 +195,7 @@ def compare_recipes(recipe: Recipe, run: Path) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not key.startswith(free)
-        and not key.endswith((".checkpoint_every", ".log_images_every", ".workers"))
+        and not key.endswith(FREE_SETTINGS)
         and not (key == "model.vocab_size" and now[key] == 0)
     ]
     if changed:

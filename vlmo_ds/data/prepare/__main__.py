@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
     def with_images(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument(
-            "--resize", type=int, default=0, help="shorter side at most so many pixels; 0: bytes as they are"
+            "--resize", type=positive, default=0, help="shorter side at most so many pixels; default: bytes as they are"
         )
         return sub
 
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         dataset(
             "img2dataset",
             "img2dataset's output (LAION, CC3M, CC12M, SBU) without what cannot be used",
-            lambda a: sources.img2dataset(a.input, a.resize, a.prefix),
+            lambda a: sources.img2dataset(a.input, a.resize, a.prefix, a.samples_per_shard),
         )
     )
     sub.add_argument("--input", nargs="+", required=True, help="folders or tar files; {000..009} and * are expanded")
@@ -138,7 +138,11 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     sub = with_images(
-        dataset("arrow", "the pyarrow files of ViLT and VLMo", lambda a: sources.arrow(a.input, a.resize))
+        dataset(
+            "arrow",
+            "the pyarrow files of ViLT and VLMo",
+            lambda a: sources.arrow(a.input, a.resize, a.samples_per_shard),
+        )
     )
     sub.add_argument("--input", type=Path, nargs="+", required=True, help=".arrow files")
     sub = dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -31,5 +32,6 @@ def open_table(path: str) -> pa.Table:
     return table
 
 
-def read_row(path: str, row: int) -> dict[str, Any]:
-    return open_table(path).slice(row, 1).to_pylist()[0]
+def read_rows(path: str, first: int, last: int) -> Iterator[dict[str, Any]]:
+    for row in range(first, last):
+        yield open_table(path).slice(row, 1).to_pylist()[0]

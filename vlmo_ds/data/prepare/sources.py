@@ -19,7 +19,7 @@ from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
-from vlmo_ds.data.shards import Shard, list_shards, stable_id
+from vlmo_ds.data.shards import list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage
@@ -169,26 +169,31 @@ def make_annotated(item: tuple, root: Path, prefix: str, resize: int) -> Made:
     return pair(root / path, [caption], resize, image_id=f"{prefix}:{Path(path).name}", file=path)
 
 
-def img2dataset(shards: Sequence[str], resize: int, prefix: str) -> Plan:
+def img2dataset(shards: Sequence[str], resize: int, prefix: str, samples: int) -> Plan:
     """img2dataset's WebDataset output, written anew without what cannot be used (LAION, CC3M, CC12M, SBU).
 
     The shards can also be trained on as they are.
     """
-    found = list_shards(shards)
-    items = [(shard.url, row) for shard in found for row in range(shard.samples)]
-    return Plan(prefix, items, partial(make_from_shard, shards={s.url: s for s in found}, resize=resize))
+    items = [
+        (shard.url, first, min(first + samples, shard.samples))
+        for shard in list_shards(shards)
+        for first in range(0, shard.samples, samples)
+    ]
+    return Plan(prefix, items, partial(make_from_shard, resize=resize), items_per_shard=1)
 
 
-def make_from_shard(item: tuple, shards: dict[str, Shard], resize: int) -> Made:
-    url, row = item
-    try:
-        raw = shards[url].read(row)
-        data, captions = raw.image, raw.captions
-    except DataError as error:
-        yield Rejected(re.sub(r"^.*?: ?", "", str(error).replace(url, "")) or "unreadable")
-        return
-    kept = {k: raw.meta[k] for k in ("url", "image_id", "sha256") if k in raw.meta}
-    yield from pair(data, captions, resize, file=raw.key, **kept)
+def make_from_shard(item: tuple, resize: int) -> Made:
+    url, first, last = item
+    (shard,) = list_shards([url])
+    for row in range(first, last):
+        try:
+            raw = shard.read(row)
+            data, captions, meta = raw.image, raw.captions, raw.meta
+        except DataError as error:
+            yield Rejected(str(error).replace(url, "").partition(" ")[2])
+            continue
+        kept = {k: meta[k] for k in ("url", "image_id", "sha256") if k in meta}
+        yield from pair(data, captions, resize, file=raw.key, **kept)
 
 
 VQA_FILES = {  # split -> images, questions, annotations
@@ -234,11 +239,10 @@ def make_questions(item: tuple, root: Path, resize: int) -> Made:
         yield Rejected("question without an answer in the vocabulary")
     if not kept:
         return
-    file = root / path if isinstance(path, str) else None
-    if file and not file.is_file():
+    if path is None or (isinstance(path, str) and not (root / path).is_file()):
         yield Rejected("image file missing")
         return
-    image = usable_image(file.read_bytes() if file else path.read(), resize)
+    image = usable_image((root / path).read_bytes() if isinstance(path, str) else path.read(), resize)
     if isinstance(image, Rejected):
         yield image
         return
@@ -369,28 +373,29 @@ def make_labelled(item: tuple, root: Path, resize: int) -> Made:
     yield Sample({image[0]: image[1], "json": sample_json(label=label, **{"class": name}, file=path)}, 0)
 
 
-def arrow(inputs: Sequence[Path], resize: int) -> Plan:
+def arrow(inputs: Sequence[Path], resize: int, samples: int) -> Plan:
     """The pyarrow files that ViLT's and VLMo's scripts write: captions, VQAv2, NLVR2, or text alone, by their columns."""
     from vlmo_ds.data.prepare.arrow import open_table
 
-    items = [
-        (str(path), row) for path in inputs for row in range(open_table(str(need(path, "a pyarrow file"))).num_rows)
-    ]
-    return Plan("arrow", items, partial(make_arrow, resize=resize))
+    rows = {str(path): open_table(str(need(path, "a pyarrow file"))).num_rows for path in inputs}
+    items = [(path, first, min(first + samples, n)) for path, n in rows.items() for first in range(0, n, samples)]
+    return Plan("arrow", items, partial(make_arrow, resize=resize), items_per_shard=1)
 
 
 def make_arrow(item: tuple, resize: int) -> Made:
-    from vlmo_ds.data.prepare.arrow import read_row
+    from vlmo_ds.data.prepare.arrow import read_rows
 
-    row = read_row(*item)
-    if "image_0" in row:
-        return make_arrow_nlvr2(row, resize)
-    if "questions" in row:
-        return make_arrow_vqa(row, resize)
-    captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-    if "image" in row:
-        return pair(row["image"], captions, resize, image_id=row.get("image_id"))
-    return write_text(captions)
+    for row in read_rows(*item):
+        if "image_0" in row:
+            yield from make_arrow_nlvr2(row, resize)
+        elif "questions" in row:
+            yield from make_arrow_vqa(row, resize)
+        else:
+            captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+            if "image" in row:
+                yield from pair(row["image"], captions, resize, image_id=row.get("image_id"))
+            else:
+                yield from write_text(captions)
 
 
 def make_arrow_vqa(row: dict, resize: int) -> Made:

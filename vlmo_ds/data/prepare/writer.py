@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -164,6 +165,7 @@ def collected(pending: dict[Future, int], done: Iterable[Future]) -> Iterator[tu
 def start_process(parent: int) -> None:
     """One thread each; and a killed call must not leave processes that wait for work for ever."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the shards under way are finished
 
     def watch() -> None:
         while os.getppid() == parent:
