@@ -120,8 +120,13 @@ def karpathy(root: Path, dataset: str, splits: Sequence[str], resize: int) -> Pl
     known = sorted({image["split"] for image in images})
     for split in splits:
         choice(split, known, str(file))
-    items = [
-        (i.get("filepath", ""), i["filename"], int(i.get("cocoid", i["imgid"])), [s["raw"] for s in i["sentences"]])
+    items = [  # COCO's ids are left as they are: VQAv2 is about the same photographs
+        (
+            i.get("filepath", ""),
+            i["filename"],
+            int(i["cocoid"]) if "cocoid" in i else f"{dataset}:{i['imgid']}",
+            [s["raw"] for s in i["sentences"]],
+        )
         for i in images
         if i["split"] in splits
     ]
