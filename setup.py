@@ -24,6 +24,7 @@ setup(
         "tensorboard",
         "safetensors",
         "pyyaml",
+        "psutil",
         "pillow",
         "simplejpeg",
         "numpy",

@@ -1,6 +1,7 @@
 """Runs on mixtures of sources: the same at any number of ranks, bad samples counted by source, or the run stops."""
 
 import json
+import time
 
 import pytest
 from conftest import run_ranks, start_ranks, tiny_recipe, write_yaml
@@ -63,7 +64,7 @@ def test_a_run_stops_when_a_source_goes_bad(tmp_path, synthetic):
     metrics = tmp_path / "run" / "metrics.jsonl"
     try:
         while all(p.poll() is None for p in started) and not (metrics.exists() and metrics.stat().st_size > 1000):
-            pass
+            time.sleep(0.02)
         (other / "0.tar").unlink()
         outputs = [p.communicate(timeout=180)[0] for p in started]
     finally:

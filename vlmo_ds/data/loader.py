@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,15 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_signals if workers else None,
     )
     return iter(loader)
+
+
+def ignore_signals(worker: int) -> None:
+    """Who is asked to stop asks its whole process tree: a loader process goes on until its rank ends."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_samples(dataset: BatchDataset) -> int:

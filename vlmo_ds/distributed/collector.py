@@ -76,6 +76,13 @@ class Collector:
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def each_rank(self, value: object) -> list:
+        """Every rank's Python object, in rank order, on every rank."""
+        found: list = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def first_row(self, local_rows: int) -> int:
         """Global index of this rank's first row."""
         return self.rank * local_rows

@@ -6,10 +6,12 @@ checkpoints/<stage>/final/           model.safetensors in float32 with official 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import deepspeed
@@ -19,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlmo_ds.config import InitConfig, RecipeError
+from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.optim import matches
 
 WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
 
 
 # ---- weights ----
@@ -140,29 +144,107 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a stage, oldest first."""
+    """Published checkpoints of a stage, oldest first."""
     found = folder.glob("step-*") if folder.is_dir() else []
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), key=step_of)
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, keep: int, collector: Collector) -> None:
-    """Writes a checkpoint on all ranks, gives it its name when it is whole, and removes old ones."""
+def fault_of(path: Path) -> str:
+    """What is wrong with a published checkpoint, by its manifest of files and sizes; "" if it is whole."""
+    try:
+        sizes = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            return f"{name} has {found} bytes, {size} were written" if found is not None else f"{name} is missing"
+    return ""
+
+
+def latest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; tells of those that are not."""
+    for path in reversed(list_checkpoints(folder)):
+        fault = fault_of(path)
+        if not fault:
+            return path
+        print(f"warning: checkpoint {path} is damaged and left out: {fault}", file=sys.stderr, flush=True)
+    return None
+
+
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, keep: int, collector: Collector) -> str:
+    """Writes a checkpoint on all ranks, gives it its name when it is whole, and removes old ones.
+
+    Returns why it could not be written (a full disk, say; the same on every rank), or "". Then the ones before stay.
+    """
     name = f"step-{step:08d}"
     temporary = folder / f"{name}.tmp"
+    problem = on_disk(collector, lambda: clear_leftovers(folder))
+    if problem:
+        return problem
+    with recorded_failures(engine) as failures:
+        engine.save_checkpoint(str(folder), tag=temporary.name, client_state={"step": step}, save_latest=False)
+    found = [(rank, text) for rank, text in enumerate(collector.each_rank(failures[0] if failures else "")) if text]
+    if found:
+        on_disk(collector, lambda: clear_leftovers(folder))
+        return f"{found[0][1]} (rank {found[0][0]})"
+    return on_disk(collector, lambda: publish(temporary, folder / name, keep))
+
+
+def on_disk(collector: Collector, action: Callable[[], None]) -> str:
+    """Does something on rank 0; why it failed, on every rank, or ""."""
+    problem = ""
     if collector.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("step-*.tmp"):
+        try:
+            action()
+        except OSError as error:
+            problem = str(error)
+    return str(collector.from_rank0(problem))
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Makes the folder, and removes from all of it what a killed process was writing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in sorted(folder.rglob("*.tmp")):
+        if leftover.is_dir():
             shutil.rmtree(leftover)
-    collector.barrier()
-    engine.save_checkpoint(str(folder), tag=temporary.name, client_state={"step": step}, save_latest=False)
-    collector.barrier()
-    if collector.rank == 0:
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-        temporary.replace(folder / name)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    collector.barrier()
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def recorded_failures(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[str]]:
+    """Collects what goes wrong while DeepSpeed writes files, so that no rank leaves the others waiting in a barrier."""
+    failures: list[str] = []
+    writer = engine.checkpoint_engine
+
+    def guarded(action: Callable) -> Callable:
+        def call(*args, **kwargs):
+            try:
+                return action(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+                failures.append(str(error).splitlines()[0])
+
+        return call
+
+    writes = ((writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script"))
+    for owner, name in writes:
+        setattr(owner, name, guarded(getattr(owner, name)))
+    try:
+        yield failures
+    finally:
+        for owner, name in writes:
+            delattr(owner, name)  # the class's own is found again
+
+
+def publish(temporary: Path, target: Path, keep: int) -> None:
+    sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
+    write_atomically(temporary / MANIFEST, json.dumps({"files": sizes}, indent=1).encode())
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.replace(target)
+    for old in list_checkpoints(target.parent)[:-keep]:
+        shutil.rmtree(old)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe, StageConfig
+from vlmo_ds.config import Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.distributed.collector import Collector
@@ -21,8 +22,10 @@ from vlmo_ds.training import checkpoint
 from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release, set_full_fp32
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable
+from vlmo_ds.training.signals import Stopped, StopRequest
 
 NEAR_MAX_SCALE = 90.0
+ASKED = "asked to stop"  # a count among those that a step sums over ranks
 LEAST_JUDGED = 256  # samples of a source before its share of bad ones counts
 
 
@@ -77,8 +80,12 @@ def train_stage(
     monitor: Monitor,
     offset: int,
     collector: Collector,
+    stop: StopRequest,
 ) -> None:
-    """Trains a stage to its end and writes its final weights. offset: optimiser steps of the stages before."""
+    """Trains a stage to its end and writes its final weights. offset: optimiser steps of the stages before.
+
+    Raises Stopped, with a checkpoint written, at the end of the step in which any rank was asked to stop.
+    """
     _, accumulation = micro_batch(stage, collector.world_size)
     dataset = build_dataset(recipe, stage, tokenizer, collector)
     model = build_model(recipe, stage, source, origin, collector)
@@ -94,6 +101,7 @@ def train_stage(
     engine.train()
     named: set[str] = set()  # bad samples that this rank has told of
     replaced = dict.fromkeys(dataset.names, 0.0)
+    failures = 0  # checkpoints in a row that could not be written
     for step in range(first, stage.steps):
         outputs: list[StepOutput] = []
         bad = dict.fromkeys(dataset.names, 0)
@@ -115,27 +123,32 @@ def train_stage(
             engine.backward(out.loss)
             engine.step()
             outputs.append(out)
-        metrics = global_metrics(outputs, bad, collector)
+        metrics, counts = global_metrics(outputs, {**bad, ASKED: float(stop.asked())}, collector)
+        asked = counts.pop(ASKED)
         metrics["lr"] = engine.get_lr()[0] if step + 1 < stage.steps else 0.0
         norm = engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
         if max(metrics.get("itc/logit_scale", 0.0), metrics.get("itc/vl_logit_scale", 0.0)) > NEAR_MAX_SCALE:
             clamp_scales(engine.module)
-        epochs = dataset.order.epochs((step + 1) * stage.global_batch_size)
-        if len(epochs) == 1:
-            metrics["data/epoch"] = epochs[0]
-        else:
-            metrics |= {f"data/epoch/{name}": epoch for name, epoch in zip(dataset.names, epochs, strict=True)}
-        count_replaced(replaced, metrics, dataset, stage, first, step + 1)
+        metrics |= data_metrics(dataset, counts, (step + 1) * stage.global_batch_size)
+        check_replaced(replaced, counts, dataset, stage, first, step + 1)
         monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
-        if stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
-            checkpoint.save(engine, folder, step + 1, recipe.keep_checkpoints, collector)
+        due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
+        if (due or asked) and step + 1 < stage.steps:
+            problem = checkpoint.save(engine, folder, step + 1, recipe.keep_checkpoints, collector)
+            failures = failures + 1 if problem else 0
+            if problem:
+                tell_of_failure(recipe, f"{folder}/step-{step + 1:08d}: {problem}", failures, collector)
+            if asked:
+                raise Stopped(
+                    f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
+                )
     state = checkpoint.full_state(engine, frozen, shapes)
-    if collector.rank == 0:
-        meta = {"stage": stage.name, "steps": stage.steps, "tasks": stage.weights}
-        checkpoint.write_final(folder / "final", state, meta)
-    collector.barrier()
+    meta = {"stage": stage.name, "steps": stage.steps, "tasks": stage.weights}
+    problem = checkpoint.on_disk(collector, lambda: checkpoint.write_final(folder / "final", state, meta))
+    if problem:
+        raise RecipeError(f"the result of stage '{stage.name}' cannot be written to {folder / 'final'}: {problem}")
     release(engine)
     del engine, model, stream, dataset
     gc.collect()
@@ -143,9 +156,30 @@ def train_stage(
         torch.cuda.empty_cache()
 
 
-def count_replaced(
-    replaced: dict[str, float],
-    metrics: dict[str, float],
+def tell_of_failure(recipe: Recipe, what: str, failures: int, collector: Collector) -> None:
+    """Reports a checkpoint that could not be written; too many in a row end the run."""
+    if failures > recipe.checkpoint_failures:
+        raise RecipeError(
+            f"checkpoint {what}; {failures} in a row could not be written, checkpoint_failures is {recipe.checkpoint_failures}"
+        )
+    if collector.rank == 0:
+        left = recipe.checkpoint_failures - failures
+        print(f"warning: checkpoint {what}; training goes on, {left} more may fail", file=sys.stderr, flush=True)
+
+
+def data_metrics(dataset: BatchDataset, replaced: Mapping[str, float], position: int) -> dict[str, float]:
+    """Samples of a step that were replaced, and the epochs before a position; of a mixture for each source."""
+    epochs = dict(zip(dataset.names, dataset.order.epochs(position), strict=True))
+    metrics = {"data/replaced": sum(replaced.values())}
+    if len(epochs) == 1:
+        return metrics | {"data/epoch": epochs.popitem()[1]}
+    metrics |= {f"data/replaced/{name}": count for name, count in replaced.items()}
+    return metrics | {f"data/epoch/{name}": epoch for name, epoch in epochs.items()}
+
+
+def check_replaced(
+    total: dict[str, float],
+    replaced: Mapping[str, float],
     dataset: BatchDataset,
     stage: StageConfig,
     first: int,
@@ -154,10 +188,10 @@ def count_replaced(
     """Adds a step's replaced samples; DataError when a source has more than its share since the start at `first`."""
     began, now = (dataset.order.mixture.consumed(step * stage.global_batch_size) for step in (first, done))
     for name, seen in zip(dataset.names, (now - began).tolist(), strict=True):
-        replaced[name] += metrics.get(f"data/replaced/{name}", metrics["data/replaced"])
-        if seen >= LEAST_JUDGED and replaced[name] > stage.data.max_bad_fraction * seen:
+        total[name] += replaced[name]
+        if seen >= LEAST_JUDGED and total[name] > stage.data.max_bad_fraction * seen:
             raise DataError(
-                f"stages.{stage.name}: {replaced[name]:.0f} of {seen} samples of source '{name}' could not be used and "
+                f"stages.{stage.name}: {total[name]:.0f} of {seen} samples of source '{name}' could not be used and "
                 f"were replaced, more than max_bad_fraction {stage.data.max_bad_fraction}; they are named above"
             )
 

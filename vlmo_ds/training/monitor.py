@@ -22,11 +22,10 @@ from vlmo_ds.models.vlmo import StepOutput
 METRICS = "metrics.jsonl"
 
 
-def global_metrics(outputs: list[StepOutput], replaced: Mapping[str, int], collector: Collector) -> dict[str, float]:
-    """Metrics of one optimiser step over all ranks and micro-batches, in one all-reduce.
-
-    replaced: for each source of the data, its samples on this rank that could not be used.
-    """
+def global_metrics(
+    outputs: list[StepOutput], counts: Mapping[str, float], collector: Collector
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimiser step's metrics over all ranks and micro-batches, and the sums of `counts`, in one all-reduce."""
     names = [f"loss/{task}" for task in outputs[0].losses]
     ratio_names, value_names = list(outputs[0].ratios), list(outputs[0].values)
     share = 1.0 / (len(outputs) * collector.world_size)
@@ -35,7 +34,7 @@ def global_metrics(outputs: list[StepOutput], replaced: Mapping[str, int], colle
         local += [sum(o.ratios[name][i].detach().double() for o in outputs) for i in (0, 1)]
     local += [sum(o.values[name].double() for o in outputs) * share for name in value_names]
     device = local[0].device
-    local += [torch.tensor(count, dtype=torch.float64) for count in replaced.values()]
+    local += [torch.tensor(count, dtype=torch.float64) for count in counts.values()]
     total = collector.sum(torch.stack([x.to(device) for x in local]))
     values = iter(total.tolist())
     metrics = {name: next(values) for name in names}
@@ -44,11 +43,7 @@ def global_metrics(outputs: list[StepOutput], replaced: Mapping[str, int], colle
         numerator, denominator = next(values), next(values)
         metrics[name] = numerator / max(denominator, 1.0)
     metrics |= {name: next(values) for name in value_names}
-    by_source = {name: next(values) for name in replaced}
-    metrics["data/replaced"] = sum(by_source.values())
-    if len(by_source) > 1:
-        metrics |= {f"data/replaced/{name}": count for name, count in by_source.items()}
-    return metrics
+    return metrics, {name: next(values) for name in counts}
 
 
 class Monitor:

@@ -27,6 +27,7 @@ from vlmo_ds.training import checkpoint
 from vlmo_ds.training.engine import device, merge, read_config, start_distributed
 from vlmo_ds.training.loop import build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
+from vlmo_ds.training.signals import ASKED_TO_STOP, Stopped, StopRequest
 
 QUICKSTART = Path("launch/recipes/quickstart.yaml")
 TOKENIZER_TEXTS = 200_000
@@ -36,11 +37,13 @@ FREE_SETTINGS = (
     ".log_images_every",
     ".workers",
     ".prefetch",
+    ".max_bad_fraction",
     ".index",
     ".cache",
     ".cache_size_gb",
+    ".tries",
+    ".stall_seconds",
 )
-FREE_SETTINGS += (".tries", ".stall_seconds", ".max_bad_fraction")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,8 +67,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a setting or file that cannot be used."""
+    """Exit status: 0 done, 2 a setting or file that cannot be used, 75 asked to stop by SIGTERM or SIGUSR1."""
     args = parse_arguments(argv)
+    stop = StopRequest()
+    status = 0
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
         recipe = load_recipe(args.recipe, args.overrides)
@@ -75,16 +80,32 @@ def main(argv: list[str] | None = None) -> int:
         for stage in stages:
             merge(ds_config, stage, world_size)
         start_distributed()
-        run_stages(args, recipe, ds_config, stages)
-        dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
+        stop.listen()
+        run_stages(args, recipe, ds_config, stages, stop)
     except (RecipeError, DataError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        return leave(2)
+    except Stopped as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        status = ASKED_TO_STOP
+    dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
+    dist.destroy_process_group()
+    return status
+
+
+def leave(status: int) -> int:
+    """The exit status after an error; in a process group the process ends here.
+
+    The other ranks may be gone, or never come: PyTorch can neither wait for them nor take the group down without them
+    (with gloo a rank sometimes aborted in it).
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def chosen_stages(recipe: Recipe, names: str | None) -> list[StageConfig]:
@@ -114,7 +135,9 @@ def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
     return result
 
 
-def run_stages(args: argparse.Namespace, recipe: Recipe, ds_config: dict, stages: list[StageConfig]) -> None:
+def run_stages(
+    args: argparse.Namespace, recipe: Recipe, ds_config: dict, stages: list[StageConfig], stop: StopRequest
+) -> None:
     collector = Collector()
     run = args.output_dir or Path("runs") / recipe.name
     on_rank0(collector, lambda: check_before_start(args, recipe, stages, run))
@@ -125,28 +148,31 @@ def run_stages(args: argparse.Namespace, recipe: Recipe, ds_config: dict, stages
 
     total = sum(stage.steps for stage in recipe.stages)
     monitor = Monitor(run, collector.rank, total)
-    for stage in stages:
-        number = recipe.stages.index(stage)
-        folder = run / "checkpoints" / stage.name
-        if (folder / "final").is_dir() and args.resume == "auto":
-            if collector.rank == 0:
-                print(f"{stage.name}: finished already", flush=True)
-            continue
-        source, origin = initial_weights(recipe, number, run)
-        train_stage(
-            recipe,
-            stage,
-            ds_config,
-            source=source,
-            origin=origin,
-            tokenizer=tokenizer,
-            folder=folder,
-            resume_from=find_checkpoint(args.resume, folder),
-            monitor=monitor,
-            offset=sum(s.steps for s in recipe.stages[:number]),
-            collector=collector,
-        )
-    monitor.close()
+    try:
+        for stage in stages:
+            number = recipe.stages.index(stage)
+            folder = run / "checkpoints" / stage.name
+            if (folder / "final").is_dir() and args.resume == "auto":
+                if collector.rank == 0:
+                    print(f"{stage.name}: finished already", flush=True)
+                continue
+            source, origin = initial_weights(recipe, number, run)
+            train_stage(
+                recipe,
+                stage,
+                ds_config,
+                source=source,
+                origin=origin,
+                tokenizer=tokenizer,
+                folder=folder,
+                resume_from=on_rank0(collector, lambda folder=folder: find_checkpoint(args.resume, folder)),
+                monitor=monitor,
+                offset=sum(s.steps for s in recipe.stages[:number]),
+                collector=collector,
+                stop=stop,
+            )
+    finally:
+        monitor.close()
     finish(recipe, run, tokenizer, collector)
 
 
@@ -161,6 +187,8 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
             raise RecipeError(
                 f"--resume: {path} is no checkpoint; accepted: auto, never, or {run}/checkpoints/<stage>/step-<number>"
             )
+        if fault := checkpoint.fault_of(path):
+            raise RecipeError(f"--resume: {path} is damaged: {fault}")
     if begun:
         compare_recipes(recipe, run)
     first = recipe.stages.index(stages[0])
@@ -177,6 +205,7 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
             raise RecipeError(f"stages.{stage.name}.init.weights: {stage.init.weights} does not exist")
     if recipe.retrieval:
         list_shards(recipe.retrieval.shards)
+    checkpoint.clear_leftovers(run)
     if not (run / "tokenizer").is_dir():
         make_tokenizer(recipe).save_pretrained(str(run / "tokenizer.tmp"))
         (run / "tokenizer.tmp").replace(run / "tokenizer")
@@ -189,7 +218,7 @@ def compare_recipes(recipe: Recipe, run: Path) -> None:
     except (RecipeError, yaml.YAMLError):
         raise RecipeError(f"{run}/recipe.yaml cannot be read: choose another --output_dir") from None
     before, now = flatten(old.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-    free = ("retrieval", "keep_checkpoints", "name")
+    free = ("retrieval", "keep_checkpoints", "checkpoint_failures", "name")
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -266,8 +295,7 @@ def initial_weights(recipe: Recipe, number: int, run: Path) -> tuple[dict | None
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
     if resume not in ("auto", "never"):
         return Path(resume) if Path(resume).parent.name == folder.name else None
-    found = checkpoint.list_checkpoints(folder)
-    return found[-1] if found and resume == "auto" else None
+    return checkpoint.latest_whole(folder) if resume == "auto" else None
 
 
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:

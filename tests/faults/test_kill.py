@@ -1,0 +1,56 @@
+"""A run that is killed again and again ends with the metrics of a run that never was."""
+
+import random
+import time
+
+import pytest
+from conftest import start_ranks
+from faults.test_stop_and_disk import command, uninterrupted, wait_for  # noqa: F401 (a fixture)
+
+
+def lines(path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_writing(folder, processes):
+    """Until a checkpoint or a stage's result is being written."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and all(p.poll() is None for p in processes):
+        if any(folder.glob("*/*.tmp")):
+            return
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments(tmp_path, synthetic, uninterrupted, kills):  # noqa: F811
+    """SIGKILL to one rank or both: between steps, while a checkpoint is written, and at the change of stages."""
+    rng = random.Random(kills)
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
+    arguments = [*command(tmp_path, synthetic, retrieval=None), "--output_dir", str(run)]
+    killed = 0
+    while True:
+        processes = start_ranks(arguments, 2)
+        if killed < kills:
+            before = lines(metrics)
+            moment = ("any", "writing", "stage")[killed % 3]
+            if moment == "stage":
+                change = next(n for n in (40, 80, 120) if n > before)
+                wait_for(metrics, min(change, before + 8), processes)
+                time.sleep(rng.uniform(0, 0.5))
+            else:
+                wait_for(metrics, min(before + rng.randrange(1, 5), 119), processes)
+                if moment == "writing":
+                    wait_for_writing(run / "checkpoints", processes)
+                else:
+                    time.sleep(rng.uniform(0, 0.3))
+            for process in rng.sample(processes, rng.choice((1, 2))):
+                process.kill()
+            killed += 1
+        outputs = [p.communicate(timeout=120)[0] for p in processes]
+        codes = [p.returncode for p in processes]
+        if codes == [0, 0]:
+            break
+        assert -9 in codes, outputs[0][-3000:]
+    assert killed == kills
+    assert metrics.read_text() == uninterrupted
+    assert not list(run.rglob("*.tmp"))
