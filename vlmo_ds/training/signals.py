@@ -9,6 +9,7 @@ from types import FrameType
 import psutil
 
 ASKED_TO_STOP = 75  # exit status: a checkpoint is written, the same command goes on (EX_TEMPFAIL of sysexits.h)
+LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py")
 
 
 class Stopped(Exception):
@@ -26,7 +27,7 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.remember)
         # SIGTERM ends DeepSpeed's runner and nothing else: its launcher and the ranks would go on unseen.
-        if any("deepspeed" in part and "launch" in part for part in psutil.Process(os.getppid()).cmdline()):
+        if any(part.endswith(LAUNCHERS) for part in psutil.Process(os.getppid()).cmdline()):
             self.launcher = self.ancestors()
 
     def asked(self) -> bool:
