@@ -1,10 +1,11 @@
 """The page about a shard set."""
 
+import json
 import subprocess
 import sys
 
 from conftest import ROOT
-from data.files import jpeg, write_pairs, write_tar
+from data.files import jpeg, png, write_pairs, write_tar
 
 
 def inspect(*arguments, code=0):
@@ -24,6 +25,7 @@ def test_page_counts_and_shows(tmp_path):
     page = (tmp_path / "page.html").read_text()
     for fact in (
         "<td>samples</td><td>11</td>",
+        "<td>samples looked at</td><td>11</td>",
         "<td>of these unusable</td><td>1</td>",
         "<td>captions</td><td>10</td>",
         "<td>pictures that look like an earlier one</td><td>1</td>",
@@ -33,6 +35,28 @@ def test_page_counts_and_shows(tmp_path):
         assert fact in page, fact
     assert page.count("data:image/jpeg") == 9 + 1 and page.count("&rarr;") >= 9  # 9 pictures and one group of copies
     assert "<b>bold</b>" not in page
+
+
+def test_fine_tuning_sets(tmp_path):
+    """Two images with sentences, an image with questions, an image with a class."""
+    members = {
+        "a.0.png": png(colour=(1, 2, 3)),
+        "a.1.png": png(colour=(90, 2, 3)),
+        "a.json": json.dumps({"sentences": [{"sentence": "both are dark", "label": "True"}]}).encode(),
+        "b.jpg": jpeg(colour=(4, 200, 6)),
+        "b.json": json.dumps({"questions": [{"question": "is it green?"}, {"question": "a cat?"}]}).encode(),
+        "d.0.png": png(colour=(1, 2, 3)),
+        "d.1.png": png(colour=(90, 2, 3)),
+        "d.json": json.dumps({"sentences": [{"sentence": "none is dark", "label": "False"}]}).encode(),
+        "c.jpg": jpeg(colour=(7, 8, 230)),
+        "c.json": json.dumps({"label": 3, "class": "n0144"}).encode(),
+    }
+    write_tar(tmp_path / "a.tar", members)
+    inspect(tmp_path / "a.tar", "--output", tmp_path / "page.html", "--image_size", 32)
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>of these unusable</td><td>0</td>" in page and "<td>captions</td><td>4</td>" in page
+    assert page.count("data:image/jpeg") == 6 + 2 and page.count("both are dark") == 2
+    assert "is it green? / a cat?" in page and "n0144" in page
 
 
 def test_nothing_to_inspect(tmp_path):

@@ -13,9 +13,10 @@ import io
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 
@@ -23,14 +24,15 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import DataConfig, Transform
 from vlmo_ds.data.loader import BatchDataset, spec_for
-from vlmo_ds.data.order import Place
-from vlmo_ds.data.shards import RawSample, Shard, list_shards
+from vlmo_ds.data.order import Place, generator
+from vlmo_ds.data.shards import IMAGE_EXTENSIONS, RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
-from vlmo_ds.data.transforms import EncodedImage
+from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; color: #1c2733; padding: 0 1rem }
@@ -66,19 +68,29 @@ class Findings:
             self.hashes[key] += places
 
     def look_at(self, raw: RawSample, url: str, row: int) -> None:
-        self.samples += 1
         self.bytes += sum(map(len, raw.fields.values()))
         self.extensions.update(raw.fields.keys())
-        has_image = any(name in raw.fields for name in ("jpg", "jpeg", "png", "webp"))
-        if has_image:
-            image = EncodedImage(raw.image)
+        encoded = pictures(raw)
+        for data in encoded:
+            image = EncodedImage(data)
             self.hashes[difference_hash(image)].append((url, row))
             self.widths.append(image.width)
             self.heights.append(image.height)
-        if not has_image or {"txt", "caption"} & raw.fields.keys() or {"caption", "captions"} & raw.meta.keys():
-            captions = raw.captions
-            self.captions.append(len(captions))
-            self.words += [len(caption.split()) for caption in captions]
+        expected = not encoded or {"txt", "caption"} & raw.fields.keys() or {"caption", "captions"} & raw.meta.keys()
+        found = questions(raw) or (raw.captions if expected else [])
+        if found:
+            self.captions.append(len(found))
+            self.words += [len(text.split()) for text in found]
+
+
+def pictures(raw: RawSample) -> list[bytes]:
+    """Every image of a sample: NLVR2 has two, 0.png and 1.png."""
+    return [data for name, data in raw.fields.items() if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+
+
+def questions(raw: RawSample) -> list[str]:
+    """The questions or sentences of a fine-tuning set."""
+    return [q.get("question", q.get("sentence", "")) for k in ("questions", "sentences") for q in raw.meta.get(k, [])]
 
 
 def difference_hash(image: EncodedImage) -> str:
@@ -94,6 +106,7 @@ def look_at_shard(job: tuple[Shard, Sequence[int]]) -> Findings:
     shard, rows = job
     found = Findings()
     for row in rows:
+        found.samples += 1
         try:
             found.look_at(shard.read(row), shard.url, row)
         except ValueError as error:
@@ -159,38 +172,45 @@ def contact_sheet(
             raws.append((shard, row, shard.read(row)))
         except DataError:
             continue
-    texts = [caption for *_, raw in raws for caption in readable_captions(raw)]
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts or ["none"], 2000)
+    words = [text for *_, raw in raws for text in readable_captions(raw)]
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(words or ["none"], 2000)
     number = {shard.url: i for i, shard in enumerate(shards)}
     data = DataConfig(shards=args.shards, index=args.index, transform=args.transform)
+
+    @lru_cache
+    def dataset(*tasks: str) -> BatchDataset:
+        spec = spec_for(dict.fromkeys(tasks, 1.0), args.image_size, 16, args.max_text_len, args.seed)
+        return BatchDataset(data, spec, tokenizer, rank=0, world_size=1, batch_size=1)
+
     figures = []
     for shard, row, raw in raws:
-        has_image = any(name in raw.fields for name in ("jpg", "jpeg", "png", "webp"))
-        tasks = (
-            ["itc"] * has_image + ["mlm"]
-            if readable_captions(raw) and has_image
-            else ["mim" if has_image else "textmlm"]
-        )
-        spec = spec_for(dict.fromkeys(tasks, 1.0), args.image_size, 16, args.max_text_len, args.seed)
-        dataset = BatchDataset(data, spec, tokenizer, rank=0, world_size=1, batch_size=1)
+        name = f"<br><small>{html.escape(Path(shard.url).name)}:{html.escape(raw.key)}</small>"
+        place = Place(0, 0, number[shard.url], row)
         try:
-            sample = dataset.make(raw, Place(0, 0, number[shard.url], row))
-        except DataError as error:
+            if not readable_captions(raw):  # questions, sentences about two images, or a class
+                rng = generator(args.seed, 3, 0, raw.sample_id)
+                shown = [TRANSFORMS[args.transform](EncodedImage(d), args.image_size, rng) for d in pictures(raw)]
+                asked = html.escape(" / ".join(questions(raw)[:3]) or str(raw.meta.get("class", "")))
+                figures += [figure(image, asked + name) for image in shown]
+                continue
+            sample = dataset(*(("itc", "mlm") if pictures(raw) else ("textmlm",))).make(raw, place)
+        except ValueError as error:
             figures.append(figure(None, html.escape(str(error))))
             continue
         image = Image.fromarray(sample["image"].transpose(1, 2, 0)) if "image" in sample else None
-        words = ""
-        if "text_ids" in sample:
-            for original, given, label in zip(
-                sample["text_ids"], sample["text_ids_mlm"], sample["text_labels_mlm"], strict=True
-            ):
-                token = html.escape(tokenizer.convert_ids_to_tokens(int(original)))
-                shown = html.escape(tokenizer.convert_ids_to_tokens(int(given)))
-                words += f" <b>{token} &rarr; {shown}</b>" if label != -100 else f" {token}"
-        figures.append(
-            figure(image, f"{words}<br><small>{html.escape(Path(shard.url).name)}:{html.escape(raw.key)}</small>")
-        )
+        figures.append(figure(image, masked_words(sample, tokenizer) + name))
     return "".join(figures)
+
+
+def masked_words(sample: Mapping, tokenizer: PreTrainedTokenizerBase) -> str:
+    words = ""
+    for original, given, label in zip(
+        sample["text_ids"], sample["text_ids_mlm"], sample["text_labels_mlm"], strict=True
+    ):
+        token = html.escape(tokenizer.convert_ids_to_tokens(int(original)))
+        shown = html.escape(tokenizer.convert_ids_to_tokens(int(given)))
+        words += f" <b>{token} &rarr; {shown}</b>" if label != -100 else f" {token}"
+    return words
 
 
 def readable_captions(raw: RawSample) -> list[str]:
@@ -207,7 +227,7 @@ def duplicates(shards: Sequence[Shard], found: Findings) -> tuple[int, str]:
     figures = []
     for group in groups[:SHOWN_DUPLICATES]:
         url, row = group[0]
-        image = EncodedImage(by_url[url].read(row).image)
+        image = EncodedImage(pictures(by_url[url].read(row))[0])
         names = ", ".join(f"{Path(u).name}:{r}" for u, r in group[:4]) + (" ..." if len(group) > 4 else "")
         picture = image.resized(160, max(1, round(160 * image.height / image.width)))
         figures.append(figure(picture, f"{len(group)} times: {html.escape(names)}"))
@@ -226,7 +246,7 @@ def page(args: argparse.Namespace) -> str:
     facts = {
         "shards": f"{len(shards):,}",
         "samples": f"{total:,}",
-        "samples looked at": f"{found.samples + len(found.faults):,}",
+        "samples looked at": f"{found.samples:,}",
         "of these unusable": f"{len(found.faults):,}",
         "captions": f"{sum(found.captions):,}",
         "bytes": f"{found.bytes:,}",
