@@ -1,18 +1,11 @@
 """The page about a shard set."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
-from conftest import ROOT
-from data.files import jpeg, png, write_pairs, write_tar
+from data.files import call, jpeg, png, write_pairs, write_tar
 
-
-def inspect(*arguments, code=0):
-    command = [sys.executable, "-m", "vlmo_ds.data.inspect", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+inspect = partial(call, "vlmo_ds.data.inspect")
 
 
 def test_page_counts_and_shows(tmp_path):

@@ -10,21 +10,17 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 from conftest import ROOT
-from data.files import jpeg, png, write_tar
+from data.files import call, jpeg, png, write_tar
 from PIL import Image
 
 from vlmo_ds.data.prepare.answers import normalize_answer, soft_score
 from vlmo_ds.data.shards import list_shards
 
-
-def prepare(*arguments, code=0):
-    command = [sys.executable, "-m", "vlmo_ds.data.prepare", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+prepare = partial(call, "vlmo_ds.data.prepare")
 
 
 def samples(folder):
@@ -288,6 +284,14 @@ def test_vqav2(tmp_path):
 )
 def test_answers_are_normalised_as_in_the_official_evaluation(answer, normal):
     assert normalize_answer(answer) == normal
+
+
+def test_easy_vqa_counts_images_that_are_missing(tmp_path):
+    write_tar(tmp_path / "test_images.tar", {"test/images/0.png": png()})
+    (tmp_path / "test_questions.json").write_text(json.dumps([["what colour?", "red", 0], ["what shape?", "box", 7]]))
+    (tmp_path / "answers.txt").write_text("red\nbox\n")
+    done = prepare("easy_vqa", "--root", tmp_path, "--split", "test", "--output", tmp_path / "out")
+    assert "1 samples, 1 captions" in done.stdout and "rejected 1: image file missing" in done.stdout
 
 
 def test_soft_scores():

@@ -7,19 +7,17 @@ import json
 import os
 import re
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
 import time
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from data.files import jpeg, png, write_pairs, write_tar
+from data.files import call, jpeg, png, write_pairs, write_tar
 from data.test_stream import TOKENIZER
 
 from vlmo_ds.config import DataConfig
@@ -30,12 +28,7 @@ from vlmo_ds.data.storage import DataError, Storage, expand
 
 FAST = {"tries": 5, "stall_seconds": 5.0}
 
-
-def index(*arguments, code=0):
-    command = [sys.executable, "-m", "vlmo_ds.data.index", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+index = partial(call, "vlmo_ds.data.index")
 
 
 def dataset(where, batch=16, tasks=("mlm", "itc"), **changes) -> BatchDataset:

@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -179,8 +179,7 @@ class RawSample:
         elif "json" in self.fields:
             found = self.meta.get("captions", self.meta.get("caption"))
             texts = [found] if isinstance(found, str) else [str(t) for t in found or []]
-        texts = [" ".join(text.replace("\0", " ").split()) for text in texts]
-        texts = [text for text in texts if text]
+        texts = clean_texts(texts)
         if not texts:
             raise DataError(f"{self.name} has an empty caption; expected text in .txt, or 'caption(s)' in .json")
         return texts
@@ -205,6 +204,12 @@ class RawSample:
         if found is None:
             return self.sample_id
         return found if isinstance(found, int) else stable_id(str(found))
+
+
+def clean_texts(texts: Iterable[str]) -> list[str]:
+    """Texts with single spaces and no NULs; empty ones are left out."""
+    found = (" ".join(text.replace("\0", " ").split()) for text in texts)
+    return [text for text in found if text]
 
 
 def stable_id(name: str) -> int:

@@ -11,7 +11,7 @@ one-rank case of the same code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,16 @@ class Collector:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def attempt_on_rank0(self, action: Callable[[], object], *errors: type[Exception]) -> tuple[object, str | None]:
+        """(rank 0's result, or the message of one of these errors), on every rank, so that all go on or all stop."""
+        outcome: tuple[object, str | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (action(), None)
+            except errors as error:
+                outcome = (None, str(error))
+        return self.from_rank0(outcome)
 
     def each_rank(self, value: object) -> list:
         """Every rank's Python object, in rank order, on every rank."""

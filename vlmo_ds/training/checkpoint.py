@@ -193,13 +193,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, keep: int, 
 
 def on_disk(collector: Collector, action: Callable[[], None]) -> str:
     """Does something on rank 0; why it failed, on every rank, or ""."""
-    problem = ""
-    if collector.rank == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = str(error)
-    return str(collector.from_rank0(problem))
+    return collector.attempt_on_rank0(action, OSError)[1] or ""
 
 
 def clear_leftovers(folder: Path) -> None:

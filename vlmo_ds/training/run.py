@@ -123,13 +123,7 @@ def chosen_stages(recipe: Recipe, names: str | None) -> list[StageConfig]:
 
 def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
     """Runs a check on rank 0; its result, or its error, reaches every rank, so that all go on or all stop."""
-    outcome: tuple[Any, str | None] = (None, None)
-    if collector.rank == 0:
-        try:
-            outcome = (function(), None)
-        except (RecipeError, DataError) as error:
-            outcome = (None, str(error))
-    result, message = collector.from_rank0(outcome)
+    result, message = collector.attempt_on_rank0(function, RecipeError, DataError)
     if message is not None:
         raise RecipeError(message)
     return result

@@ -19,7 +19,7 @@ from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
-from vlmo_ds.data.shards import list_shards, stable_id
+from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage
@@ -70,9 +70,9 @@ def sample_json(**meta) -> bytes:
     return json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
 
 
-def clean(texts: Iterable[str]) -> list[str]:
-    found = (" ".join(str(text).replace("\0", " ").split()) for text in texts)
-    return [text for text in found if text]
+def first_existing(*paths: Path) -> Path:
+    """The first of some paths that exists, else the first."""
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
@@ -93,7 +93,7 @@ def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
 
 def pair(data: bytes | Path, captions: Iterable[str], resize: int, **meta) -> Made:
     """One image with its captions."""
-    captions = clean(captions)
+    captions = clean_texts(captions)
     if isinstance(data, Path):
         if not data.is_file():
             yield Rejected("image file missing")
@@ -115,7 +115,7 @@ def karpathy(root: Path, dataset: str, splits: Sequence[str], resize: int) -> Pl
     root/flickr30k-images/ or root.
     """
     name = f"dataset_{dataset}.json"
-    file = next((p for p in (root / "karpathy" / name, root / name) if p.exists()), root / "karpathy" / name)
+    file = first_existing(root / "karpathy" / name, root / name)
     images = read_json(file, "Karpathy's split file")["images"]
     known = sorted({image["split"] for image in images})
     for split in splits:
@@ -136,14 +136,14 @@ def karpathy(root: Path, dataset: str, splits: Sequence[str], resize: int) -> Pl
 def make_karpathy(item: tuple, root: Path, resize: int) -> Made:
     folder, filename, image_id, captions = item
     folders = [folder] if folder else ["flickr30k-images", "."]
-    path = next((p for p in (root / f / filename for f in folders) if p.exists()), root / filename)
+    path = first_existing(*(root / f / filename for f in folders))
     return pair(path, captions, resize, image_id=image_id, file=filename)
 
 
 def visual_genome(root: Path, resize: int) -> Plan:
     """Visual Genome region descriptions: root/annotations/region_descriptions.json (or in root), root/images/VG_100K*/."""
     name = "region_descriptions.json"
-    file = next((p for p in (root / "annotations" / name, root / name) if p.exists()), root / "annotations" / name)
+    file = first_existing(root / "annotations" / name, root / name)
     items = []
     for image in read_json(file, "Visual Genome's region descriptions"):
         regions = image["regions"]
@@ -154,10 +154,8 @@ def visual_genome(root: Path, resize: int) -> Plan:
 
 def make_visual_genome(item: tuple, root: Path, resize: int) -> Made:
     image_id, phrases = item
-    places = [
-        root / base / f"{image_id}.jpg" for base in ("images/VG_100K", "images/VG_100K_2", "VG_100K", "VG_100K_2")
-    ]
-    path = next((p for p in places if p.exists()), places[0])
+    folders = ("images/VG_100K", "images/VG_100K_2", "VG_100K", "VG_100K_2")
+    path = first_existing(*(root / folder / f"{image_id}.jpg" for folder in folders))
     return pair(path, dict.fromkeys(phrases), resize, image_id=f"vg:{image_id}", file=path.name)
 
 
@@ -269,9 +267,7 @@ def easy_vqa(root: Path, split: str, resize: int) -> Plan:
         places: dict[int, Any] = {int(Path(name).stem): member for name, member in stored.items()}
     else:
         places = {image: f"{split}/images/{image}.png" for image in of_image}
-    items = [
-        (places[image], f"easy_vqa:{split}:{image}", found) for image, found in of_image.items() if image in places
-    ]
+    items = [(places.get(image), f"easy_vqa:{split}:{image}", found) for image, found in of_image.items()]
     extra = {"answers.json": json.dumps(vocabulary).encode()}
     return Plan(f"easy_vqa-{split}", items, partial(make_questions, root=root, resize=resize), extra)
 
@@ -460,7 +456,7 @@ def make_text(item: tuple, limit: int, tokenizer: str | None) -> Made:
     path, start, end = item
     pieces = word_counter(tokenizer) if tokenizer else None
     for line in read_span(Path(path), start, end - start).decode("utf-8", "replace").splitlines():
-        line = " ".join(line.replace("\0", " ").split())
+        line = "".join(clean_texts([line]))
         if not line or re.fullmatch(r"(= ?)+.*( ?=)+", line):  # a heading of Wikipedia text
             continue
         packed: list[str] = []
