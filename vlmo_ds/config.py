@@ -333,6 +333,9 @@ class Recipe(Settings):
     stages: list[StageConfig] = Field(min_length=1)
     retrieval: RetrievalConfig | None = Field(None, description="null: no evaluation")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
+    background_checkpoints: bool = Field(
+        True, description="write checkpoints while training goes on, from a copy in host memory"
+    )
     checkpoint_failures: int = Field(
         3, ge=0, description="checkpoints in a row that may fail to be written (a full disk) before the run stops"
     )

@@ -76,7 +76,7 @@ def test_sigterm_to_the_launcher(tmp_path, synthetic):
 
 def damage(folder, how):
     newest = sorted(folder.glob("step-*"))[-1]
-    file = next(newest.glob("*optim_states.pt"))
+    file = next(newest.glob("rank-00001.safetensors"))
     if how == "truncated":
         os.truncate(file, file.stat().st_size // 2)
     elif how == "missing":

@@ -11,8 +11,8 @@ from conftest import ROOT, run_ranks, start_ranks, tiny_recipe, write_yaml
 from data.files import jpeg, write_tar
 
 from vlmo_ds.config import RecipeError, load_recipe, parse_recipe
-from vlmo_ds.training.checkpoint import hand_over
 from vlmo_ds.training.engine import merge, micro_batch, read_config
+from vlmo_ds.training.weights import hand_over
 
 
 def recipe_with(data, change) -> dict:

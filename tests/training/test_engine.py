@@ -25,7 +25,7 @@ engine = build_engine(model, stage, merge(config, stage, dist.get_world_size()))
 for name, parameter in engine.module.named_parameters():
     value = safe_get_full_fp32_param(parameter)
     assert torch.equal(value.view(before[name].shape), before[name]), name
-clamp_scales(engine.module)
+clamp_scales(engine)
 scales = [float(safe_get_full_fp32_param(p)) for p in (engine.module.logit_scale, engine.module.logit_vl_scale)]
 assert abs(scales[0] - math.log(100)) < 1e-6 and scales[1] == float(before["logit_vl_scale"]), scales
 dist.barrier()

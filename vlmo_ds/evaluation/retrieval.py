@@ -27,7 +27,7 @@ from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage, pixels, square
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.training.checkpoint import read_weights
+from vlmo_ds.training.weights import read_weights
 
 RANKS = (1, 5, 10)
 

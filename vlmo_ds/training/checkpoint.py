@@ -1,142 +1,55 @@
-"""Weights and checkpoints: what is written, how a stage finds its way back, and the hand-over between stages.
+"""Checkpoints within a stage: written by all ranks, readable by any number of ranks under any ZeRO stage.
 
-checkpoints/<stage>/step-00000100/   DeepSpeed's checkpoint: weights, optimiser, schedule; renamed when it is whole
-checkpoints/<stage>/final/           model.safetensors in float32 with official parameter names; the stage is done
+checkpoints/<stage>/step-00000100/
+    rank-00000.safetensors   what this rank had of each parameter: float32 weights and Adam's moments as
+                             "<kind>/<first element>/<name>", frozen weights and buffers too
+    state.json               stage, step, recipe, counters, schedule, loss scale, shapes
+    manifest.json            size and CRC-32 of every file
+
+DeepSpeed's own checkpoints are pickles tied to a number of ranks and a ZeRO stage; its conversion to universal ones is a
+step by hand that leaves frozen parameters out (0.19.8). These need no conversion and hold no code.
+
+    python -m vlmo_ds.training.checkpoint consolidate CHECKPOINT [--output FILE]
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from vlmo_ds.config import InitConfig, RecipeError
+from vlmo_ds.config import RecipeError
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.training.optim import matches
+from vlmo_ds.training.state import (
+    MOMENTS,
+    aliases,
+    fragments,
+    layout_of,
+    progress,
+    set_progress,
+)
 
-WEIGHTS = "model.safetensors"
-MANIFEST = "manifest.json"
-
-
-# ---- weights ----
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a stage's folder, a .safetensors file, or a .pt file (tensors only; nested under the usual keys)."""
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise RecipeError(
-            f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file"
-        )
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RecipeError(f"initial weights: {file} cannot be read as tensors ({str(error).splitlines()[0]})") from None
-    for key in ("state_dict", "module", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise RecipeError(f"initial weights: {file} holds no state dict (names and tensors)")
-    return {name.removeprefix("module."): value for name, value in found.items()}
+MANIFEST, STATE = "manifest.json", "state.json"
+FORMAT = 1
+DISK_ERRORS = (OSError, SafetensorError)
 
 
-def hand_over(model: VLMo, source: Mapping[str, Tensor], init: InitConfig, origin: str) -> dict[str, list[str]]:
-    """Loads weights into a new stage's model. Every key on either side is accounted for.
-
-    Returns what became of them: {"loaded", "fresh", "dropped"}. Raises RecipeError for a key that is missing,
-    unexpected, or of another shape, unless `init` names it.
-    """
-    own = model.state_dict()
-    fresh_patterns = list(init.fresh)
-    if init.vl_experts != "keep":
-        fresh_patterns += ["transformer.blocks.*.mlp_vl.*", "transformer.blocks.*.norm2_vl.*"]
-    loaded = [k for k in own if k in source and not matches(k, fresh_patterns)]
-    fresh = [k for k in own if matches(k, fresh_patterns)]
-    dropped = [k for k in source if k not in own and matches(k, [*init.drop, *fresh_patterns])]
-    missing = [k for k in own if k not in source and k not in fresh]
-    unexpected = [k for k in source if k not in own and k not in dropped]
-    shapes = [k for k in loaded if own[k].shape != source[k].shape]
-    problems = []
-    if shapes:
-        k = shapes[0]
-        problems.append(
-            f"{len(shapes)} of another shape: {k} is {list(source[k].shape)} there and {list(own[k].shape)} in this model "
-            "(a checkpoint of another architecture, image size or vocabulary)"
-        )
-    if missing:
-        problems.append(f"{len(missing)} missing there: {brief(missing)} (name them in init.fresh to start them fresh)")
-    if unexpected:
-        problems.append(
-            f"{len(unexpected)} that this stage does not have: {brief(unexpected)} (name them in init.drop to leave them)"
-        )
-    for pattern in init.fresh:
-        if not any(matches(k, [pattern]) for k in own):
-            problems.append(f"init.fresh: '{pattern}' fits no weight of this model")
-    if problems:
-        raise RecipeError(f"weights from {origin} do not fit:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for k in loaded:
-            own[k].copy_(source[k])
-    if init.vl_experts in ("text", "image"):
-        model.init_vl_experts({"text": "text", "image": "imag"}[init.vl_experts])
-    return {"loaded": loaded, "fresh": fresh, "dropped": dropped}
-
-
-def brief(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def full_state(
-    engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
-    """The model's float32 state dict, gathered from all ranks (every rank has to call; the result is rank 0's).
-
-    frozen: float32 copies of what the stage does not train, so that half precision never reaches them.
-    shapes: the parameters' shapes before the engine took them.
-    """
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        if name in frozen:
-            state[name] = frozen[name]
-            continue
-        value = safe_get_full_fp32_param(parameter)
-        value = parameter if value is None else value
-        if engine.global_rank == 0:
-            state[name] = value.detach().float().cpu().reshape(shapes[name]).clone()
-    state |= {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
-    return state
-
-
-def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
-
-
-def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
-    """Publishes a stage's result in one rename (rank 0)."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(dict(state), temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / "stage.json").write_text(json.dumps(meta, indent=1))
-    temporary.replace(folder)
-
-
-# ---- DeepSpeed checkpoints ----
+# ---- on disk ----
 
 
 def step_of(path: Path) -> int:
@@ -149,51 +62,60 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), key=step_of)
 
 
-def fault_of(path: Path) -> str:
-    """What is wrong with a published checkpoint, by its manifest of files and sizes; "" if it is whole."""
+def rank_files(path: Path) -> list[Path]:
+    return sorted(path.glob("rank-*.safetensors"))
+
+
+def crc32(file: Path) -> int:
+    value = 0
+    with file.open("rb") as data:
+        while block := data.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def fault_of(path: Path, share: tuple[int, int] | None = None) -> str:
+    """What is wrong with a published checkpoint by its manifest; "" if it is whole.
+
+    Sizes are looked at always, contents where share = (i, n) is given: those of every n-th file from the i-th.
+    """
     try:
-        sizes = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = json.loads((path / MANIFEST).read_text())["files"]
+        entries = [(name, entry["bytes"], entry["crc32"]) for name, entry in written.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    for name, size in sizes.items():
+    for name, size, _ in entries:
         found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found is None:
+            return f"{name} is missing"
         if found != size:
-            return f"{name} has {found} bytes, {size} were written" if found is not None else f"{name} is missing"
+            return f"{name} has {found} bytes, {size} were written"
+    for name, _, checksum in entries[share[0] :: share[1]] if share else ():
+        if crc32(path / name) != checksum:
+            return f"{name} does not hold what was written (its CRC-32 differs)"
     return ""
 
 
-def latest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; tells of those that are not."""
-    for path in reversed(list_checkpoints(folder)):
-        fault = fault_of(path)
+def shared_fault(path: Path, collector: Collector) -> str:
+    """fault_of with the contents of every file, read by all ranks together; the same on each."""
+    found = collector.each_rank(fault_of(path, (collector.rank, collector.world_size)))
+    return next(filter(None, found), "")
+
+
+def latest_whole(folder: Path, collector: Collector) -> Path | None:
+    """The newest checkpoint that is whole; tells of those that are not (every rank has to call)."""
+    for path in reversed(collector.from_rank0(list_checkpoints(folder))):
+        fault = shared_fault(path, collector)
         if not fault:
             return path
-        print(f"warning: checkpoint {path} is damaged and left out: {fault}", file=sys.stderr, flush=True)
+        if collector.rank == 0:
+            print(f"warning: checkpoint {path} is damaged and left out: {fault}", file=sys.stderr, flush=True)
     return None
-
-
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, keep: int, collector: Collector) -> str:
-    """Writes a checkpoint on all ranks, gives it its name when it is whole, and removes old ones.
-
-    Returns why it could not be written (a full disk, say; the same on every rank), or "". Then the ones before stay.
-    """
-    name = f"step-{step:08d}"
-    temporary = folder / f"{name}.tmp"
-    problem = on_disk(collector, lambda: clear_leftovers(folder))
-    if problem:
-        return problem
-    with recorded_failures(engine) as failures:
-        engine.save_checkpoint(str(folder), tag=temporary.name, client_state={"step": step}, save_latest=False)
-    found = [(rank, text) for rank, text in enumerate(collector.each_rank(failures[0] if failures else "")) if text]
-    if found:
-        on_disk(collector, lambda: clear_leftovers(folder))
-        return f"{found[0][1]} (rank {found[0][0]})"
-    return on_disk(collector, lambda: publish(temporary, folder / name, keep))
 
 
 def on_disk(collector: Collector, action: Callable[[], None]) -> str:
     """Does something on rank 0; why it failed, on every rank, or ""."""
-    return collector.attempt_on_rank0(action, OSError)[1] or ""
+    return collector.attempt_on_rank0(action, *DISK_ERRORS)[1] or ""
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -206,44 +128,254 @@ def clear_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def recorded_failures(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[str]]:
-    """Collects what goes wrong while DeepSpeed writes files, so that no rank leaves the others waiting in a barrier."""
-    failures: list[str] = []
-    writer = engine.checkpoint_engine
-
-    def guarded(action: Callable) -> Callable:
-        def call(*args, **kwargs):
-            try:
-                return action(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-                failures.append(str(error).splitlines()[0])
-
-        return call
-
-    writes = ((writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script"))
-    for owner, name in writes:
-        setattr(owner, name, guarded(getattr(owner, name)))
+def sync(path: Path) -> None:
+    """Onto the disk itself, so that a power cut leaves what the names promise."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield failures
+        os.fsync(handle)
     finally:
-        for owner, name in writes:
-            delattr(owner, name)  # the class's own is found again
+        os.close(handle)
 
 
-def publish(temporary: Path, target: Path, keep: int) -> None:
-    sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
-    write_atomically(temporary / MANIFEST, json.dumps({"files": sizes}, indent=1).encode())
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.replace(target)
-    for old in list_checkpoints(target.parent)[:-keep]:
-        shutil.rmtree(old)
+# ---- writing ----
 
 
-def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> int:
-    """Restores weights, optimiser and schedule; returns the step to go on from."""
-    loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise RecipeError(f"checkpoint {path} cannot be loaded: it is not a whole DeepSpeed checkpoint")
-    return int(client["step"])
+class CheckpointWriter:
+    """Writes a stage's checkpoints; in the background, a step waits for the copy to host memory alone.
+
+    Every rank calls start, then settle at the end of every step until nothing is pending. No rank ever waits for
+    another's disk: `busy` goes along with the numbers that a step sums over ranks anyway.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: bool, collector: Collector):
+        self.folder, self.keep, self.background, self.collector = folder, keep, background, collector
+        self.step: int | None = None  # of the checkpoint that is being written
+        self.thread: threading.Thread | None = None
+        self.problem, self.checksum = "", 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is begun and not published; the same on every rank."""
+        return self.step is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self.thread is not None and self.thread.is_alive()
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / f"step-{self.step:08d}.tmp"
+
+    def start(
+        self, engine: deepspeed.DeepSpeedEngine, step: int, frozen: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> str:
+        """Copies the state and begins to write it. Returns why it cannot be written, the same on every rank, or ""."""
+        self.step = step
+        problem = on_disk(self.collector, self.make_folder)
+        if problem:
+            self.step = None
+            return problem
+        tensors = snapshot(engine, frozen, self.collector)
+        state = {"format": FORMAT, "step": step, **about, "aliases": aliases(engine.module), **progress(engine)}
+        self.problem = ""
+        self.thread = threading.Thread(target=self.write, args=(tensors, state))
+        self.thread.start()
+        return ""
+
+    def make_folder(self) -> None:
+        clear_leftovers(self.folder)
+        self.temporary.mkdir()
+
+    def write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        file = self.temporary / f"rank-{self.collector.rank:05d}.safetensors"
+        try:
+            save_file(tensors, file)
+            sync(file)
+            self.checksum = crc32(file)
+            if self.collector.rank == 0:
+                (self.temporary / STATE).write_text(json.dumps(state))
+                sync(self.temporary / STATE)
+        except DISK_ERRORS as error:
+            self.problem = str(error).splitlines()[0]
+
+    def settle(self, ranks_busy: float) -> tuple[int, str] | None:
+        """Publishes the pending checkpoint when no rank is busy: (its step, why it failed or "")."""
+        if not self.pending or (self.background and ranks_busy):
+            return None
+        return self.finish()
+
+    def finish(self) -> tuple[int, str] | None:
+        """Waits for all ranks and publishes what is pending (every rank has to call)."""
+        if not self.pending:
+            return None
+        self.thread.join()
+        outcomes = self.collector.each_rank((self.problem, self.checksum))
+        failed = [f"{problem} (rank {rank})" for rank, (problem, _) in enumerate(outcomes) if problem]
+        if failed:
+            on_disk(self.collector, lambda: clear_leftovers(self.folder))
+            problem = failed[0]
+        else:
+            checksums = {f"rank-{rank:05d}.safetensors": checksum for rank, (_, checksum) in enumerate(outcomes)}
+            problem = on_disk(self.collector, lambda: self.publish(checksums))
+        step, self.step, self.thread = self.step, None, None
+        return step, problem
+
+    def publish(self, checksums: dict[str, int]) -> None:
+        temporary = self.temporary
+        checksums = {**checksums, STATE: crc32(temporary / STATE)}
+        files = {name: {"bytes": (temporary / name).stat().st_size, "crc32": crc} for name, crc in checksums.items()}
+        write_atomically(temporary / MANIFEST, json.dumps({"files": files}, indent=1).encode())
+        target = temporary.with_suffix("")
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+        sync(self.folder)
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def snapshot(
+    engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], collector: Collector
+) -> dict[str, Tensor]:
+    """Copies in host memory of what this rank writes. What every rank has whole is dealt out to the ranks in turn."""
+    tensors = {
+        f"{kind}/{start}/{name}": value.detach().to("cpu", torch.float32, copy=True)
+        for name, start, kinds in fragments(engine)
+        for kind, value in kinds.items()
+    }
+    everywhere = {**{f"weight/0/{n}": v for n, v in frozen.items()}, **buffer_entries(engine)}
+    for number, (key, value) in enumerate(everywhere.items()):
+        if number % collector.world_size == collector.rank:
+            tensors[key] = value.detach().to("cpu", copy=True).flatten()
+    return tensors
+
+
+def buffer_entries(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    return {f"buffer/0/{name}": value for name, value in engine.module.named_buffers()}
+
+
+# ---- reading ----
+
+
+class Reader:
+    """A published checkpoint, read by parts of parameters. Only tensors and JSON are read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.state = json.loads((path / STATE).read_text())
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"checkpoint {path} cannot be read: {STATE}: {error}") from None
+        if self.state.get("format") != FORMAT:
+            raise RecipeError(
+                f"checkpoint {path} has format {self.state.get('format')!r}, this version reads {FORMAT}: "
+                "go on with the version that wrote it"
+            )
+        self.parts: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for file in rank_files(path):
+            try:
+                data = safe_open(file, "pt")
+            except DISK_ERRORS as error:
+                raise RecipeError(f"checkpoint {path} cannot be read: {file.name}: {error}") from None
+            for key in data.keys():  # noqa: SIM118 (not a dict)
+                kind, start, name = key.split("/", 2)
+                length = data.get_slice(key).get_shape()[0]
+                self.parts.setdefault((kind, name), []).append((int(start), length, data, key))
+
+    def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """Elements start .. start+count-1 of a flattened parameter or of a moment of it."""
+        out, found = None, 0
+        for first, length, data, key in self.parts.get((kind, name), ()):
+            begin, end = max(start, first), min(start + count, first + length)
+            if begin < end:
+                value = data.get_slice(key)[begin - first : end - first]
+                out = value.new_empty(count) if out is None else out
+                out[begin - start : end - start] = value
+                found += end - begin
+        if found != count:
+            raise RecipeError(f"checkpoint {self.path} holds {found} of {count} elements of {kind} {name}")
+        return out
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's whole state dict: trained and frozen parameters under all of their names, and buffers."""
+        shapes = self.state["shapes"]
+        whole = {}
+        for kind, name in self.parts:
+            if kind in ("weight", "buffer"):
+                shape = torch.Size(shapes[name])
+                whole[name] = self.read(kind, name, 0, shape.numel()).view(shape)
+        return whole | {alias: whole[name].clone() for alias, name in self.state["aliases"].items()}
+
+
+def about_run(stage: str, recipe: dict[str, Any], shapes: Mapping[str, torch.Size], engine) -> dict[str, Any]:
+    """What a checkpoint tells of the run that wrote it. recipe: as JSON holds it."""
+    return {
+        "stage": stage,
+        "recipe": recipe,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "world_size": engine.world_size,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "deepspeed": deepspeed.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def restore(engine: deepspeed.DeepSpeedEngine, reader: Reader) -> int:
+    """Gives an engine, built on the checkpoint's weights, the rest of its state; returns the step to go on from."""
+    layout = layout_of(engine)
+    layout.create_moments(reader.state["optimizer_steps"])
+    for name, parameter in layout.parameters.items():
+        span = layout.held(parameter)
+        for kind in MOMENTS if span else ():
+            layout.set(parameter, kind, reader.read(kind, name, *span))
+    set_progress(engine, reader.state)
+    return int(reader.state["step"])
+
+
+# ---- command line ----
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlmo_ds.training.checkpoint", description="Works on checkpoints.")
+    commands = parser.add_subparsers(required=True)
+    consolidate = commands.add_parser(
+        "consolidate", help="one safetensors file of float32 weights with the official parameter names"
+    )
+    consolidate.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a stage's (its newest whole one)")
+    consolidate.add_argument("--output", type=Path, help="default: <checkpoint>.safetensors")
+    args = parser.parse_args(argv)
+    path = args.checkpoint
+    try:
+        if not (path / MANIFEST).exists() and list_checkpoints(path):
+            path = latest_whole(path, Collector()) or path
+        if fault := fault_of(path, (0, 1)):
+            raise RecipeError(
+                f"{path} is no whole checkpoint: {fault}; accepted: runs/<name>/checkpoints/<stage>[/step-<n>]"
+            )
+        reader = Reader(path)
+        output = args.output or path.with_suffix(".safetensors")
+        weights = reader.weights()
+        write_weights(output, weights)
+    except (RecipeError, *DISK_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    count = sum(value.numel() for value in weights.values())
+    print(
+        f"{output}: {len(weights)} tensors, {count / 1e6:.2f}M values, step {reader.state['step']} of {reader.state['stage']}"
+    )
+    return 0
+
+
+def write_weights(output: Path, weights: dict[str, Tensor]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

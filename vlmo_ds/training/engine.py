@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-from torch import Tensor, nn
+from torch import nn
 
 from vlmo_ds.config import RecipeError, StageConfig, nearest
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
+from vlmo_ds.training.state import set_weights
 
 REMOVED = (
     "elasticity",
@@ -173,22 +172,8 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
     )
     # DeepSpeed makes its float32 weights from the half-precision ones: give them back the bits they lost, so that a
     # hand-over changes nothing.
-    for name, parameter in engine.module.named_parameters():
-        if name in exact:
-            set_full_fp32(parameter, exact.pop(name))
+    set_weights(engine, exact)
     return engine
-
-
-def set_full_fp32(parameter: nn.Parameter, value: Tensor) -> None:
-    """Sets the float32 value that the optimiser holds (every rank has to call, with the whole value)."""
-    if not hasattr(parameter, "ds_id"):
-        safe_set_full_fp32_param(parameter, value)
-        return
-    # ZeRO-3: DeepSpeed 0.19's own function fails where the ranks do not divide the number of elements
-    part = parameter.ds_tensor.numel()
-    rank, ranks = (f(group=parameter.ds_process_group) for f in (dist.get_rank, dist.get_world_size))
-    flat = nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
-    safe_set_local_fp32_param(parameter, flat.narrow(0, part * rank, part))
 
 
 def release(engine: deepspeed.DeepSpeedEngine) -> None:

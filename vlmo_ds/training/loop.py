@@ -7,25 +7,27 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe, RecipeError, StageConfig
+from vlmo_ds.config import InitConfig, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release, set_full_fp32
+from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
+from vlmo_ds.training.state import full_state, get_weight, set_weights
+from vlmo_ds.training.weights import frozen_state, hand_over, write_final
 
 NEAR_MAX_SCALE = 90.0
-ASKED = "asked to stop"  # a count among those that a step sums over ranks
+ASKED, WRITING = "asked to stop", "writing a checkpoint"  # counts among those that a step sums over ranks
 LEAST_JUDGED = 256  # samples of a source before its share of bad ones counts
 
 
@@ -46,13 +48,21 @@ def build_dataset(
 
 
 def build_model(
-    recipe: Recipe, stage: StageConfig, source: dict[str, Tensor] | None, origin: str, collector: Collector
+    recipe: Recipe,
+    stage: StageConfig,
+    source: dict[str, Tensor] | None,
+    origin: str,
+    collector: Collector,
+    resumed: bool = False,
 ) -> VLMo:
-    """The stage's model with its initial weights, the same on every rank; what it does not train is frozen."""
+    """The stage's model with its initial weights, the same on every rank; what it does not train is frozen.
+
+    source: weights from elsewhere, handed over as the stage's `init` says; resumed: from a checkpoint of the stage itself.
+    """
     torch.manual_seed(stage_seed(recipe, stage))
     model = VLMo(recipe.model, stage.weights, collector)
     if source is not None:
-        report = checkpoint.hand_over(model, source, stage.init, origin)
+        report = hand_over(model, source, InitConfig() if resumed else stage.init, origin)
         if collector.rank == 0:
             counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
             print(f"{stage.name}: weights from {origin}: {counts}", flush=True)
@@ -88,11 +98,16 @@ def train_stage(
     """
     _, accumulation = micro_batch(stage, collector.world_size)
     dataset = build_dataset(recipe, stage, tokenizer, collector)
-    model = build_model(recipe, stage, source, origin, collector)
-    frozen = checkpoint.frozen_state(model)
+    reader = checkpoint.Reader(resume_from) if resume_from else None
+    if reader:
+        source, origin = reader.weights(), str(resume_from)
+    model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
+    frozen = frozen_state(model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    buffer_shapes = {name: buffer.shape for name, buffer in model.named_buffers()}
     engine = build_engine(model, stage, merge(ds_config, stage, collector.world_size))
-    first = checkpoint.load(engine, resume_from) if resume_from else 0
+    first = checkpoint.restore(engine, reader) if reader else 0
+    del source, reader
     if first and collector.rank == 0:
         print(f"{stage.name}: resumed at step {first} from {resume_from}", flush=True)
     monitor.begin(stage.name, first, offset)
@@ -101,7 +116,9 @@ def train_stage(
     engine.train()
     named: set[str] = set()  # bad samples that this rank has told of
     replaced = dict.fromkeys(dataset.names, 0.0)
-    failures = 0  # checkpoints in a row that could not be written
+    writer = checkpoint.CheckpointWriter(folder, recipe.keep_checkpoints, recipe.background_checkpoints, collector)
+    about = checkpoint.about_run(stage.name, recipe.model_dump(mode="json"), {**shapes, **buffer_shapes}, engine)
+    failures = FailedCheckpoints(recipe, folder, collector)
     for step in range(first, stage.steps):
         outputs: list[StepOutput] = []
         bad = dict.fromkeys(dataset.names, 0)
@@ -123,30 +140,34 @@ def train_stage(
             engine.backward(out.loss)
             engine.step()
             outputs.append(out)
-        metrics, counts = global_metrics(outputs, {**bad, ASKED: float(stop.asked())}, collector)
+        flags = {ASKED: float(stop.asked()), WRITING: float(writer.busy)}
+        metrics, counts = global_metrics(outputs, {**bad, **flags}, collector)
         asked = counts.pop(ASKED)
+        failures.count(writer.settle(counts.pop(WRITING)))
         metrics["lr"] = engine.get_lr()[0] if step + 1 < stage.steps else 0.0
         norm = engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
         if max(metrics.get("itc/logit_scale", 0.0), metrics.get("itc/vl_logit_scale", 0.0)) > NEAR_MAX_SCALE:
-            clamp_scales(engine.module)
+            clamp_scales(engine)
         metrics |= data_metrics(dataset, counts, (step + 1) * stage.global_batch_size)
         check_replaced(replaced, counts, dataset, stage, first, step + 1)
         monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
         due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
         if (due or asked) and step + 1 < stage.steps:
-            problem = checkpoint.save(engine, folder, step + 1, recipe.keep_checkpoints, collector)
-            failures = failures + 1 if problem else 0
-            if problem:
-                tell_of_failure(recipe, f"{folder}/step-{step + 1:08d}: {problem}", failures, collector)
+            failures.count(writer.finish())
+            problem = writer.start(engine, step + 1, frozen, about)
+            failures.count((step + 1, problem) if problem else None)
+            if asked or not recipe.background_checkpoints:
+                failures.count(writer.finish())
             if asked:
                 raise Stopped(
                     f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
                 )
-    state = checkpoint.full_state(engine, frozen, shapes)
+    failures.count(writer.finish())
+    state = full_state(engine, frozen, shapes)
     meta = {"stage": stage.name, "steps": stage.steps, "tasks": stage.weights}
-    problem = checkpoint.on_disk(collector, lambda: checkpoint.write_final(folder / "final", state, meta))
+    problem = checkpoint.on_disk(collector, lambda: write_final(folder / "final", state, meta))
     if problem:
         raise RecipeError(f"the result of stage '{stage.name}' cannot be written to {folder / 'final'}: {problem}")
     release(engine)
@@ -156,15 +177,27 @@ def train_stage(
         torch.cuda.empty_cache()
 
 
-def tell_of_failure(recipe: Recipe, what: str, failures: int, collector: Collector) -> None:
-    """Reports a checkpoint that could not be written; too many in a row end the run."""
-    if failures > recipe.checkpoint_failures:
-        raise RecipeError(
-            f"checkpoint {what}; {failures} in a row could not be written, checkpoint_failures is {recipe.checkpoint_failures}"
-        )
-    if collector.rank == 0:
-        left = recipe.checkpoint_failures - failures
-        print(f"warning: checkpoint {what}; training goes on, {left} more may fail", file=sys.stderr, flush=True)
+class FailedCheckpoints:
+    """Reports checkpoints that could not be written; too many in a row end the run."""
+
+    def __init__(self, recipe: Recipe, folder: Path, collector: Collector):
+        self.allowed, self.folder, self.tells = recipe.checkpoint_failures, folder, collector.rank == 0
+        self.in_a_row = 0
+
+    def count(self, outcome: tuple[int, str] | None) -> None:
+        """outcome: (step, why it failed or "") of a checkpoint; the same on every rank."""
+        if outcome is None:
+            return
+        step, problem = outcome
+        self.in_a_row = self.in_a_row + 1 if problem else 0
+        what = f"checkpoint {self.folder}/step-{step:08d}: {problem}"
+        if self.in_a_row > self.allowed:
+            raise RecipeError(
+                f"{what}; {self.in_a_row} in a row could not be written, checkpoint_failures is {self.allowed}"
+            )
+        if problem and self.tells:
+            left = self.allowed - self.in_a_row
+            print(f"warning: {what}; training goes on, {left} more may fail", file=sys.stderr, flush=True)
 
 
 def data_metrics(dataset: BatchDataset, replaced: Mapping[str, float], position: int) -> dict[str, float]:
@@ -197,11 +230,9 @@ def check_replaced(
 
 
 @torch.no_grad()
-def clamp_scales(model: VLMo) -> None:
+def clamp_scales(engine: deepspeed.DeepSpeedEngine) -> None:
     """Keeps the contrastive scales at 100 at most, in the float32 values that the optimiser holds."""
-    for parameter in (model.logit_scale, model.logit_vl_scale):
-        value = safe_get_full_fp32_param(parameter)
-        if value is None:
-            parameter.clamp_(max=MAX_LOG_SCALE)
-        elif float(value) > MAX_LOG_SCALE:
-            set_full_fp32(parameter, value.clamp(max=MAX_LOG_SCALE))
+    for name in ("logit_scale", "logit_vl_scale"):
+        value = get_weight(engine, getattr(engine.module, name))
+        if float(value) > MAX_LOG_SCALE:
+            set_weights(engine, {name: value.clamp(max=MAX_LOG_SCALE)})

@@ -28,6 +28,7 @@ from vlmo_ds.training.engine import device, merge, read_config, start_distribute
 from vlmo_ds.training.loop import build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
 from vlmo_ds.training.signals import ASKED_TO_STOP, Stopped, StopRequest
+from vlmo_ds.training.weights import read_weights
 
 QUICKSTART = Path("launch/recipes/quickstart.yaml")
 TOKENIZER_TEXTS = 200_000
@@ -159,7 +160,7 @@ def run_stages(
                 origin=origin,
                 tokenizer=tokenizer,
                 folder=folder,
-                resume_from=on_rank0(collector, lambda folder=folder: find_checkpoint(args.resume, folder)),
+                resume_from=find_checkpoint(args.resume, folder, collector),
                 monitor=monitor,
                 offset=sum(s.steps for s in recipe.stages[:number]),
                 collector=collector,
@@ -183,8 +184,13 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
             )
         if fault := checkpoint.fault_of(path):
             raise RecipeError(f"--resume: {path} is damaged: {fault}")
+        compare_recipes(recipe, checkpoint.Reader(path).state["recipe"], f"{path} was written by")
     if begun:
-        compare_recipes(recipe, run)
+        try:
+            old = yaml.safe_load((run / "recipe.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            raise RecipeError(f"{run}/recipe.yaml cannot be read: choose another --output_dir") from None
+        compare_recipes(recipe, old, f"{run} was begun with")
     first = recipe.stages.index(stages[0])
     if stages[0].init.weights == "previous" and first > 0:
         before = run / "checkpoints" / recipe.stages[first - 1].name / "final"
@@ -205,14 +211,14 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
         (run / "tokenizer.tmp").replace(run / "tokenizer")
 
 
-def compare_recipes(recipe: Recipe, run: Path) -> None:
-    """A run goes on with the recipe it began with."""
+def compare_recipes(recipe: Recipe, old: dict[str, Any], whose: str) -> None:
+    """A run goes on with the recipe it began with. old: as JSON or YAML holds it."""
     try:
-        old = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()), str(run / "recipe.yaml"))
-    except (RecipeError, yaml.YAMLError):
-        raise RecipeError(f"{run}/recipe.yaml cannot be read: choose another --output_dir") from None
-    before, now = flatten(old.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-    free = ("retrieval", "keep_checkpoints", "checkpoint_failures", "name")
+        earlier = parse_recipe(old, whose)
+    except RecipeError as error:
+        raise RecipeError(f"{whose} a recipe that cannot be read: choose another --output_dir ({error})") from None
+    before, now = flatten(earlier.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+    free = ("retrieval", "keep_checkpoints", "checkpoint_failures", "background_checkpoints", "name")
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -223,7 +229,7 @@ def compare_recipes(recipe: Recipe, run: Path) -> None:
     ]
     if changed:
         raise RecipeError(
-            f"{run} was begun with another recipe; choose another --output_dir, or undo:\n  "
+            f"{whose} another recipe; choose another --output_dir or checkpoint, or undo:\n  "
             + "\n  ".join(changed[:12])
         )
 
@@ -283,13 +289,18 @@ def initial_weights(recipe: Recipe, number: int, run: Path) -> tuple[dict | None
         return None, "a fresh initialisation"
     if weights == "previous":
         weights = str(run / "checkpoints" / recipe.stages[number - 1].name / "final")
-    return checkpoint.read_weights(Path(weights)), weights
+    return read_weights(Path(weights)), weights
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    if resume not in ("auto", "never"):
-        return Path(resume) if Path(resume).parent.name == folder.name else None
-    return checkpoint.latest_whole(folder) if resume == "auto" else None
+def find_checkpoint(resume: str, folder: Path, collector: Collector) -> Path | None:
+    """The checkpoint that a stage goes on from (every rank has to call)."""
+    if resume in ("auto", "never"):
+        return checkpoint.latest_whole(folder, collector) if resume == "auto" else None
+    if Path(resume).parent.name != folder.name:
+        return None
+    if fault := checkpoint.shared_fault(Path(resume), collector):
+        raise RecipeError(f"--resume: {resume} is damaged: {fault}")
+    return Path(resume)
 
 
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:

@@ -1,0 +1,100 @@
+"""Weights: read from a stage's result or another file, handed from stage to stage, and written at a stage's end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlmo_ds.config import InitConfig, RecipeError
+from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.training.optim import matches
+
+WEIGHTS = "model.safetensors"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a stage's folder, a .safetensors file, or a .pt file (tensors only; nested under the usual keys)."""
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(
+            f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file"
+        )
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RecipeError(f"initial weights: {file} cannot be read as tensors ({str(error).splitlines()[0]})") from None
+    for key in ("state_dict", "module", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise RecipeError(f"initial weights: {file} holds no state dict (names and tensors)")
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def hand_over(model: VLMo, source: Mapping[str, Tensor], init: InitConfig, origin: str) -> dict[str, list[str]]:
+    """Loads weights into a new stage's model. Every key on either side is accounted for.
+
+    Returns what became of them: {"loaded", "fresh", "dropped"}. Raises RecipeError for a key that is missing,
+    unexpected, or of another shape, unless `init` names it.
+    """
+    own = model.state_dict()
+    fresh_patterns = list(init.fresh)
+    if init.vl_experts != "keep":
+        fresh_patterns += ["transformer.blocks.*.mlp_vl.*", "transformer.blocks.*.norm2_vl.*"]
+    loaded = [k for k in own if k in source and not matches(k, fresh_patterns)]
+    fresh = [k for k in own if matches(k, fresh_patterns)]
+    dropped = [k for k in source if k not in own and matches(k, [*init.drop, *fresh_patterns])]
+    missing = [k for k in own if k not in source and k not in fresh]
+    unexpected = [k for k in source if k not in own and k not in dropped]
+    shapes = [k for k in loaded if own[k].shape != source[k].shape]
+    problems = []
+    if shapes:
+        k = shapes[0]
+        problems.append(
+            f"{len(shapes)} of another shape: {k} is {list(source[k].shape)} there and {list(own[k].shape)} in this model "
+            "(a checkpoint of another architecture, image size or vocabulary)"
+        )
+    if missing:
+        problems.append(f"{len(missing)} missing there: {brief(missing)} (name them in init.fresh to start them fresh)")
+    if unexpected:
+        problems.append(
+            f"{len(unexpected)} that this stage does not have: {brief(unexpected)} (name them in init.drop to leave them)"
+        )
+    for pattern in init.fresh:
+        if not any(matches(k, [pattern]) for k in own):
+            problems.append(f"init.fresh: '{pattern}' fits no weight of this model")
+    if problems:
+        raise RecipeError(f"weights from {origin} do not fit:\n  " + "\n  ".join(problems))
+    with torch.no_grad():
+        for k in loaded:
+            own[k].copy_(source[k])
+    if init.vl_experts in ("text", "image"):
+        model.init_vl_experts({"text": "text", "image": "imag"}[init.vl_experts])
+    return {"loaded": loaded, "fresh": fresh, "dropped": dropped}
+
+
+def brief(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
+
+
+def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
+    """Publishes a stage's result in one rename (rank 0)."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(dict(state), temporary / WEIGHTS, metadata={"format": "pt"})
+    (temporary / "stage.json").write_text(json.dumps(meta, indent=1))
+    temporary.replace(folder)
