@@ -323,6 +323,15 @@ class RetrievalConfig(Settings):
     gallery: int = Field(12, ge=0, description="queries shown in the report")
 
 
+class SpikeConfig(Settings):
+    """A guard against jumps of the loss: back to the last checkpoint before the jump, and past its data."""
+
+    window: int = Field(100, gt=1, description="steps whose median loss is the level to compare with")
+    factor: float = Field(2.0, gt=1, description="a loss of more than this many medians is high")
+    patience: int = Field(10, gt=0, description="high steps in a row that make a jump")
+    max_rollbacks: int = Field(3, gt=0, description="times that a stage goes back before the run stops")
+
+
 class Recipe(Settings):
     """A whole run."""
 
@@ -338,6 +347,13 @@ class Recipe(Settings):
     )
     checkpoint_failures: int = Field(
         3, ge=0, description="checkpoints in a row that may fail to be written (a full disk) before the run stops"
+    )
+    max_nonfinite_steps: int = Field(
+        5, ge=0, description="steps in a row that may be left out for a loss or gradient that is not finite"
+    )
+    loss_spike: SpikeConfig | None = Field(None, description="null: no guard against jumps of the loss")
+    check_ranks: bool | None = Field(
+        None, description="compare what the ranks are about to compute before every forward pass; null: under ZeRO-3"
     )
 
     @model_validator(mode="after")

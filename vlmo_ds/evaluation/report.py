@@ -79,14 +79,17 @@ def curves(run: Path) -> str:
     figures = []
     for stage, records in read_metrics(run).items():
         names = [k for k in records[0] if k.startswith("loss/")]
-        losses = {n.removeprefix("loss/"): [(r["step"], r[n]) for r in records] for n in names}
+        losses = {n.removeprefix("loss/"): points(records, n) for n in names}
         figures.append(curve(f"{stage}: loss by step", losses))
         ratios = [k for k in records[0] if k.endswith("accuracy") and "vl_" not in k]
         if ratios:
-            figures.append(
-                curve(f"{stage}: accuracy by step", {n: [(r["step"], r[n]) for r in records] for n in ratios})
-            )
+            figures.append(curve(f"{stage}: accuracy by step", {n: points(records, n) for n in ratios}))
     return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def points(records: list[dict], name: str) -> list[tuple[int, float]]:
+    """A metric by step; null, where it was not finite, is left out."""
+    return [(r["step"], r[name]) for r in records if r[name] is not None]
 
 
 def picture(data: bytes, hit: bool = False) -> str:

@@ -25,7 +25,7 @@ from torch import nn
 from vlmo_ds.config import RecipeError, StageConfig, nearest
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
-from vlmo_ds.training.state import set_weights
+from vlmo_ds.training.state import layout_of, set_weights
 
 REMOVED = (
     "elasticity",
@@ -38,8 +38,12 @@ REMOVED = (
 )
 
 
-def start_distributed(timeout_minutes: float = 10) -> None:
-    """Joins the process group that the launcher describes (deepspeed, torchrun, srun), or a group of one."""
+def start_distributed(timeout: float = 600) -> None:
+    """Joins the process group that the launcher describes (deepspeed, torchrun, srun), or a group of one.
+
+    timeout: seconds that ranks wait for each other to join. Once all are there `Watch` looks after them, with messages
+    that name the rank at fault, and collectives are given a day.
+    """
     slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
     if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[source] for name, source in slurm.items()})
@@ -57,7 +61,8 @@ def start_distributed(timeout_minutes: float = 10) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 renamed: one warning per call site and rank
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout), verbose=False)
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
 
 
 def device() -> torch.device:
@@ -173,6 +178,7 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
     # DeepSpeed makes its float32 weights from the half-precision ones: give them back the bits they lost, so that a
     # hand-over changes nothing.
     set_weights(engine, exact)
+    layout_of(engine).create_moments(0)
     return engine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -80,7 +81,8 @@ class Monitor:
             return
         number = self.offset + step
         record = {"stage": self.stage, "step": step, "step_of_run": number, **metrics}
-        self.file.write(json.dumps(record) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         rate = self.samples / max(time.monotonic() - self.started, 1e-9)
         for name, value in {**metrics, "throughput/samples_per_second": rate}.items():

@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ from vlmo_ds.evaluation import retrieval
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.engine import device, merge, read_config, start_distributed
+from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.loop import build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
 from vlmo_ds.training.signals import ASKED_TO_STOP, Stopped, StopRequest
+from vlmo_ds.training.watch import Watch
 from vlmo_ds.training.weights import read_weights
 
+UNUSABLE, DIVERGED = 2, 3  # exit status: a setting or file that cannot be used; training has failed for good
 QUICKSTART = Path("launch/recipes/quickstart.yaml")
 TOKENIZER_TEXTS = 200_000
 # Settings of a stage that do not change what is trained: a run may go on with other values.
@@ -62,13 +67,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", help="auto (continue if there is something), never, or a checkpoint folder"
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="a rank that takes longer to join, to read a batch or to make a step ends the run (default: %(default)s)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a setting or file that cannot be used, 75 asked to stop by SIGTERM or SIGUSR1."""
+    """Exit status: 0 done; UNUSABLE, DIVERGED, LOST_A_RANK, ASKED_TO_STOP as docs/resuming.md says; 1 anything else."""
     args = parse_arguments(argv)
     stop = StopRequest()
     status = 0
@@ -80,17 +92,21 @@ def main(argv: list[str] | None = None) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
         for stage in stages:
             merge(ds_config, stage, world_size)
-        start_distributed()
+        start_distributed(args.timeout)
         stop.listen()
-        run_stages(args, recipe, ds_config, stages, stop)
-    except (RecipeError, DataError) as error:
+        with Watch(args.timeout) as watch:
+            run_stages(args, recipe, ds_config, stages, stop, watch)
+    except (RecipeError, DataError, Diverged) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return leave(2)
+        return leave(DIVERGED if isinstance(error, Diverged) else UNUSABLE)
     except Stopped as stopped:
         if rank == 0:
             print(stopped, flush=True)
         status = ASKED_TO_STOP
+    except Exception:
+        traceback.print_exc()
+        return leave(1)
     dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
     dist.destroy_process_group()
     return status
@@ -131,7 +147,12 @@ def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
 
 
 def run_stages(
-    args: argparse.Namespace, recipe: Recipe, ds_config: dict, stages: list[StageConfig], stop: StopRequest
+    args: argparse.Namespace,
+    recipe: Recipe,
+    ds_config: dict,
+    stages: list[StageConfig],
+    stop: StopRequest,
+    watch: Watch,
 ) -> None:
     collector = Collector()
     run = args.output_dir or Path("runs") / recipe.name
@@ -152,7 +173,8 @@ def run_stages(
                     print(f"{stage.name}: finished already", flush=True)
                 continue
             source, origin = initial_weights(recipe, number, run)
-            train_stage(
+            train = partial(
+                train_stage,
                 recipe,
                 stage,
                 ds_config,
@@ -160,15 +182,29 @@ def run_stages(
                 origin=origin,
                 tokenizer=tokenizer,
                 folder=folder,
-                resume_from=find_checkpoint(args.resume, folder, collector),
                 monitor=monitor,
                 offset=sum(s.steps for s in recipe.stages[:number]),
                 collector=collector,
                 stop=stop,
+                watch=watch,
             )
+            rollback = train(resume_from=find_checkpoint(args.resume, folder, collector))
+            rollbacks = 0
+            while rollback:
+                rollbacks += 1
+                if rollbacks > recipe.loss_spike.max_rollbacks:
+                    raise Diverged(
+                        f"stage '{stage.name}': {rollback.message}; that is the {rollbacks}th time, "
+                        f"loss_spike.max_rollbacks is {recipe.loss_spike.max_rollbacks}"
+                    )
+                if collector.rank == 0:
+                    print(f"warning: {stage.name}: {rollback.message}", file=sys.stderr, flush=True)
+                newest = checkpoint.latest_whole(folder, collector)
+                rollback = train(resume_from=newest, skip=rollback.skip)
     finally:
         monitor.close()
-    finish(recipe, run, tokenizer, collector)
+    with watch.unlimited("evaluation"):
+        finish(recipe, run, tokenizer, collector)
 
 
 def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[StageConfig], run: Path) -> None:
@@ -218,7 +254,16 @@ def compare_recipes(recipe: Recipe, old: dict[str, Any], whose: str) -> None:
     except RecipeError as error:
         raise RecipeError(f"{whose} a recipe that cannot be read: choose another --output_dir ({error})") from None
     before, now = flatten(earlier.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-    free = ("retrieval", "keep_checkpoints", "checkpoint_failures", "background_checkpoints", "name")
+    free = (
+        "retrieval",
+        "keep_checkpoints",
+        "checkpoint_failures",
+        "background_checkpoints",
+        "max_nonfinite_steps",
+        "loss_spike",
+        "check_ranks",
+        "name",
+    )
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

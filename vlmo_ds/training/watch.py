@@ -1,0 +1,167 @@
+"""A watch over all ranks: when one dies or hangs, the others stop within a bounded time and say which, and where.
+
+Without it the ranks that are left wait in a collective for as long as its timeout, and then name themselves. Each rank
+has a thread that reports to the job's key-value store and looks after its right-hand neighbour alone, so that the store
+sees a few requests a second per rank at any number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from vlmo_ds.training.signals import Stopped
+
+LOST_A_RANK = 69  # exit status: another rank died or hangs (EX_UNAVAILABLE of sysexits.h)
+MOST_SILENCE = 60.0  # seconds without a report after which a process counts as dead; less with a short limit
+FAILURE = "failure"
+
+
+class Watch:
+    """Used as a context around training. limit: seconds that a rank may take between two calls of `beat`."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.silence = min(MOST_SILENCE, limit)
+        self.interval = self.silence / 10
+        self.active = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self.active else 0
+        self.ranks = dist.get_world_size() if self.active else 1
+        self.host = socket.gethostname()
+        self.state: tuple[str, float | None] = ("starting", None)  # what the rank does, since when if that is limited
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        if self.active:
+            self.store = dist.PrefixStore("watch", self.connect())
+            self.report()
+            dist.barrier()  # every rank has reported before any looks
+            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not self.active or self.thread is None:
+            return
+        if kind is None or kind is Stopped:
+            self.state = ("done", None)
+            with contextlib.suppress(RuntimeError):
+                self.report()
+        elif is_of_communication(error):
+            print(
+                f"rank {self.rank} on {self.host}: {error}; looking for the rank at fault", file=sys.stderr, flush=True
+            )
+            self.state = ("waiting for the rank at fault", None)
+            self.thread.join(3 * self.silence)  # ends the process when it is found
+        else:
+            self.tell(error)
+        self.ended.set()
+        self.thread.join()
+
+    def connect(self) -> dist.Store:
+        """A connection of this thread's own: on a shared one it would wait for the main thread's requests."""
+        timeout = datetime.timedelta(seconds=self.silence)
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+        )
+
+    # ---- called by the main thread ----
+
+    def beat(self, doing: str) -> None:
+        """Says what this rank does next, which may take `limit` seconds."""
+        self.state = (doing, time.monotonic())
+
+    @contextlib.contextmanager
+    def unlimited(self, doing: str) -> Iterator[None]:
+        """For work that may take any time: only the end of the process is noticed."""
+        self.state = (doing, None)
+        yield
+        self.state = (doing, time.monotonic())
+
+    def tell(self, error: BaseException) -> None:
+        """Tells all ranks why this one ends."""
+        with contextlib.suppress(RuntimeError):
+            message = f"rank {self.rank} on {self.host} ended with {type(error).__name__}: {error}"
+            self.store.compare_set(FAILURE, "", message)
+
+    # ---- the thread ----
+
+    def run(self) -> None:
+        right = (self.rank + 1) % self.ranks
+        seen, changed = None, time.monotonic()
+        while not self.ended.wait(self.interval):
+            try:
+                self.report()
+                if self.store.check([FAILURE]):
+                    self.leave(self.store.get(FAILURE).decode())
+                found = json.loads(self.store.get(f"rank-{right}"))
+            except (RuntimeError, ValueError) as error:
+                if self.ended.is_set():
+                    return
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                reason = str(error).splitlines()[0]
+                self.leave(f"rank 0 is gone: the job's store at {where} does not answer ({reason})", tell=True)
+            if found != seen:
+                seen, changed = found, time.monotonic()
+            silent = time.monotonic() - changed
+            who = f"rank {right} on {found['host']}"
+            if found["doing"] == "done":
+                continue
+            if silent > self.silence:
+                self.accuse(f"{who} has not been heard of for {silent:.0f} s; its last words: {found['doing']}")
+            elif found["for"] is not None and found["for"] > self.limit and not self.waiting(found["doing"]):
+                self.accuse(f"{who} hangs: {found['for']:.0f} s in '{found['doing']}', the limit is {self.limit:.0f} s")
+            elif found["for"] is not None and found["for"] > self.limit + 2 * self.silence:
+                self.accuse(f"no rank goes on: {who} has been {found['for']:.0f} s in '{found['doing']}'")
+
+    def waiting(self, doing: str) -> bool:
+        """Whether a rank that does this may be held up by another: the one at fault is to be named, not this one."""
+        return doing.startswith("step")
+
+    def report(self) -> None:
+        doing, since = self.state
+        entry = {
+            "host": self.host,
+            "doing": doing,
+            "for": None if since is None else round(time.monotonic() - since, 1),
+            "at": time.time(),
+        }
+        self.store.set(f"rank-{self.rank}", json.dumps(entry))
+
+    def accuse(self, message: str) -> None:
+        """Tells all ranks; the first message is the one that counts."""
+        self.store.compare_set(FAILURE, "", message)
+        self.leave(self.store.get(FAILURE).decode(), tell=True)
+
+    def leave(self, message: str, tell: bool = False) -> None:
+        """Ends this process; one rank of each machine says why."""
+        if tell or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: rank {self.rank} on {self.host} stops: {message}", file=sys.stderr, flush=True)
+        time.sleep(3 * self.interval)  # the store may be in this very process, and the others have yet to ask it
+        sys.stdout.flush()
+        os._exit(LOST_A_RANK)
+
+
+def is_of_communication(error: BaseException) -> bool:
+    """Whether a collective has failed, which is rarely the fault of the rank that it fails on."""
+    marks = (
+        "gloo",
+        "NCCL",
+        "Connection closed",
+        "Connection reset",
+        "Broken pipe",
+        "timed out",
+        "Timed out",
+        "TCPStore",
+    )
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
