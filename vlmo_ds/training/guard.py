@@ -26,18 +26,26 @@ class Diverged(RuntimeError):
 
 
 @torch.no_grad()
-def drop_nonfinite_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
-    """In float32 without ZeRO DeepSpeed takes a step with any gradient; elsewhere it leaves out one that is not finite.
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """engine.step(), which leaves out a step whose gradients are not finite, and counts it in engine.skipped_steps.
 
-    Call before engine.step() at the end of accumulation. The gradients are summed by then: all ranks see the same.
+    DeepSpeed does so itself but for float32 without ZeRO. There the gradients are summed by now: all ranks see the same.
     """
-    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+    plain = not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())
+    if not plain or not engine.is_gradient_accumulation_boundary():
+        engine.step()
         return
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if gradients and not torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()):
-        engine.skipped_steps += 1
-        for parameter in engine.module.parameters():
-            parameter.grad = None
+    # DeepSpeed looks for `overflow` on the optimiser: with it, it counts the step as left out and keeps the schedule
+    engine.optimizer.overflow = not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))
+    if not engine.optimizer.overflow:
+        engine.step()
+        return
+    torch._foreach_zero_(gradients)
+    step = engine.optimizer.step
+    engine.optimizer.step = lambda: None
+    engine.step()
+    engine.optimizer.step = step
 
 
 class SkippedSteps:
@@ -73,7 +81,7 @@ class SkippedSteps:
         file = self.folder / "nonfinite" / f"{self.stage}-step-{step:08d}.json"
         if self.collector.rank == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = {"stage": self.stage, "step": step, "ranks": plain(every)}
+            content = {"stage": self.stage, "step": step, "ranks": as_json(every)}
             write_atomically(file, json.dumps(content, indent=1).encode())
             bad = [entry["rank"] for entry in every if not entry["finite"]]
             what = f"the loss of ranks {bad} is not finite" if bad else "a gradient is not finite"
@@ -96,12 +104,12 @@ def batch_ids(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, list[int]]:
     }
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value with numbers that JSON does not know as text."""
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: as_json(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [plain(inner) for inner in value]
+        return [as_json(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -24,7 +24,7 @@ from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release
-from vlmo_ds.training.guard import SkippedSteps, Spike, SpikeGuard, drop_nonfinite_gradients
+from vlmo_ds.training.guard import SkippedSteps, Spike, SpikeGuard, optimizer_step
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
@@ -162,9 +162,7 @@ def train_stage(
             torch.manual_seed((seed * 1_000_003 + number) * 65_537 + collector.rank)
             out = engine(batch)
             engine.backward(out.loss)
-            if part == accumulation - 1:
-                drop_nonfinite_gradients(engine)
-            engine.step()
+            optimizer_step(engine)
             outputs.append(out)
         skipped = engine.skipped_steps > skipped_before
         flags = {ASKED: float(stop.asked()), WRITING: float(writer.busy)}

@@ -194,7 +194,7 @@ def run_stages(
                 rollbacks += 1
                 if rollbacks > recipe.loss_spike.max_rollbacks:
                     raise Diverged(
-                        f"stage '{stage.name}': {rollback.message}; that is the {rollbacks}th time, "
+                        f"stage '{stage.name}': {rollback.message}: {rollbacks} times back, "
                         f"loss_spike.max_rollbacks is {recipe.loss_spike.max_rollbacks}"
                     )
                 if collector.rank == 0:

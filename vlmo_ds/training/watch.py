@@ -39,15 +39,18 @@ class Watch:
         self.host = socket.gethostname()
         self.state: tuple[str, float | None] = ("starting", None)  # what the rank does, since when if that is limited
         self.ended = threading.Event()
+        self.round_began = time.monotonic()
         self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
         if self.active:
+            self.round_began = time.monotonic()
             self.store = dist.PrefixStore("watch", self.connect())
             self.report()
             dist.barrier()  # every rank has reported before any looks
             self.thread = threading.Thread(target=self.run, daemon=True)
             self.thread.start()
+            threading.Thread(target=self.look_after_store, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -94,12 +97,23 @@ class Watch:
             message = f"rank {self.rank} on {self.host} ended with {type(error).__name__}: {error}"
             self.store.compare_set(FAILURE, "", message)
 
-    # ---- the thread ----
+    # ---- the threads ----
+
+    def look_after_store(self) -> None:
+        """A store whose process stands still answers nothing, and a request to it does not time out."""
+        while not self.ended.wait(self.interval):
+            if time.monotonic() - self.round_began > self.silence + self.interval:
+                self.leave_without_store("no answer")
+
+    def leave_without_store(self, reason: str) -> None:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.leave(f"rank 0 is gone: the job's store at {where} does not answer ({reason})", tell=True)
 
     def run(self) -> None:
         right = (self.rank + 1) % self.ranks
         seen, changed = None, time.monotonic()
         while not self.ended.wait(self.interval):
+            self.round_began = time.monotonic()
             try:
                 self.report()
                 if self.store.check([FAILURE]):
@@ -108,9 +122,7 @@ class Watch:
             except (RuntimeError, ValueError) as error:
                 if self.ended.is_set():
                     return
-                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                reason = str(error).splitlines()[0]
-                self.leave(f"rank 0 is gone: the job's store at {where} does not answer ({reason})", tell=True)
+                self.leave_without_store(str(error).splitlines()[0])
             if found != seen:
                 seen, changed = found, time.monotonic()
             silent = time.monotonic() - changed
