@@ -21,7 +21,8 @@ from models.tiny import tiny_batch, tiny_model
 from vlmo_ds.config import load_recipe
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.engine import build_engine, merge, start_distributed
+from vlmo_ds.training.ds_config import merge
+from vlmo_ds.training.engine import build_engine, start_distributed
 from vlmo_ds.training.optim import set_trainable
 from vlmo_ds.training.state import fragments, full_state, layout_of
 from vlmo_ds.training.weights import frozen_state

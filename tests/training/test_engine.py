@@ -10,7 +10,8 @@ import math, sys, torch, torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from models.tiny import tiny_model
 from vlmo_ds.config import load_recipe
-from vlmo_ds.training.engine import build_engine, merge, start_distributed
+from vlmo_ds.training.ds_config import merge
+from vlmo_ds.training.engine import build_engine, start_distributed
 from vlmo_ds.training.loop import clamp_scales
 start_distributed()
 stage = load_recipe(sys.argv[2]).stages[2]
@@ -50,21 +51,26 @@ def image_stage(folder, data, config, *settings):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_accumulated_micro_batches_make_the_same_steps(tmp_path, synthetic, stage):
+def test_accumulated_micro_batches_make_the_same_steps(tmp_path, synthetic, stage, half):
+    """Also in bfloat16, where the gradients of micro-batches are summed in float32."""
     config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
+    precision = {"bf16": {"enabled": True}} if half else {}
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9, **precision}))
     rows = {}
     for micro in (8, 2):
         (tmp_path / str(micro)).mkdir()
-        rows[micro] = image_stage(tmp_path / str(micro), synthetic, config, f"stages.image.micro_batch_size={micro}")
+        settings = [f"stages.image.micro_batch_size={micro}", "stages.image.checkpoint_every=2"]
+        rows[micro] = image_stage(tmp_path / str(micro), synthetic, config, *settings)
     assert [row["step"] for row in rows[2]] == [1, 2, 3, 4, 5]
     for ours, theirs in zip(rows[2], rows[8], strict=True):
         for key in ("loss", "grad_norm", "lr"):
-            assert ours[key] == pytest.approx(theirs[key], rel=2e-5), (ours["step"], key)
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-2 if half else 2e-5), (ours["step"], key)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_checkpointing"])
 def test_every_shipped_config_trains(tmp_path, synthetic, name):
-    rows = image_stage(tmp_path, synthetic, f"ds_configs/{name}.json", "stages.image.optimizer.lr=0.01")
+    settings = ["stages.image.optimizer.lr=0.01", "model.activation_checkpoint_every=1"]
+    rows = image_stage(tmp_path, synthetic, f"ds_configs/{name}.json", *settings, "stages.image.checkpoint_every=2")
     assert len(rows) == 5 and rows[-1]["loss"] < rows[0]["loss"]

@@ -11,12 +11,14 @@ own expert and, as its twin, through the vision-language expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from vlmo_ds.models.layers import AttentionGroup, Block, PackedLayout, PatchEmbed
@@ -109,6 +111,7 @@ class MultiWayTransformer(nn.Module):
         self.max_text_len_of_initckpt = max_text_len_of_initckpt
         self.window = image_size // patch_size
         self.checkpoint_every = checkpoint_every
+        self.offload_checkpoints = False  # keep the inputs of recomputed blocks in host memory
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_mask_token else None
@@ -166,7 +169,8 @@ class MultiWayTransformer(nn.Module):
                 x_ND = repack(x_ND, lower, upper)
                 layout = self.layout(streams, upper, device, relative)
             if self.checkpoint_every and self.training and i % self.checkpoint_every == 0:
-                x_ND = checkpoint(block, x_ND, layout, tables[i], use_reentrant=False)
+                with save_on_cpu(pin_memory=x_ND.is_cuda) if self.offload_checkpoints else nullcontext():
+                    x_ND = checkpoint(block, x_ND, layout, tables[i], use_reentrant=False)
             else:
                 x_ND = block(x_ND, layout, tables[i])
         if self.vlffn_start_layer_index >= len(self.blocks):

@@ -1,18 +1,12 @@
-"""The DeepSpeed config of a stage and the engine made from it.
-
-Values that belong to the recipe are "auto" in the config file (as in the Hugging Face integration); a value that is
-given in both places must agree, or the run stops and says where.
-"""
+"""The process group and the DeepSpeed engine of a stage."""
 
 from __future__ import annotations
 
 import copy
 import datetime
-import json
 import os
 import socket
 import warnings
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,20 +16,10 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from vlmo_ds.config import RecipeError, StageConfig, nearest
+from vlmo_ds.config import StageConfig
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
 from vlmo_ds.training.state import layout_of, set_weights
-
-REMOVED = (
-    "elasticity",
-    "amp",
-    "sparse_attention",
-    "curriculum_learning",
-    "progressive_layer_drop",
-    "nebula",
-    "compression_training",
-)
 
 
 def start_distributed(timeout: float = 600) -> None:
@@ -69,101 +53,13 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none found"
-        raise RecipeError(
-            f"--deepspeed_config: {path} does not exist{nearest(path, [str(p) for p in Path('ds_configs').glob('*.json')])}; in ds_configs: {known}"
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise RecipeError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{path} holds a {type(config).__name__}, expected an object of DeepSpeed settings")
-    for key in REMOVED:
-        if key in config:
-            raise RecipeError(f"{path}: '{key}' was removed from DeepSpeed; take it out")
-    if "scheduler" in config:
-        raise RecipeError(f"{path}: 'scheduler' belongs to the recipe (stages.<name>.schedule); take it out")
-    fp16 = config.get("fp16", {}).get("enabled") is True
-    if fp16 and not get_accelerator().is_fp16_supported():
-        raise RecipeError(
-            f"{path}: fp16 is enabled, which this {get_accelerator().device_name()} device cannot do; "
-            "use ds_configs/zero2.json (bf16)"
-        )
-    return config
-
-
-def micro_batch(stage: StageConfig, world_size: int) -> tuple[int, int]:
-    """(samples per rank and forward pass, forward passes per optimiser step)."""
-    micro = stage.micro_batch_size
-    per_rank, rest = divmod(stage.global_batch_size, world_size)
-    where = f"stages.{stage.name}.global_batch_size is {stage.global_batch_size}"
-    if rest:
-        lower, upper = per_rank * world_size, (per_rank + 1) * world_size
-        accepted = f"{lower} or {upper}" if lower else str(upper)
-        raise RecipeError(
-            f"{where}, which {world_size} ranks do not divide: take {accepted}, or another number of ranks"
-        )
-    if micro is None:
-        return per_rank, 1
-    if per_rank % micro:
-        raise RecipeError(
-            f"{where}, that is {per_rank} on each of {world_size} ranks, which micro_batch_size {micro} does not divide"
-        )
-    return micro, per_rank // micro
-
-
-def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[str, Any]:
-    """The file's config with every "auto" filled in from the recipe; contradictions are errors."""
-    micro, accumulation = micro_batch(stage, world_size)
-    ours: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (stage.global_batch_size, "global_batch_size"),
-        "train_micro_batch_size_per_gpu": (micro, "micro_batch_size"),
-        "gradient_accumulation_steps": (accumulation, "global_batch_size and micro_batch_size"),
-        "gradient_clipping": (stage.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
-    }
-    merged = copy.deepcopy(config)
-
-    def settle(place: dict, key: str, path: str, value: Any, setting: str) -> None:
-        given = place.get(key, "auto")
-        if given != "auto" and given != value:
-            raise RecipeError(
-                f"the DeepSpeed config has {path} = {given!r}, but the recipe's stages.{stage.name}.{setting} gives {value!r}: "
-                'change one of them, or set "auto" in the DeepSpeed config'
-            )
-        place[key] = value
-
-    for key, (value, setting) in ours.items():
-        settle(merged, key, key, value, setting)
-    optimizer = merged.pop("optimizer", None)
-    if optimizer is not None:
-        if str(optimizer.get("type", "AdamW")).lower() not in ("adamw", "auto"):
-            raise RecipeError(
-                f"the DeepSpeed config has optimizer.type = {optimizer['type']!r}; accepted: 'AdamW' or 'auto'"
-            )
-        params = optimizer.get("params", {})
-        for key in params:
-            if key not in ("lr", "betas", "eps", "weight_decay"):
-                raise RecipeError(
-                    f"the DeepSpeed config has optimizer.params.{key}; accepted: lr, betas, eps, weight_decay"
-                )
-            value = getattr(stage.optimizer, key)
-            value = list(value) if isinstance(value, tuple) else value
-            settle(params, key, f"optimizer.params.{key}", value, f"optimizer.{key}")
-    if not torch.cuda.is_available() or "offload_optimizer" in merged.get("zero_optimization", {}):
-        merged.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
-    return merged
-
-
 def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     for parameter in model.parameters():
         if (
             parameter.dim() == 0
         ):  # DeepSpeed 0.19 cannot broadcast a scalar in half precision (seen in _broadcast_model)
             parameter.data = parameter.data.view(1)
+    model.transformer.offload_checkpoints = merged.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
     half = any(merged.get(precision, {}).get("enabled") for precision in ("bf16", "fp16"))

@@ -23,7 +23,8 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.engine import build_engine, device, merge, micro_batch, release
+from vlmo_ds.training.ds_config import merge, micro_batch
+from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.guard import SkippedSteps, Spike, SpikeGuard, optimizer_step
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import set_trainable

@@ -26,7 +26,8 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import retrieval
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.engine import device, merge, read_config, start_distributed
+from vlmo_ds.training.ds_config import check_recipe, merge, read_config
+from vlmo_ds.training.engine import device, start_distributed
 from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.loop import build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         ds_config = read_config(args.deepspeed_config)
+        check_recipe(ds_config, recipe)
         stages = chosen_stages(recipe, args.stages)
         world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
         for stage in stages:

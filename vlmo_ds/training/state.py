@@ -93,7 +93,7 @@ class FlatLayout(Layout):
             return mapping.get_hp_fragment()
         # Not by the mapping's own moments: DeepSpeed 0.19 links them after the first group's first step, when the
         # other groups have none yet, and never again.
-        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        flat = self.inner.param_groups[mapping.param_group_index]["params"][0]
         address = mapping.get_hp_fragment_address()
         return self.inner.state[flat][kind].narrow(0, address.start, address.numel)
 
@@ -137,8 +137,7 @@ class PartitionedLayout(Layout):
 
 
 def layout_of(engine: deepspeed.DeepSpeedEngine) -> Layout:
-    stage = engine.zero_optimization_stage()
-    return (Layout, FlatLayout, FlatLayout, PartitionedLayout)[int(stage)](engine)
+    return (Layout, FlatLayout, FlatLayout, PartitionedLayout)[int(engine.zero_optimization_stage())](engine)
 
 
 def clipped(start: int, count: int, total: int) -> Span | None:

@@ -1,0 +1,294 @@
+"""The DeepSpeed config: read, checked, and completed from the recipe.
+
+Values that belong to the recipe are "auto" in the config file (as in the Hugging Face integration); a value that is
+given in both places must agree, or the run stops and says where.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from vlmo_ds.config import Recipe, RecipeError, StageConfig, nearest
+
+AUTO = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+)
+# Top-level settings of DeepSpeed 0.19 that do something here; it ignores what it does not know.
+KNOWN = (
+    *AUTO,
+    "activation_checkpointing",
+    "aio",
+    "bf16",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "data_types",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "torch_autocast",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+# Where the installed DeepSpeed still has what a later one removed, the key is refused too.
+REMOVED = {
+    "elasticity": "start again with another number of ranks: every checkpoint can be read by any number",
+    "amp": "use bf16 or fp16",
+    "sparse_attention": "take it out",
+    "curriculum_learning": "take it out",
+    "progressive_layer_drop": "use the recipe's model.drop_path_rate",
+    "nebula": "checkpoints are written in the background (the recipe's background_checkpoints)",
+    "compression_training": "take it out",
+}
+REMOVED_ZERO = {
+    "mics_shard_size": "use zero_hpz_partition_size (ds_configs/zeropp.json)",
+    "mics_hierarchical_params_gather": "use zero_hpz_partition_size (ds_configs/zeropp.json)",
+    "zeropp_loco_param": "take it out",
+}
+
+
+def problems_of(config: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a config whatever the recipe: the key, what it holds, and the way out."""
+    removed = dict.fromkeys(getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()), "take it out") | REMOVED
+    for key in config:
+        if key in removed:
+            yield f"'{key}' was removed from DeepSpeed: {removed[key]}"
+        elif key == "scheduler":
+            yield "'scheduler' belongs to the recipe (stages.<name>.schedule): take it out"
+        elif key not in KNOWN:
+            yield f"'{key}' is not known{nearest(key, KNOWN)}; DeepSpeed would ignore it. Known: {', '.join(sorted(KNOWN))}"
+    yield from (
+        f"'{path}' is 'auto', but the recipe has no value for it: give one, or take it out"
+        for path, value in leaves(config)
+        if value == "auto" and not path.startswith(AUTO)
+    )
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield f"'zero_optimization' is {zero!r}, expected settings such as {{\"stage\": 2}}"
+        return
+    yield from zero_problems(config, zero)
+    yield from precision_problems(config)
+    yield from offload_problems(zero)
+    if str(config.get("gradient_allreduce_op", "mean")).lower() != "mean":
+        yield (
+            f"'gradient_allreduce_op' is {config['gradient_allreduce_op']!r}: the losses are written for gradients that are "
+            "averaged over ranks, and ZeRO-3 cannot sum them; scale stages.<name>.tasks in the recipe instead"
+        )
+    checkpointing = config.get("activation_checkpointing", {})
+    for key, value in checkpointing.items():
+        if key == "partition_activations" and value:
+            yield (
+                "'activation_checkpointing.partition_activations' is true: it splits activations over tensor-parallel "
+                "ranks, of which there are none here; use cpu_checkpointing"
+            )
+        elif key not in ("cpu_checkpointing", "partition_activations") and value:
+            yield (
+                f"'activation_checkpointing.{key}' is {value!r}; accepted: cpu_checkpointing. "
+                "What is recomputed is the recipe's model.activation_checkpoint_every"
+            )
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def zero_problems(config: dict[str, Any], zero: dict[str, Any]) -> Iterator[str]:
+    known = {f.alias or name for name, f in DeepSpeedZeroConfig.model_fields.items()} | set(
+        DeepSpeedZeroConfig.model_fields
+    )
+    removed = dict.fromkeys(getattr(deepspeed_config, "_REMOVED_ZERO_CONFIG_KEYS", ()), "take it out") | REMOVED_ZERO
+    for key in zero:
+        if key in removed:
+            yield f"'zero_optimization.{key}' was removed from DeepSpeed: {removed[key]}"
+        elif key not in known:
+            yield f"'zero_optimization.{key}' is not known{nearest(key, known)}"
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        yield f"'zero_optimization.stage' is {stage!r}; accepted: 0, 1, 2, 3"
+        return
+    optimizer = str(config.get("optimizer", {}).get("type", "adamw")).lower()
+    if "lamb" in optimizer and stage >= 1:
+        yield (
+            f"'optimizer.type' is {config['optimizer']['type']!r} with ZeRO-{stage}: LAMB scales by the norms of whole "
+            "tensors, which ZeRO cuts into parts (DeepSpeed issues 490, 1217): use AdamW"
+        )
+    plus = [
+        key
+        for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+        if zero.get(key)
+    ]
+    for key in plus:
+        if stage != 3 and zero[key] not in (1, False):
+            yield f"'zero_optimization.{key}' is {zero[key]!r} with stage {stage}: ZeRO++ needs stage 3"
+        if "quantized" in key and not torch.cuda.is_available():
+            yield f"'zero_optimization.{key}' needs a GPU (DeepSpeed's quantiser is a CUDA kernel): take it out on this machine"
+
+
+def precision_problems(config: dict[str, Any]) -> Iterator[str]:
+    enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
+    if len(enabled) > 1:
+        yield "'bf16.enabled' and 'fp16.enabled' are both true: keep one"
+    if "fp16" in enabled and not get_accelerator().is_fp16_supported():
+        yield (
+            f"'fp16.enabled' is true, which this {get_accelerator().device_name()} device cannot do: "
+            "use ds_configs/zero2.json (bf16)"
+        )
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype")
+    if enabled and accumulation not in (None, "auto", "fp32", "float32", "torch.float32", "float"):
+        yield (
+            f"'data_types.grad_accum_dtype' is {accumulation!r}: sums of many small gradients lose most of them in 16 bits "
+            "(DeepSpeed issues 1800, 2768): set 'fp32', or take it out"
+        )
+
+
+def offload_problems(zero: dict[str, Any]) -> Iterator[str]:
+    stage = zero.get("stage", 0)
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        settings = zero.get(part) or {}
+        device = settings.get("device", "none")
+        if device == "none":
+            continue
+        key = f"zero_optimization.{part}"
+        if device not in ("cpu", "nvme"):
+            yield f"'{key}.device' is {device!r}; accepted: 'cpu', 'nvme', 'none'"
+        if stage < (3 if device == "nvme" else least):
+            yield f"'{key}.device' is {device!r} with stage {stage}: it needs stage {3 if device == 'nvme' else least}"
+        if device == "nvme" and not settings.get("nvme_path"):
+            yield f"'{key}.nvme_path' is missing: name a folder on a local disk"
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none found"
+        raise RecipeError(
+            f"--deepspeed_config: {path} does not exist{nearest(path, [str(p) for p in Path('ds_configs').glob('*.json')])}; in ds_configs: {known}"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path} holds a {type(config).__name__}, expected an object of DeepSpeed settings")
+    problems = list(problems_of(config))
+    if problems:
+        raise RecipeError(f"{path}:\n  " + "\n  ".join(problems))
+    return config
+
+
+def micro_batch(stage: StageConfig, world_size: int) -> tuple[int, int]:
+    """(samples per rank and forward pass, forward passes per optimiser step)."""
+    micro = stage.micro_batch_size
+    per_rank, rest = divmod(stage.global_batch_size, world_size)
+    where = f"stages.{stage.name}.global_batch_size is {stage.global_batch_size}"
+    if rest:
+        lower, upper = per_rank * world_size, (per_rank + 1) * world_size
+        accepted = f"{lower} or {upper}" if lower else str(upper)
+        raise RecipeError(
+            f"{where}, which {world_size} ranks do not divide: take {accepted}, or another number of ranks"
+        )
+    if micro is None:
+        return per_rank, 1
+    if per_rank % micro:
+        raise RecipeError(
+            f"{where}, that is {per_rank} on each of {world_size} ranks, which micro_batch_size {micro} does not divide"
+        )
+    return micro, per_rank // micro
+
+
+def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[str, Any]:
+    """The file's config with every "auto" filled in from the recipe; contradictions are errors."""
+    micro, accumulation = micro_batch(stage, world_size)
+    ours: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (stage.global_batch_size, "global_batch_size"),
+        "train_micro_batch_size_per_gpu": (micro, "micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "global_batch_size and micro_batch_size"),
+        "gradient_clipping": (stage.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
+    }
+    merged = copy.deepcopy(config)
+
+    def settle(place: dict, key: str, path: str, value: Any, setting: str) -> None:
+        given = place.get(key, "auto")
+        if given != "auto" and given != value:
+            raise RecipeError(
+                f"the DeepSpeed config has {path} = {given!r}, but the recipe's stages.{stage.name}.{setting} gives {value!r}: "
+                'change one of them, or set "auto" in the DeepSpeed config'
+            )
+        place[key] = value
+
+    for key, (value, setting) in ours.items():
+        settle(merged, key, key, value, setting)
+    optimizer = merged.pop("optimizer", None)
+    if optimizer is not None:
+        if str(optimizer.get("type", "AdamW")).lower() not in ("adamw", "auto"):
+            raise RecipeError(
+                f"the DeepSpeed config has optimizer.type = {optimizer['type']!r}; accepted: 'AdamW' or 'auto'"
+            )
+        params = optimizer.get("params", {})
+        for key in params:
+            if key not in ("lr", "betas", "eps", "weight_decay"):
+                raise RecipeError(
+                    f"the DeepSpeed config has optimizer.params.{key}; accepted: lr, betas, eps, weight_decay"
+                )
+            value = getattr(stage.optimizer, key)
+            value = list(value) if isinstance(value, tuple) else value
+            settle(params, key, f"optimizer.params.{key}", value, f"optimizer.{key}")
+    settle_accumulation(merged, stage, accumulation)
+    if (merged.get("zero_optimization", {}).get("zero_hpz_partition_size") or 1) > 1:
+        part = merged["zero_optimization"]["zero_hpz_partition_size"]
+        if world_size % part:
+            raise RecipeError(
+                f"the DeepSpeed config has zero_optimization.zero_hpz_partition_size = {part}, which does not divide "
+                f"{world_size} ranks: take the number of GPUs of a machine"
+            )
+    if not torch.cuda.is_available() or "offload_optimizer" in merged.get("zero_optimization", {}):
+        merged.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
+    return merged
+
+
+def settle_accumulation(merged: dict[str, Any], stage: StageConfig, accumulation: int) -> None:
+    """Several bfloat16 micro-batches are summed in float32."""
+    if accumulation == 1 or not merged.get("bf16", {}).get("enabled"):
+        return
+    if merged.get("zero_optimization", {}).get("stage", 0) == 0:
+        raise RecipeError(
+            f"stages.{stage.name}.micro_batch_size {stage.micro_batch_size} makes {accumulation} micro-batches a step, "
+            "whose gradients DeepSpeed sums in bfloat16 without ZeRO: set zero_optimization.stage to 1, 2 or 3"
+        )
+    merged.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+
+
+def check_recipe(config: dict[str, Any], recipe: Recipe) -> None:
+    """What is wrong with a config beside this recipe."""
+    offloads = config.get("activation_checkpointing", {}).get("cpu_checkpointing")
+    if offloads and not recipe.model.activation_checkpoint_every:
+        raise RecipeError(
+            "the DeepSpeed config has activation_checkpointing.cpu_checkpointing = true, but the recipe's "
+            "model.activation_checkpoint_every is 0: set it to 1 (every block) or more"
+        )
