@@ -3,7 +3,7 @@
     python benchmarks/step.py [--arch vlmo_base_patch16] [--batch 4 8] [--dtype float32 bfloat16] [--output FILE]
 
 One process, forward and backward of itc + itm + mlm on random pairs, each setting in a process of its own. The useful
-work is counted from the shapes (model_flops); recomputation and padding do not count.
+work is counted from the shapes (plan.forward_flops); recomputation and padding do not count.
 """
 
 from __future__ import annotations
@@ -19,25 +19,13 @@ from pathlib import Path
 import torch
 from common import measured, write_results
 
-from vlmo_ds.config import ModelConfig
+from vlmo_ds.config import DataConfig, ModelConfig, StageConfig
 from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.host import prepare_cpu
+from vlmo_ds.training.plan import forward_flops
 
 TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
 MEMORY = "what the C library does with freed memory on a CPU: kept as in training, or returned as is its default"
-
-
-def forward_flops(config: ModelConfig, pairs: int, text_len: int, masked: int) -> float:
-    """Multiply-adds times two of the forward pass: linear layers, attention products, patches, heads."""
-    d, patches = config.embed_dim, (config.image_size // config.patch_size) ** 2
-    image, joint = patches + 1, text_len + patches + 1
-    upper = (config.depth - config.vlffn_start_layer_index) / config.depth
-    # joint sequences: masked, matched, two kinds of wrong pairs; text alone and image alone twice in the upper layers
-    sequences = [(4.0, joint), (1.0 + upper, text_len), (1.0 + upper, image)]
-    per_layer = sum(n * (length * (8 + 4 * config.mlp_ratio) * d**2 + 4 * length**2 * d) for n, length in sequences)
-    embeddings = 3 * 2 * patches * (3 * config.patch_size**2) * d  # wave 1, and wave 2's matched and wrong images
-    heads = 4 * 2 * d**2 + 3 * (2 * d**2 + 4 * d)
-    return pairs * (config.depth * per_layer + embeddings + heads) + masked * (2 * d**2 + 2 * d * config.vocab_size)
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -70,7 +58,7 @@ def one(arch: str, pairs: int, dtype_name: str, memory: str, repeats: int, text_
     if device.type == "cpu" and memory == "kept":
         prepare_cpu()
     dtype = getattr(torch, dtype_name)
-    config = ModelConfig(arch=arch, vocab_size=30522)
+    config = ModelConfig(arch=arch, vocab_size=30522, max_text_len=text_len)
     model = VLMo(config, TASKS).to(device=device, dtype=dtype).train()
     batch = batch_of(config, pairs, text_len, device)
 
@@ -85,7 +73,9 @@ def one(arch: str, pairs: int, dtype_name: str, memory: str, repeats: int, text_
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     masked = int((batch["text_labels_mlm"] != -100).sum())
-    useful = 3 * forward_flops(config, pairs, text_len, masked)
+    data = DataConfig(shards=["-"], mlm_probability=masked / pairs / text_len)
+    stage = StageConfig(name="joint", tasks=TASKS, data=data, global_batch_size=pairs, steps=1)
+    useful = 3 * forward_flops(config, stage, pairs)
     rate = matrix_rate(dtype, device)
     return {
         "arch": arch,

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from vlmo_ds.config import ModelConfig, Recipe, RecipeError, StageConfig, load_recipe
-from vlmo_ds.data.storage import DataError
+from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.ds_config import check_recipe, merge, micro_batch, read_config
@@ -272,18 +273,35 @@ def wire_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: i
     return wire
 
 
+def walks_of(model: VLMo, stage: StageConfig) -> dict[str, int]:
+    """How often a forward pass enters the module that holds a parameter: twice where the mined pairs pass as well."""
+    tasks, start, depth = stage.tasks.keys(), model.config.vlffn_start_layer_index, model.config.depth
+    parts = [f"{part}_{kind}." for part in ("mlp", "norm2") for kind in ("text", "imag")]
+    upper = tuple(f"transformer.blocks.{i}.{part}" for i in range(start, depth) for part in parts)
+    idle = [] if "itm" in tasks else ["pooler."]
+    if "mim" in tasks:
+        idle += ["text_embeddings.", "_text.", "_vl."]
+    elif "textmlm" in tasks:
+        idle += ["patch_embed.", "_imag.", "_vl."]
+    elif "itc" not in tasks:  # joint sequences take the VL experts in the upper layers
+        idle += upper
+    found = {}
+    for name, _ in model.named_parameters():
+        twice = "itm" in tasks and name.startswith("transformer.") and not name.startswith(upper)
+        found[name] = 0 if any(part in name for part in idle) else 2 if twice else 1
+    return found
+
+
 def gathered(model: VLMo, stage: StageConfig, zero: dict[str, Any]) -> int:
     """Elements that ZeRO-3 gathers for a forward and a backward pass."""
-    everything = list(model.parameters())
-    small = {id(p) for p in persistent(everything, zero)}
-    reuse = zero.get("stage3_max_reuse_distance", zero.get("max_reuse_distance", 1e9))
-    total = sum(p.numel() for p in everything)
-    if reuse >= 4 * total:
-        return total
-    walks = 2 if "itm" in stage.tasks else 1
-    blocks = sum(p.numel() for p in model.transformer.parameters() if id(p) not in small)
-    rest = total - blocks - sum(p.numel() for p in everything if id(p) in small)
-    return sum(p.numel() for p in everything if id(p) in small) + 2 * walks * blocks + 2 * rest
+    small = {id(p) for p in persistent(list(model.parameters()), zero)}
+    walks = walks_of(model, stage)
+    kept = sum(p.numel() for p in model.parameters() if id(p) in small)  # once, after the step
+    others = [(p.numel(), walks[name]) for name, p in model.named_parameters() if id(p) not in small]
+    once = sum(size for size, times in others if times)
+    if zero.get("stage3_max_reuse_distance", zero.get("max_reuse_distance", 1e9)) >= 4 * once:
+        return kept + once
+    return kept + sum(2 * times * size for size, times in others)
 
 
 # ---- work ----
@@ -400,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
         help="received by one GPU (default: %(default)s)",
     )
     parser.add_argument("--price", type=float, default=0, help="per GPU and hour")
-    parser.add_argument("--json", action="store_true", help="print the stages as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the stages to this file")
     parser.add_argument("--check", action="store_true", help="only check the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     args = parser.parse_args(argv)
@@ -417,12 +435,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         plans = [plan(recipe, stage, config, ranks, machine) for stage in recipe.stages]
         if args.json:
-            print(json.dumps([{**asdict(p), "device_bytes": p.memory.device, "days": p.days} for p in plans], indent=1))
-        else:
-            print("\n\n".join(text_of(p, machine) for p in plans))
-            days = sum(p.days for p in plans)
-            cost = f", {days * 24 * ranks * args.price:,.0f} at {args.price:g} per GPU-hour" if args.price else ""
-            print(f"\n{recipe.name}: {days:.2f} days on {ranks} GPUs{cost}\n\n{sweep(recipe, config, machine)}")
+            rows = [{**asdict(p), "device_bytes": p.memory.device, "days": p.days} for p in plans]
+            write_atomically(args.json, json.dumps(rows, indent=1).encode())
+        print("\n\n".join(text_of(p, machine) for p in plans))
+        days = sum(p.days for p in plans)
+        cost = f", {days * 24 * ranks * args.price:,.0f} at {args.price:g} per GPU-hour" if args.price else ""
+        print(f"\n{recipe.name}: {days:.2f} days on {ranks} GPUs{cost}\n\n{sweep(recipe, config, machine)}")
         return 1 if any(p.fault for p in plans) else 0
     except (RecipeError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
