@@ -57,7 +57,17 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero, half", [(0, False), (0, True), (1, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    "zero, half",
+    [
+        (0, False),
+        pytest.param(0, True, marks=pytest.mark.long),
+        pytest.param(1, False, marks=pytest.mark.long),
+        (2, True),
+        pytest.param(3, False, marks=pytest.mark.long),
+        (3, True),
+    ],
+)
 def test_steps_that_are_not_finite_are_left_out_and_written_down(tmp_path, synthetic, zero, half):
     codes, output = run(tmp_path, synthetic, math.nan, [0, 5], zero, half)
     assert codes == [0, 0], output[-3000:]

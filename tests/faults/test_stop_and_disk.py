@@ -87,7 +87,12 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize(
-    "how, reason", [("truncated", "bytes, "), ("missing", "is missing"), ("manifest", "cannot be read")]
+    "how, reason",
+    [
+        ("truncated", "bytes, "),
+        pytest.param("missing", "is missing", marks=pytest.mark.long),
+        pytest.param("manifest", "cannot be read", marks=pytest.mark.long),
+    ],
 )
 def test_a_damaged_checkpoint_is_left_out(tmp_path, synthetic, uninterrupted, how, reason):
     arguments = [*command(tmp_path, synthetic, retrieval=None), "--output_dir", str(tmp_path / "run")]

@@ -51,8 +51,10 @@ def image_stage(folder, data, config, *settings):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage, half",
+    [(1, True), (2, False), (2, True), (3, True), *(pytest.param(z, False, marks=pytest.mark.long) for z in (1, 3))],
+)
 def test_accumulated_micro_batches_make_the_same_steps(tmp_path, synthetic, stage, half):
     """Also in bfloat16, where the gradients of micro-batches are summed in float32."""
     config = tmp_path / "ds.json"
@@ -69,7 +71,7 @@ def test_accumulated_micro_batches_make_the_same_steps(tmp_path, synthetic, stag
             assert ours[key] == pytest.approx(theirs[key], rel=1e-2 if half else 2e-5), (ours["step"], key)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_checkpointing"])
+@pytest.mark.parametrize("name", ["zero1", "zero2_offload", "zero3_offload", "zero3_checkpointing"])
 def test_every_shipped_config_trains(tmp_path, synthetic, name):
     settings = ["stages.image.optimizer.lr=0.01", "model.activation_checkpoint_every=1"]
     rows = image_stage(tmp_path, synthetic, f"ds_configs/{name}.json", *settings, "stages.image.checkpoint_every=2")

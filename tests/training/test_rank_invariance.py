@@ -57,8 +57,13 @@ def reference(tmp_path_factory, synthetic):
     return run(tmp_path_factory.mktemp("reference"), synthetic, 1, 0)
 
 
-@pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize("ranks", RANKS)
+LONG = ((1, 1), (1, 2), (4, 0), (4, 1))  # as their neighbours
+
+
+@pytest.mark.parametrize(
+    "ranks, stage",
+    [pytest.param(r, z, marks=pytest.mark.long if (r, z) in LONG else ()) for r in RANKS for z in ZERO],
+)
 def test_losses_and_negatives_do_not_depend_on_ranks_or_zero(tmp_path, synthetic, reference, ranks, stage):
     if (ranks, stage) == (1, 0):
         pytest.skip("this is the reference itself")

@@ -135,6 +135,7 @@ def test_starting_a_finished_run_again_does_nothing(finished, synthetic):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.long
 def test_resume_after_kill_9_equals_the_uninterrupted_run(tmp_path, synthetic):
     changes = {}
     recipe = tiny_recipe(synthetic, retrieval=None)

@@ -16,10 +16,35 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from vlmo_ds.config import StageConfig
+from vlmo_ds.config import RecipeError, StageConfig
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
 from vlmo_ds.training.state import layout_of, set_weights
+
+LAUNCHERS = {  # what they call a rank, its number on its machine, and how many there are
+    "srun": {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"},
+    "mpirun": {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    },
+}
+
+
+def name_ranks() -> None:
+    """Gives the ranks that srun and mpirun have started the names that torchrun and deepspeed use.
+
+    Raises RecipeError if nobody says where rank 0 is.
+    """
+    for prefix, names in LAUNCHERS.items():
+        if "RANK" in os.environ or int(os.environ.get(names["WORLD_SIZE"], "1")) == 1:
+            continue
+        if "MASTER_ADDR" not in os.environ:
+            raise RecipeError(
+                f"{prefix} has started several ranks, but MASTER_ADDR, the address of rank 0's machine, is not set"
+            )
+        os.environ.update({name: os.environ[source] for name, source in names.items()})
+        os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def start_distributed(timeout: float = 600) -> None:
@@ -28,9 +53,6 @@ def start_distributed(timeout: float = 600) -> None:
     timeout: seconds that ranks wait for each other to join. Once all are there `Watch` looks after them, with messages
     that name the rank at fault, and collectives are given a day.
     """
-    slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ:
-        os.environ.update({name: os.environ[source] for name, source in slurm.items()})
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

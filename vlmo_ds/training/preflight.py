@@ -127,9 +127,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def ask(host: str, arguments: list[str], port: int | None) -> dict[str, Any]:
     """A machine's probe, with the difference of its clock; {"error": ...} if it does not come."""
     remote = f"cd {os.getcwd()} && {sys.executable} -m vlmo_ds.training.preflight --probe {' '.join(arguments)}"
-    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", str(port)] if port else [])]
     try:
-        done = subprocess.run(["ssh", *options, host, remote], capture_output=True, text=True, timeout=180)
+        done = ssh(host, remote, port, 180)
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -139,13 +138,25 @@ def ask(host: str, arguments: list[str], port: int | None) -> dict[str, Any]:
     return json.loads(lines[-1].removeprefix(MARK))
 
 
+def ssh(host: str, command: str, port: int | None, timeout: float) -> subprocess.CompletedProcess:
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", str(port)] if port else [])]
+    return subprocess.run(["ssh", *options, host, command], capture_output=True, text=True, timeout=timeout)
+
+
+def answers(host: str, port: int | None = None) -> bool:
+    """Whether a machine can be reached over ssh."""
+    try:
+        return ssh(host, "true", port, 30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
 def clock_skews(hosts: Sequence[str], port: int | None) -> list[float]:
     """Seconds that each machine's clock is ahead of this one's, halfway through a short request."""
-    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", str(port)] if port else [])]
 
     def skew(host: str) -> float:
         before = time.time()
-        done = subprocess.run(["ssh", *options, host, "date +%s.%N"], capture_output=True, text=True)
+        done = ssh(host, "date +%s.%N", port, 60)
         after = time.time()
         return float(done.stdout) - (before + after) / 2 if done.returncode == 0 else float("nan")
 

@@ -27,7 +27,7 @@ from vlmo_ds.evaluation import retrieval
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
-from vlmo_ds.training.engine import device, start_distributed
+from vlmo_ds.training.engine import device, name_ranks, start_distributed
 from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.loop import build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
@@ -85,18 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     stop = StopRequest()
     status = 0
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = 0
     try:
+        name_ranks()
+        rank = int(os.environ.get("RANK", "0"))
         recipe = load_recipe(args.recipe, args.overrides)
         ds_config = read_config(args.deepspeed_config)
         check_recipe(ds_config, recipe)
         stages = chosen_stages(recipe, args.stages)
-        world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         for stage in stages:
             merge(ds_config, stage, world_size)
         start_distributed(args.timeout)
         stop.listen()
-        with Watch(args.timeout) as watch:
+        with Watch(args.timeout, stop) as watch:
             run_stages(args, recipe, ds_config, stages, stop, watch)
     except (RecipeError, DataError, Diverged) as error:
         if rank == 0:

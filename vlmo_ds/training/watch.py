@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from vlmo_ds.training.signals import Stopped
+from vlmo_ds.training.signals import Stopped, StopRequest
 
 LOST_A_RANK = 69  # exit status: another rank died or hangs (EX_UNAVAILABLE of sysexits.h)
 MOST_SILENCE = 60.0  # seconds without a report after which a process counts as dead; less with a short limit
@@ -29,8 +29,8 @@ FAILURE = "failure"
 class Watch:
     """Used as a context around training. limit: seconds that a rank may take between two calls of `beat`."""
 
-    def __init__(self, limit: float):
-        self.limit = limit
+    def __init__(self, limit: float, stop: StopRequest):
+        self.limit, self.stop = limit, stop
         self.silence = min(MOST_SILENCE, limit)
         self.interval = self.silence / 10
         self.active = dist.is_initialized() and dist.get_world_size() > 1
@@ -45,7 +45,8 @@ class Watch:
     def __enter__(self) -> Watch:
         if self.active:
             self.round_began = time.monotonic()
-            self.store = dist.PrefixStore("watch", self.connect())
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
+            self.store = dist.PrefixStore(f"watch-{attempt}", self.connect())
             self.report()
             dist.barrier()  # every rank has reported before any looks
             self.thread = threading.Thread(target=self.run, daemon=True)
@@ -60,7 +61,7 @@ class Watch:
             self.state = ("done", None)
             with contextlib.suppress(RuntimeError):
                 self.report()
-        elif is_of_communication(error):
+        elif is_of_communication(error) and not self.stop.received:  # a launcher stops the ranks that are left itself
             print(
                 f"rank {self.rank} on {self.host}: {error}; looking for the rank at fault", file=sys.stderr, flush=True
             )
