@@ -5,7 +5,7 @@ import time
 
 import pytest
 from conftest import start_ranks
-from faults.test_stop_and_disk import command, uninterrupted, wait_for  # noqa: F401 (a fixture)
+from faults.runs import command, wait_for
 
 
 def lines(path) -> int:
@@ -21,7 +21,7 @@ def wait_for_writing(folder, processes):
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
-def test_killed_at_random_moments(tmp_path, synthetic, uninterrupted, kills):  # noqa: F811
+def test_killed_at_random_moments(tmp_path, synthetic, uninterrupted, kills):
     """SIGKILL to one rank or both: between steps, while a checkpoint is written, and at the change of stages."""
     rng = random.Random(kills)
     run = tmp_path / "run"

@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 from conftest import ROOT, free_port, start_ranks, tiny_recipe
-from faults.test_stop_and_disk import command, uninterrupted, wait_for  # noqa: F401 (a fixture)
+from faults.runs import command, wait_for
 
 from vlmo_ds.config import RecipeError, parse_recipe
 from vlmo_ds.training.supervise import choose, replaced, value_of, with_living_hosts
@@ -23,7 +23,7 @@ def ranks_of(process):
             and not any("bin/deepspeed" in word for word in p.cmdline())]  # fmt: skip
 
 
-def test_a_run_that_falls_is_started_again(tmp_path, synthetic, uninterrupted):  # noqa: F811
+def test_a_run_that_falls_is_started_again(tmp_path, synthetic, uninterrupted):
     launcher = [f"{BINARIES}/deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
     arguments = [*launcher, *command(tmp_path, synthetic, retrieval=None), "--output_dir", str(tmp_path / "run")]
     supervisor = [sys.executable, "-m", "vlmo_ds.training.supervise", "--restarts", "2", "--", *arguments]
@@ -148,7 +148,7 @@ def test_ranks_started_by_mpirun(tmp_path, synthetic):
 
 
 @pytest.mark.long
-def test_torchrun_starts_again(tmp_path, synthetic, uninterrupted):  # noqa: F811
+def test_torchrun_starts_again(tmp_path, synthetic, uninterrupted):
     arguments = [
         *command(tmp_path, synthetic, retrieval=None),
         "--output_dir",

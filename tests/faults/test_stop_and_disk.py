@@ -1,42 +1,13 @@
 """Runs that are asked to stop, whose disk fills up, or whose checkpoints are damaged."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT, free_port, run_ranks, start_ranks, tiny_recipe, write_yaml
-
-BF16 = {"bf16": {"enabled": True}, "steps_per_print": 10**9}
-
-
-def command(folder, data, stage=2, **changes):
-    recipe = tiny_recipe(data, **changes)
-    for entry in recipe["stages"]:
-        entry |= {"steps": 40, "checkpoint_every": 5}
-    config = folder / "ds.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": stage}, **BF16}))
-    file = write_yaml(folder / "recipe.yaml", recipe)
-    return ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(config)]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, synthetic):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run_ranks([*command(folder, synthetic, retrieval=None), "--output_dir", str(folder / "run")], 2)
-    return (folder / "run" / "metrics.jsonl").read_text()
-
-
-def wait_for(path, lines, processes, timeout=120):
-    """Until a file has so many lines, or a process has ended."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and all(p.poll() is None for p in processes):
-        if path.exists() and path.read_text().count("\n") >= lines:
-            return
-        time.sleep(0.02)
+from conftest import ROOT, free_port, run_ranks, start_ranks
+from faults.runs import command, wait_for
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1])])
@@ -133,18 +104,32 @@ def fill(path):
             file.write(b"x" * 4096)
 
 
-def test_a_full_disk_is_told_of_and_training_goes_on(tmp_path, synthetic, uninterrupted, small_disk):
+def remount(path, mode):
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(path)], check=True)
+
+
+@pytest.mark.parametrize("how, reason", [("full", "No space left"), ("read-only", "Read-only file system")])
+def test_a_disk_that_cannot_be_written_is_told_of_and_training_goes_on(
+    tmp_path, synthetic, uninterrupted, small_disk, how, reason
+):
     filler = small_disk / "filler"
-    fill(filler)
+    if how == "full":
+        fill(filler)
+    else:
+        remount(small_disk, "ro")
     arguments = [*command(tmp_path, synthetic, retrieval=None), "--output_dir", str(tmp_path / "run")]
     arguments.append("checkpoint_failures=3")
     processes = start_ranks(arguments, 2)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(metrics, 12, processes)  # two checkpoints have failed
-    filler.unlink()
+    if how == "full":
+        filler.unlink()
+    else:
+        remount(small_disk, "rw")
     outputs = [p.communicate(timeout=240)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs[0][-3000:]
     assert "step-00000005: " in outputs[0] and "training goes on, 2 more may fail" in outputs[0]
+    assert reason in outputs[0]
     assert metrics.read_text() == uninterrupted
     assert not list((tmp_path / "run").rglob("*.tmp"))
 

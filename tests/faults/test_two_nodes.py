@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import tiny_recipe, write_yaml
 from faults.nodes import Nodes, needs
-from faults.test_stop_and_disk import wait_for
+from faults.runs import wait_for
 
 LIMIT = 15
 

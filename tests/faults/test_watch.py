@@ -6,7 +6,7 @@ import time
 
 import pytest
 from conftest import start_ranks
-from faults.test_stop_and_disk import command, wait_for
+from faults.runs import command, wait_for
 
 LIMIT = 8
 HOST = socket.gethostname()

@@ -23,6 +23,8 @@ from vlmo_ds.training.signals import Stopped, StopRequest
 
 LOST_A_RANK = 69  # exit status: another rank died or hangs (EX_UNAVAILABLE of sysexits.h)
 MOST_SILENCE = 60.0  # seconds without a report after which a process counts as dead; less with a short limit
+MOST_INTERVAL = 1.0  # seconds between two reports
+AT_FAULT = 5  # missing reports after which a process counts as dead once a collective has failed
 FAILURE = "failure"
 
 
@@ -32,13 +34,14 @@ class Watch:
     def __init__(self, limit: float, stop: StopRequest):
         self.limit, self.stop = limit, stop
         self.silence = min(MOST_SILENCE, limit)
-        self.interval = self.silence / 10
+        self.interval = min(self.silence / 10, MOST_INTERVAL)
         self.active = dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.active else 0
         self.ranks = dist.get_world_size() if self.active else 1
         self.host = socket.gethostname()
         self.state: tuple[str, float | None] = ("starting", None)  # what the rank does, since when if that is limited
         self.ended = threading.Event()
+        self.failed = False  # a collective has failed on this rank
         self.round_began = time.monotonic()
         self.thread: threading.Thread | None = None
 
@@ -66,6 +69,7 @@ class Watch:
                 f"rank {self.rank} on {self.host}: {error}; looking for the rank at fault", file=sys.stderr, flush=True
             )
             self.state = ("waiting for the rank at fault", None)
+            self.failed = True
             self.thread.join(3 * self.silence)  # ends the process when it is found
         else:
             self.tell(error)
@@ -130,7 +134,7 @@ class Watch:
             who = f"rank {right} on {found['host']}"
             if found["doing"] == "done":
                 continue
-            if silent > self.silence:
+            if silent > (AT_FAULT * self.interval if self.failed else self.silence):
                 self.accuse(f"{who} has not been heard of for {silent:.0f} s; its last words: {found['doing']}")
             elif found["for"] is not None and found["for"] > self.limit and not self.waiting(found["doing"]):
                 self.accuse(f"{who} hangs: {found['for']:.0f} s in '{found['doing']}', the limit is {self.limit:.0f} s")

@@ -1,0 +1,27 @@
+"""A tiny run of three stages for the tests of faults."""
+
+import json
+import time
+
+from conftest import tiny_recipe, write_yaml
+
+BF16 = {"bf16": {"enabled": True}, "steps_per_print": 10**9}
+
+
+def command(folder, data, stage=2, **changes):
+    recipe = tiny_recipe(data, **changes)
+    for entry in recipe["stages"]:
+        entry |= {"steps": 40, "checkpoint_every": 5}
+    config = folder / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}, **BF16}))
+    file = write_yaml(folder / "recipe.yaml", recipe)
+    return ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(config), "--timeout", "30"]
+
+
+def wait_for(path, lines, processes, timeout=120):
+    """Until a file has so many lines, or a process has ended."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and all(p.poll() is None for p in processes):
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.02)
