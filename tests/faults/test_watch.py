@@ -50,8 +50,15 @@ def ends(processes, within):
     return [p.returncode for p in processes], outputs
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number, victim",
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGKILL, 1),
+        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.long),
+    ],
+)
 def test_a_rank_that_dies_or_stands_still(tmp_path, synthetic, number, victim):
     processes = start(tmp_path, synthetic)
     wait_for(tmp_path / "run" / "metrics.jsonl", 3, processes)
