@@ -198,12 +198,12 @@ def train_stage(
                 raise Stopped(
                     f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
                 )
+    watch.unlimited(f"ending {stage.name}")
     failures.count(writer.finish())
     if not rollback:
         state = full_state(engine, frozen, shapes)
         meta = {"stage": stage.name, "steps": stage.steps, "tasks": stage.weights}
-        with watch.unlimited(f"writing the result of {stage.name}"):
-            problem = checkpoint.on_disk(collector, lambda: write_final(folder / "final", state, meta))
+        problem = checkpoint.on_disk(collector, lambda: write_final(folder / "final", state, meta))
         if problem:
             raise RecipeError(f"the result of stage '{stage.name}' cannot be written to {folder / 'final'}: {problem}")
     release(engine)

@@ -207,8 +207,8 @@ def run_stages(
                 rollback = train(resume_from=newest, skip=rollback.skip)
     finally:
         monitor.close()
-    with watch.unlimited("evaluation"):
-        finish(recipe, run, tokenizer, collector)
+    watch.unlimited("evaluation")
+    finish(recipe, run, tokenizer, collector)
 
 
 def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[StageConfig], run: Path) -> None:

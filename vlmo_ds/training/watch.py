@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import torch.distributed as dist
 
@@ -47,11 +46,11 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.active:
-            self.round_began = time.monotonic()
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
             self.store = dist.PrefixStore(f"watch-{attempt}", self.connect())
             self.report()
             dist.barrier()  # every rank has reported before any looks
+            self.round_began = time.monotonic()
             self.thread = threading.Thread(target=self.run, daemon=True)
             self.thread.start()
             threading.Thread(target=self.look_after_store, daemon=True).start()
@@ -71,10 +70,13 @@ class Watch:
             self.state = ("waiting for the rank at fault", None)
             self.failed = True
             self.thread.join(3 * self.silence)  # ends the process when it is found
-        else:
-            self.tell(error)
         self.ended.set()
         self.thread.join()
+        if kind is not None and kind is not Stopped and not is_of_communication(error):
+            time.sleep(2 * self.interval)  # most errors come to all ranks at once: each ends with its own
+            self.tell(error)
+            if self.rank == 0:
+                time.sleep(2 * self.interval)  # the store is in this process: the others have yet to ask it
 
     def connect(self) -> dist.Store:
         """A connection of this thread's own: on a shared one it would wait for the main thread's requests."""
@@ -89,12 +91,9 @@ class Watch:
         """Says what this rank does next, which may take `limit` seconds."""
         self.state = (doing, time.monotonic())
 
-    @contextlib.contextmanager
-    def unlimited(self, doing: str) -> Iterator[None]:
-        """For work that may take any time: only the end of the process is noticed."""
+    def unlimited(self, doing: str) -> None:
+        """Until the next `beat` this rank may take any time: only the end of its process is noticed."""
         self.state = (doing, None)
-        yield
-        self.state = (doing, time.monotonic())
 
     def tell(self, error: BaseException) -> None:
         """Tells all ranks why this one ends."""
@@ -121,8 +120,9 @@ class Watch:
             self.round_began = time.monotonic()
             try:
                 self.report()
-                if self.store.check([FAILURE]):
-                    self.leave(self.store.get(FAILURE).decode())
+                failure = self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else ""
+                if failure and not self.ended.is_set():
+                    self.leave(failure)
                 found = json.loads(self.store.get(f"rank-{right}"))
             except (RuntimeError, ValueError) as error:
                 if self.ended.is_set():
