@@ -12,11 +12,11 @@ from faults.runs import command, wait_for
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1])])
 def test_a_signal_leads_to_a_checkpoint_and_its_own_exit_status(tmp_path, synthetic, uninterrupted, number, ranks):
-    """Asked at a step of each stage, on all ranks or one; the same command goes on, and nothing shows in the metrics."""
+    """Asked at steps of the stages, on all ranks or one; the same command goes on, and nothing shows in the metrics."""
     arguments = [*command(tmp_path, synthetic, retrieval=None), "--output_dir", str(tmp_path / "run")]
     arguments.append("stages.*.data.workers=1")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    for lines in (7, 53, 91):
+    for lines in (7, 53, 91) if number == signal.SIGTERM else (53,):
         processes = start_ranks(arguments, 2)
         wait_for(metrics, lines, processes)
         for rank in ranks:

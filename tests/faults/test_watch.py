@@ -55,8 +55,8 @@ def ends(processes, within):
     [
         (signal.SIGKILL, 0),
         (signal.SIGKILL, 1),
-        (signal.SIGSTOP, 1),
         pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.long),
     ],
 )
 def test_a_rank_that_dies_or_stands_still(tmp_path, synthetic, number, victim):
