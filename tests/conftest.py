@@ -96,6 +96,14 @@ def write_yaml(path: Path, value: dict) -> Path:
     return path
 
 
+def call(module: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
+    """Runs `python -m module`, which has to end with this exit status."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
 def free_port() -> int:
     import socket
 

@@ -5,14 +5,17 @@ A recipe is YAML. It says WHAT is trained; a DeepSpeed config (ds_configs/) says
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+QUICKSTART = "launch/recipes/quickstart.yaml"  # the recipe of commands that name none
 TASKS = ("mim", "textmlm", "mlm", "itc", "itm")
 REFERENCE_WEIGHTS = {"mim": 1.0, "textmlm": 1.0, "mlm": 0.25, "itc": 1.0, "itm": 1.0}
 
@@ -362,6 +365,23 @@ class Recipe(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
         return self
+
+
+def number(kind: type, least: float | None = None) -> Callable[[str], Any]:
+    """An argparse type: a finite number above 0, or of at least `least`."""
+
+    def parse(text: str) -> Any:
+        accepted = "above 0" if least is None else f"of at least {least}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (value <= 0 if least is None else value < least):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"found {text!r}, accepted: {what} {accepted}")
+        return value
+
+    return parse
 
 
 def nearest(word: str, known: Sequence[str] | dict) -> str:

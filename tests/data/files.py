@@ -1,21 +1,10 @@
 """Small images and tars for the data tests."""
 
 import io
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
-from conftest import ROOT
 from PIL import Image
-
-
-def call(module: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
-    """Runs `python -m module`, which has to end with this exit status."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def jpeg(size=(20, 10), colour=(200, 30, 30)) -> bytes:

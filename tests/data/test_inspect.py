@@ -3,7 +3,8 @@
 import json
 from functools import partial
 
-from data.files import call, jpeg, png, write_pairs, write_tar
+from conftest import call
+from data.files import jpeg, png, write_pairs, write_tar
 
 inspect = partial(call, "vlmo_ds.data.inspect")
 

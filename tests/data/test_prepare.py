@@ -13,8 +13,8 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from conftest import ROOT
-from data.files import call, jpeg, png, write_tar
+from conftest import ROOT, call
+from data.files import jpeg, png, write_tar
 from PIL import Image
 
 from vlmo_ds.data.prepare.answers import normalize_answer, soft_score

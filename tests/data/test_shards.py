@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.files import call, jpeg, png, write_pairs, write_tar
+from conftest import call
+from data.files import jpeg, png, write_pairs, write_tar
 from data.test_stream import TOKENIZER
 
 from vlmo_ds.config import DataConfig

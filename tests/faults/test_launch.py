@@ -154,15 +154,7 @@ def test_torchrun_starts_again(tmp_path, synthetic, uninterrupted):
         "--timeout",
         "20",
     ]
-    launcher = [
-        f"{BINARIES}/torchrun",
-        "--nproc_per_node",
-        "2",
-        "--max_restarts",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launcher = [f"{BINARIES}/torchrun", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
     process = subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -1,13 +1,11 @@
 """The plan against real runs: memory from their tensors, bytes from their collectives."""
 
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from statistics import mean
 
 import pytest
-from conftest import ROOT, run_ranks, tiny_recipe, write_yaml
+from conftest import ROOT, call, run_ranks, tiny_recipe, write_yaml
 
 from vlmo_ds.config import load_recipe, parse_recipe
 from vlmo_ds.training import plan
@@ -120,28 +118,39 @@ def test_forward_flops_of_the_published_models():
         assert plan.forward_flops(parsed.model, parsed.stages[2]) == pytest.approx(expected, rel=0.02)
 
 
-def call(*arguments, code=0):
-    command = [sys.executable, "-m", "vlmo_ds.training.plan", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+PLAN = "vlmo_ds.training.plan"
 
 
 def test_command_line(tmp_path):
     base = ["--recipe", "launch/recipes/vlmo_base.yaml"]
-    done = call(*base, "--nodes", "4", "--gpus_per_node", "8", "--price", "2.5")
+    done = call(PLAN, *base, "--nodes", "4", "--gpus_per_node", "8", "--price", "2.5")
     for word in ("stage joint on 32 GPUs", "all-to-all", "TFLOP", "s/step", "vlmo_base: ", " 1024 "):
         assert word in done.stdout
-    done = call(*base, "--gpu_memory", "16", code=1)
+    done = call(PLAN, *base, "--gpu_memory", "16", code=1)
     assert "DOES NOT FIT: needs " in done.stdout
-    call(*base, "--nodes", "2", "--json", str(tmp_path / "plan.json"), code=1)
+    call(PLAN, *base, "--nodes", "2", "--json", str(tmp_path / "plan.json"), code=1)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert [row["stage"] for row in found] == ["image", "text", "joint"] and found[0]["ranks"] == 2
-    assert "no mistakes found" in call("--check").stdout
-    done = call("--nodes", "5", "--check", code=2)
+    assert "no mistakes found" in call(PLAN, "--check").stdout
+    done = call(PLAN, "--nodes", "5", "--check", code=2)
     assert "which 5 ranks do not divide" in done.stderr
     (tmp_path / "ds.json").write_text('{"amp": {}}')
     assert (
         "'amp' was removed from DeepSpeed"
-        in call("--check", "--deepspeed_config", str(tmp_path / "ds.json"), code=2).stderr
+        in call(PLAN, "--check", "--deepspeed_config", str(tmp_path / "ds.json"), code=2).stderr
     )
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--nodes", "0", "found '0', accepted: a whole number above 0"),
+        ("--gpus_per_node", "2.5", "found '2.5', accepted: a whole number above 0"),
+        ("--efficiency", "0", "found '0', accepted: a number above 0"),
+        ("--gpu_memory", "nan", "found 'nan', accepted: a number above 0"),
+    ],
+)
+def test_numbers_that_make_no_plan(capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        plan.main([option, value])
+    assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from vlmo_ds.config import Recipe, RecipeError, StageConfig, nearest
 
@@ -69,6 +70,20 @@ REMOVED_ZERO = {
 }
 
 
+# Settings that hold further settings, with an example.
+SECTIONS = {
+    "zero_optimization": '{"stage": 2}',
+    "zero_optimization.offload_optimizer": '{"device": "cpu"}',
+    "zero_optimization.offload_param": '{"device": "cpu"}',
+    "bf16": '{"enabled": true}',
+    "fp16": '{"enabled": true}',
+    "optimizer": '{"type": "AdamW"}',
+    "optimizer.params": '{"lr": "auto"}',
+    "data_types": '{"grad_accum_dtype": "fp32"}',
+    "activation_checkpointing": '{"cpu_checkpointing": true}',
+}
+
+
 def problems_of(config: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a config whatever the recipe: the key, what it holds, and the way out."""
     removed = dict.fromkeys(getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()), "take it out") | REMOVED
@@ -84,10 +99,12 @@ def problems_of(config: dict[str, Any]) -> Iterator[str]:
         for path, value in leaves(config)
         if value == "auto" and not path.startswith(AUTO)
     )
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        yield f"'zero_optimization' is {zero!r}, expected settings such as {{\"stage\": 2}}"
+    flat = [path for path in SECTIONS if not isinstance(section(config, path), dict)]
+    for path in flat:
+        yield f"'{path}' is {section(config, path)!r}, expected settings such as {SECTIONS[path]}"
+    if flat:
         return
+    zero = config.get("zero_optimization", {})
     yield from zero_problems(config, zero)
     yield from precision_problems(config)
     yield from offload_problems(zero)
@@ -110,6 +127,18 @@ def problems_of(config: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def section(config: dict[str, Any], path: str) -> Any:
+    """What a config holds under a dotted name; {} if nothing."""
+    for part in path.split("."):
+        config = config.get(part, {}) if isinstance(config, dict) else {}
+    return config
+
+
+def is_half(config: dict[str, Any]) -> bool:
+    """Whether weights are in 16 bits, with float32 ones in the optimiser."""
+    return any(config.get(precision, {}).get("enabled") for precision in ("bf16", "fp16"))
+
+
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -119,9 +148,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def zero_problems(config: dict[str, Any], zero: dict[str, Any]) -> Iterator[str]:
-    known = {f.alias or name for name, f in DeepSpeedZeroConfig.model_fields.items()} | set(
-        DeepSpeedZeroConfig.model_fields
-    )
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {f.alias or name for name, f in fields.items()} | set(fields)
     removed = dict.fromkeys(getattr(deepspeed_config, "_REMOVED_ZERO_CONFIG_KEYS", ()), "take it out") | REMOVED_ZERO
     for key in zero:
         if key in removed:
@@ -131,6 +159,10 @@ def zero_problems(config: dict[str, Any], zero: dict[str, Any]) -> Iterator[str]
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         yield f"'zero_optimization.stage' is {stage!r}; accepted: 0, 1, 2, 3"
+        return
+    wrong = list(type_problems({key: value for key, value in zero.items() if key in known}))
+    yield from wrong
+    if wrong:
         return
     optimizer = str(config.get("optimizer", {}).get("type", "adamw")).lower()
     if "lamb" in optimizer and stage >= 1:
@@ -148,6 +180,16 @@ def zero_problems(config: dict[str, Any], zero: dict[str, Any]) -> Iterator[str]
             yield f"'zero_optimization.{key}' is {zero[key]!r} with stage {stage}: ZeRO++ needs stage 3"
         if "quantized" in key and not torch.cuda.is_available():
             yield f"'zero_optimization.{key}' needs a GPU (DeepSpeed's quantiser is a CUDA kernel): take it out on this machine"
+
+
+def type_problems(zero: dict[str, Any]) -> Iterator[str]:
+    """Values that DeepSpeed's own schema does not take."""
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        for item in error.errors():
+            path = ".".join(str(part) for part in ("zero_optimization", *item["loc"]))
+            yield f"'{path}' is {item['input']!r}: {item['msg']}"
 
 
 def precision_problems(config: dict[str, Any]) -> Iterator[str]:
@@ -170,13 +212,11 @@ def precision_problems(config: dict[str, Any]) -> Iterator[str]:
 def offload_problems(zero: dict[str, Any]) -> Iterator[str]:
     stage = zero.get("stage", 0)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        settings = zero.get(part) or {}
+        settings = zero.get(part, {})
         device = settings.get("device", "none")
-        if device == "none":
+        if device not in ("cpu", "nvme"):  # none, or refused already
             continue
         key = f"zero_optimization.{part}"
-        if device not in ("cpu", "nvme"):
-            yield f"'{key}.device' is {device!r}; accepted: 'cpu', 'nvme', 'none'"
         if stage < (3 if device == "nvme" else least):
             yield f"'{key}.device' is {device!r} with stage {stage}: it needs stage {3 if device == 'nvme' else least}"
         if device == "nvme" and not settings.get("nvme_path"):

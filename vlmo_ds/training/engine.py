@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import nn
 
 from vlmo_ds.config import RecipeError, StageConfig
+from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
 from vlmo_ds.training.state import layout_of, set_weights
@@ -84,8 +85,7 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
     model.transformer.offload_checkpoints = merged.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
-    half = any(merged.get(precision, {}).get("enabled") for precision in ("bf16", "fp16"))
-    exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if half else {}
+    exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if is_half(merged) else {}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlmo_ds.config import ModelConfig, Recipe, RecipeError, StageConfig, load_recipe
+from vlmo_ds.config import QUICKSTART, ModelConfig, Recipe, RecipeError, StageConfig, load_recipe, number
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.training.ds_config import check_recipe, merge, micro_batch, read_config
+from vlmo_ds.training.ds_config import check_recipe, is_half, merge, micro_batch, read_config
 from vlmo_ds.training.optim import parameter_groups, set_trainable
 
 VOCABULARIES = {"bert-base-uncased": 30522}  # known without the hub
@@ -149,7 +149,7 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
     merged = merge(config, stage, ranks)
     zero = merged.get("zero_optimization", {})
     level = zero.get("stage", 0)
-    half = any(merged.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    half = is_half(merged)
     b = 2 if half else 4
     everything = list(model.parameters())
     trained = [p for p in everything if p.requires_grad]
@@ -249,7 +249,7 @@ def wire_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: i
     merged = merge(config, stage, ranks)
     zero = merged.get("zero_optimization", {})
     level = zero.get("stage", 0)
-    b = 2 if any(merged.get(name, {}).get("enabled") for name in ("bf16", "fp16")) else 4
+    b = 2 if is_half(merged) else 4
     micro, accumulation = micro_batch(stage, ranks)
     away = (ranks - 1) / ranks
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -264,10 +264,10 @@ def wire_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: i
     settings = settled(recipe)
     if "itc" in stage.tasks:
         features = 4 * micro * ranks * settings.embed_dim * 4
-        ids = (2 + (3 if "itm" in stage.tasks else 0)) * micro * ranks * 8 if "itm" in stage.tasks else 0
-        wire["all-gather"] += away * (features + ids) * accumulation
+        wire["all-gather"] += away * features * accumulation
         wire["reduce-scatter"] += away * features * accumulation
     if "itm" in stage.tasks:
+        wire["all-gather"] += away * 5 * 8 * micro * ranks * accumulation  # two ids and three wanted rows a sample
         others = (micro * ranks - micro) / max(micro * ranks - 1, 1)  # share of the other samples that are elsewhere
         wire["all-to-all"] = others * micro * row_bytes(settings) * accumulation
     return wire
@@ -393,31 +393,31 @@ def sweep(recipe: Recipe, config: dict[str, Any], machine: Machine) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 it fits, 1 it does not, 2 a setting or file that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m vlmo_ds.training.plan", description="What a run will need.")
-    parser.add_argument("--recipe", default="launch/recipes/quickstart.yaml")
+    parser.add_argument("--recipe", default=QUICKSTART)
     parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus_per_node", type=int, default=1)
-    parser.add_argument("--gpu_memory", type=float, default=Machine.memory_gb, metavar="GB")
+    parser.add_argument("--nodes", type=number(int), default=1)
+    parser.add_argument("--gpus_per_node", type=number(int), default=1)
+    parser.add_argument("--gpu_memory", type=number(float), default=Machine.memory_gb, metavar="GB")
     parser.add_argument(
         "--gpu_tflops",
-        type=float,
+        type=number(float),
         default=Machine.tflops,
         help="dense rate in the run's precision (default: %(default)s, H100 bf16)",
     )
     parser.add_argument(
         "--efficiency",
-        type=float,
+        type=number(float),
         default=Machine.efficiency,
         help="share of it that is reached (default: %(default)s)",
     )
     parser.add_argument(
         "--network",
-        type=float,
+        type=number(float),
         default=Machine.network_gb_per_s,
         metavar="GB/s",
         help="received by one GPU (default: %(default)s)",
     )
-    parser.add_argument("--price", type=float, default=0, help="per GPU and hour")
+    parser.add_argument("--price", type=number(float, 0), default=0, help="per GPU and hour")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the stages to this file")
     parser.add_argument("--check", action="store_true", help="only check the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from vlmo_ds.config import Recipe, RecipeError, load_recipe
+from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, load_recipe, number
 from vlmo_ds.data.loader import source_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 
@@ -57,8 +57,6 @@ def probe(recipe_file: str, output_dir: Path) -> dict[str, Any]:
     while not disk.exists():
         disk = disk.parent
     return {
-        "host": socket.gethostname(),
-        "time": time.time(),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "code": hash_of(sorted(Path(__file__).parents[1].rglob("*.py"))),
@@ -69,7 +67,6 @@ def probe(recipe_file: str, output_dir: Path) -> dict[str, Any]:
         "interfaces": interfaces(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": psutil.virtual_memory().total / 1e9,
     }
 
 
@@ -125,7 +122,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def ask(host: str, arguments: list[str], port: int | None) -> dict[str, Any]:
-    """A machine's probe, with the difference of its clock; {"error": ...} if it does not come."""
+    """A machine's probe; {"error": ...} if it does not come."""
     remote = f"cd {os.getcwd()} && {sys.executable} -m vlmo_ds.training.preflight --probe {' '.join(arguments)}"
     try:
         done = ssh(host, remote, port, 180)
@@ -160,22 +157,24 @@ def clock_skews(hosts: Sequence[str], port: int | None) -> list[float]:
         after = time.time()
         return float(done.stdout) - (before + after) / 2 if done.returncode == 0 else float("nan")
 
-    with ThreadPoolExecutor(32) as pool:
-        return list(pool.map(skew, hosts))
+    return of_all(hosts, skew)
 
 
 def common_interface(probes: list[dict[str, Any]]) -> tuple[list[str], str]:
-    """(each machine's interface in the network that all share, what to fix)."""
+    """(each machine's interface in the first network that joins them all, what to fix).
+
+    A bridge for containers has the same network on every machine, and the same address: it joins nothing.
+    """
     networks = [
-        {str(ipaddress.ip_interface(value).network): name for name, value in found["interfaces"].items()}
+        {str(ipaddress.ip_interface(value).network): (name, value) for name, value in found["interfaces"].items()}
         for found in probes
     ]
-    shared = set.intersection(*(set(n) for n in networks)) if networks else set()
-    if not shared:
-        found = ["; ".join(f"{n} {v}" for n, v in p["interfaces"].items()) or "none" for p in probes]
-        return found, "no IPv4 network joins all machines: connect them, or set NCCL_SOCKET_IFNAME by hand"
-    network = sorted(shared)[0]
-    return [n[network] for n in networks], ""
+    for network in sorted(set.intersection(*map(set, networks))):
+        names, addresses = zip(*(of_machine[network] for of_machine in networks), strict=True)
+        if len(set(addresses)) == len(probes):
+            return list(names), ""
+    found = ["; ".join(f"{n} {v}" for n, v in p["interfaces"].items()) or "none" for p in probes]
+    return found, "no IPv4 network joins all machines: connect them, or set NCCL_SOCKET_IFNAME by hand"
 
 
 def same(check: str, values: list[str], fix: str) -> Row:
@@ -306,12 +305,17 @@ def write_environment(path: Path, values: dict[str, str]) -> None:
     write_atomically(path, "".join(f"{name}={value}\n" for name, value in merged.items()).encode())
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
+def of_all(hosts: Iterable[str], function: Callable[[str], Any]) -> list:
+    """What a function gives for every machine, asked at once."""
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(function, hosts))
+
+
+def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe)
     hosts = read_hostfile(args.hostfile)
     arguments = ["--recipe", args.recipe, "--output_dir", str(args.output_dir)]
-    with ThreadPoolExecutor(32) as pool:
-        probes = list(pool.map(lambda host: ask(host, arguments, args.ssh_port), hosts))
+    probes = of_all(hosts, lambda host: ask(host, arguments, args.ssh_port))
     answers = ["no: " + p["error"] if "error" in p else "yes" for p in probes]
     silent = [host for host, p in zip(hosts, probes, strict=True) if "error" in p]
     fix = (
@@ -324,11 +328,11 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
         rows += rows_of(hosts, probes, clock_skews(list(hosts), args.ssh_port), recipe)
         environment = environment_of(rows, args.timeout)
         write_environment(args.env_file, environment)
-        say(f"{args.env_file}: {', '.join(f'{k}={v}' for k, v in environment.items())}")
+        print(f"{args.env_file}: {', '.join(f'{k}={v}' for k, v in environment.items())}")
         rows.append(time_collective(args.hostfile, args.ssh_port, hosts, args.timeout))
-    say(table(list(hosts), rows))
+    print(table(list(hosts), rows))
     wrong = [row.check for row in rows if row.fix]
-    say(f"to fix: {', '.join(wrong)}" if wrong else f"{len(hosts)} machines, {sum(hosts.values())} ranks: ready")
+    print(f"to fix: {', '.join(wrong)}" if wrong else f"{len(hosts)} machines, {sum(hosts.values())} ranks: ready")
     return 1 if wrong else 0
 
 
@@ -338,10 +342,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m vlmo_ds.training.preflight", description="Looks at all machines before a run."
     )
     parser.add_argument("--hostfile", type=Path, help="lines such as 'node1 slots=8'")
-    parser.add_argument("--recipe", default="launch/recipes/quickstart.yaml")
+    parser.add_argument("--recipe", default=QUICKSTART)
     parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="where the run will write")
-    parser.add_argument("--ssh_port", type=int)
-    parser.add_argument("--timeout", type=int, default=600, help="seconds that the collective may take")
+    parser.add_argument("--ssh_port", type=number(int))
+    parser.add_argument("--timeout", type=number(int), default=600, help="seconds that the collective may take")
     parser.add_argument(
         "--env_file",
         type=Path,

@@ -17,7 +17,7 @@ import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe, RecipeError, StageConfig, load_recipe, nearest, parse_recipe
+from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, StageConfig, load_recipe, nearest, number, parse_recipe
 from vlmo_ds.data.loader import check_samples, source_shards
 from vlmo_ds.data.shards import list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
@@ -28,15 +28,14 @@ from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
 from vlmo_ds.training.engine import device, name_ranks, start_distributed
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, UNUSABLE
 from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.loop import build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
-from vlmo_ds.training.signals import ASKED_TO_STOP, Stopped, StopRequest
+from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.watch import Watch
 from vlmo_ds.training.weights import read_weights
 
-UNUSABLE, DIVERGED = 2, 3  # exit status: a setting or file that cannot be used; training has failed for good
-QUICKSTART = Path("launch/recipes/quickstart.yaml")
 TOKENIZER_TEXTS = 200_000
 # Settings of a stage that do not change what is trained: a run may go on with other values.
 FREE_SETTINGS = (
@@ -62,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--deepspeed_config", default="ds_configs/zero2.json", help="how the run is spread (default: %(default)s)"
     )
-    parser.add_argument("--recipe", default=str(QUICKSTART), help="what is trained (default: %(default)s)")
+    parser.add_argument("--recipe", default=QUICKSTART, help="what is trained (default: %(default)s)")
     parser.add_argument("--stages", help="only these stages, separated by commas (default: all)")
     parser.add_argument("--output_dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
     parser.add_argument(
@@ -70,7 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number(float),
         default=600,
         metavar="SECONDS",
         help="a rank that takes longer to join, to read a batch or to make a step ends the run (default: %(default)s)",
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done; UNUSABLE, DIVERGED, LOST_A_RANK, ASKED_TO_STOP as docs/resuming.md says; 1 anything else."""
     args = parse_arguments(argv)
     stop = StopRequest()
-    status = 0
+    status = DONE
     rank = 0
     try:
         name_ranks()

@@ -8,7 +8,6 @@ from types import FrameType
 
 import psutil
 
-ASKED_TO_STOP = 75  # exit status: a checkpoint is written, the same command goes on (EX_TEMPFAIL of sysexits.h)
 LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py")
 
 

@@ -14,24 +14,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlmo_ds.config import Recipe, RecipeError, load_recipe
+from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, load_recipe, number
+from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.training.ds_config import micro_batch
-from vlmo_ds.training.preflight import answers, read_hostfile
-from vlmo_ds.training.run import DIVERGED, QUICKSTART, UNUSABLE
-from vlmo_ds.training.signals import ASKED_TO_STOP
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, UNUSABLE
+from vlmo_ds.training.preflight import answers, of_all, read_hostfile
 
-FINAL = (0, UNUSABLE, DIVERGED, ASKED_TO_STOP)  # exit statuses after which another start would change nothing
+FINAL = (DONE, UNUSABLE, DIVERGED, ASKED_TO_STOP)  # exit statuses after which another start would change nothing
 PAUSE = 5.0  # seconds before another start: ports and devices are given back
 
 
 def value_of(command: list[str], option: str) -> str | None:
     """What a command line gives for an option, as `--option value` or `--option=value`."""
-    for number, word in enumerate(command):
-        if word == option and number + 1 < len(command):
-            return command[number + 1]
+    for place, word in enumerate(command):
+        if word == option and place + 1 < len(command):
+            return command[place + 1]
         if word.startswith(option + "="):
             return word.partition("=")[2]
     return None
@@ -65,8 +64,7 @@ def with_living_hosts(command: list[str], ask: Callable[[str], bool]) -> list[st
     if file is None:
         return command
     hosts = read_hostfile(Path(file))
-    with ThreadPoolExecutor(32) as pool:
-        alive = [host for host, there in zip(hosts, pool.map(ask, hosts), strict=True) if there]
+    alive = [host for host, there in zip(hosts, of_all(hosts, ask), strict=True) if there]
     settings = [word for word in command if "=" in word and not word.startswith("-")]
     recipe = load_recipe(value_of(command, "--recipe") or QUICKSTART, settings)
     chosen = choose(hosts, alive, recipe)
@@ -77,7 +75,7 @@ def with_living_hosts(command: list[str], ask: Callable[[str], bool]) -> list[st
     gone = ", ".join(host for host in hosts if host not in chosen)
     print(f"supervise: goes on without {gone}: {sum(chosen.values())} of {sum(hosts.values())} ranks", flush=True)
     reduced = Path(f"{file}.left")
-    reduced.write_text("".join(f"{host} slots={slots}\n" for host, slots in chosen.items()))
+    write_atomically(reduced, "".join(f"{host} slots={slots}\n" for host, slots in chosen.items()).encode())
     return replaced(command, "--hostfile", str(reduced))
 
 
@@ -86,13 +84,13 @@ def supervise(command: list[str], restarts: int) -> int:
     stopping: list[int] = []
     running: list[subprocess.Popen] = []
 
-    def pass_on(number: int, frame: object) -> None:
-        stopping.append(number)
+    def pass_on(asked: int, frame: object) -> None:
+        stopping.append(asked)
         for process in running:
-            process.send_signal(number)
+            process.send_signal(asked)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(asked, pass_on)
     for start in range(restarts + 1):
         running[:] = [subprocess.Popen(with_living_hosts(command, answers))]
         status = running[0].wait()
@@ -110,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vlmo_ds.training.supervise", description="Starts a run again when it falls."
     )
-    parser.add_argument("--restarts", type=int, default=3, help="starts after the first (default: %(default)s)")
+    parser.add_argument(
+        "--restarts", type=number(int, 0), default=3, help="starts after the first (default: %(default)s)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- command", help="what starts the run")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command

@@ -18,9 +18,9 @@ import time
 
 import torch.distributed as dist
 
+from vlmo_ds.training.exit_status import LOST_A_RANK
 from vlmo_ds.training.signals import Stopped, StopRequest
 
-LOST_A_RANK = 69  # exit status: another rank died or hangs (EX_UNAVAILABLE of sysexits.h)
 MOST_SILENCE = 60.0  # seconds without a report after which a process counts as dead; less with a short limit
 MOST_INTERVAL = 1.0  # seconds between two reports
 AT_FAULT = 5  # missing reports after which a process counts as dead once a collective has failed
