@@ -146,7 +146,8 @@ def test_ranks_started_by_mpirun(tmp_path, synthetic):
 
 
 @pytest.mark.long
-def test_torchrun_starts_again(tmp_path, synthetic, uninterrupted):
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_torchrun_starts_again(tmp_path, synthetic, uninterrupted, rendezvous):
     arguments = [
         *command(tmp_path, synthetic, retrieval=None),
         "--output_dir",
@@ -154,7 +155,8 @@ def test_torchrun_starts_again(tmp_path, synthetic, uninterrupted):
         "--timeout",
         "20",
     ]
-    launcher = [f"{BINARIES}/torchrun", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
+    meeting = ["--standalone"] if rendezvous == "c10d" else ["--master_port", str(free_port())]
+    launcher = [f"{BINARIES}/torchrun", *meeting, "--nproc_per_node", "2", "--max_restarts", "2"]
     process = subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -1,9 +1,13 @@
 """The float32 values that the optimiser holds: the model's exact ones at the start, and settable later."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from conftest import run_ranks, tiny_recipe, write_yaml
+
+from vlmo_ds.training.engine import agreed_name
 
 WORKER = """
 import math, sys, torch, torch.distributed as dist
@@ -76,3 +80,19 @@ def test_every_shipped_config_trains(tmp_path, synthetic, name):
     settings = ["stages.image.optimizer.lr=0.01", "model.activation_checkpoint_every=1"]
     rows = image_stage(tmp_path, synthetic, f"ds_configs/{name}.json", *settings, "stages.image.checkpoint_every=2")
     assert len(rows) == 5 and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_ranks_that_are_started_again_agree_on_a_new_name():
+    """In a store that holds what the ranks before them have left."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    names = []
+    for _ in range(5):
+        stores = [dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(3)]
+        with ThreadPoolExecutor() as pool:
+            found = {pool.submit(agreed_name, store, rank, 3, 20.0) for rank, store in enumerate(stores)}
+            agreed = {future.result() for future in found}
+        assert len(agreed) == 1
+        names += agreed
+    assert len(set(names)) == 5
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] have not come within 0 s"):
+        agreed_name(server, 0, 3, 0.1)

@@ -35,14 +35,8 @@ from torch import Tensor
 from vlmo_ds.config import RecipeError
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.training.state import (
-    MOMENTS,
-    aliases,
-    fragments,
-    layout_of,
-    progress,
-    set_progress,
-)
+from vlmo_ds.training.state import MOMENTS, aliases, fragments, layout_of, progress, set_progress
+from vlmo_ds.training.weights import write_weights
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 1
@@ -235,6 +229,29 @@ class CheckpointWriter:
             shutil.rmtree(old)
 
 
+class FailedCheckpoints:
+    """Reports checkpoints that could not be written; more than `allowed` in a row end the run."""
+
+    def __init__(self, allowed: int, folder: Path, tells: bool):
+        self.allowed, self.folder, self.tells = allowed, folder, tells
+        self.in_a_row = 0
+
+    def count(self, outcome: tuple[int, str] | None) -> None:
+        """outcome: (step, why it failed or "") of a checkpoint; the same on every rank."""
+        if outcome is None:
+            return
+        step, problem = outcome
+        self.in_a_row = self.in_a_row + 1 if problem else 0
+        what = f"checkpoint {self.folder}/step-{step:08d}: {problem}"
+        if self.in_a_row > self.allowed:
+            raise RecipeError(
+                f"{what}; {self.in_a_row} in a row could not be written, checkpoint_failures is {self.allowed}"
+            )
+        if problem and self.tells:
+            left = self.allowed - self.in_a_row
+            print(f"warning: {what}; training goes on, {left} more may fail", file=sys.stderr, flush=True)
+
+
 def snapshot(
     engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], collector: Collector
 ) -> dict[str, Tensor]:
@@ -365,16 +382,6 @@ def main(argv: list[str] | None = None) -> int:
         f"{output}: {len(weights)} tensors, {count / 1e6:.2f}M values, step {reader.state['step']} of {reader.state['stage']}"
     )
     return 0
-
-
-def write_weights(output: Path, weights: dict[str, Tensor]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        save_file(weights, temporary, metadata={"format": "pt"})
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

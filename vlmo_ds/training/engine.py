@@ -6,11 +6,15 @@ import copy
 import datetime
 import os
 import socket
+import time
+import uuid
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -48,6 +52,45 @@ def name_ranks() -> None:
         os.environ.setdefault("MASTER_PORT", "29500")
 
 
+def agreed_name(store: dist.Store, rank: int, ranks: int, timeout: float) -> str:
+    """A name that no start before this one has used, the same on every rank, for what is kept in torchrun's store.
+
+    That store outlives the ranks, with the addresses of processes that are gone, and PyTorch 2.13 lets a restarted rank
+    find them (its issue 135712). Here a rank makes itself known by a number that nobody can have seen, and takes the name
+    that is given to this number. RuntimeError if a rank has not come within timeout seconds.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", mine)
+        store.wait([f"name/{mine}"], datetime.timedelta(seconds=timeout))
+        name = store.get(f"name/{mine}").decode()
+        store.set(f"heard/{name}/{rank}", "yes")
+        return name
+    missing = set(range(1, ranks))
+    end = time.monotonic() + timeout
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"heard/{mine}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"here/{other}"]):
+                store.set(f"name/{store.get(f'here/{other}').decode()}", mine)
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks {sorted(missing)} have not come within {timeout:.0f} s")
+        time.sleep(0.02)
+    return mine
+
+
+def join_through_agent(url: str, timeout: datetime.timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """PyTorch's rendezvous by the store of torchrun's agent, in a space of this start's own."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=timeout)
+    yield dist.PrefixStore(agreed_name(store, rank, ranks, timeout.total_seconds()), store), rank, ranks
+
+
+dist.register_rendezvous_handler("torchrun", join_through_agent)
+
+
 def start_distributed(timeout: float = 600) -> None:
     """Joins the process group that the launcher describes (deepspeed, torchrun, srun), or a group of one.
 
@@ -68,8 +111,9 @@ def start_distributed(timeout: float = 600) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 renamed: one warning per call site and rank
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout), verbose=False)
-    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
+    through = "torchrun://" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout), verbose=False, init_method=through)
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
 
 
 def device() -> torch.device:

@@ -1,9 +1,10 @@
-"""Parameter groups, optimiser and learning-rate schedule of a stage."""
+"""Parameter groups, optimiser, learning-rate schedule and optimiser step of a stage."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import deepspeed
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -86,3 +87,26 @@ def learning_rate(optimizer: torch.optim.Optimizer, stage: StageConfig) -> LRSch
         return get_constant_schedule_with_warmup(optimizer, stage.warmup)
     build = get_linear_schedule_with_warmup if stage.schedule.name == "linear" else get_cosine_schedule_with_warmup
     return build(optimizer, stage.warmup, stage.steps)
+
+
+@torch.no_grad()
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """engine.step(), which leaves out a step whose gradients are not finite, and counts it in engine.skipped_steps.
+
+    DeepSpeed does so itself but for float32 without ZeRO. There the gradients are summed by now: all ranks see the same.
+    """
+    plain = not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())
+    if not plain or not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    # DeepSpeed looks for `overflow` on the optimiser: with it, it counts the step as left out and keeps the schedule
+    engine.optimizer.overflow = not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))
+    if not engine.optimizer.overflow:
+        engine.step()
+        return
+    torch._foreach_zero_(gradients)
+    step = engine.optimizer.step
+    engine.optimizer.step = lambda: None
+    engine.step()
+    engine.optimizer.step = step

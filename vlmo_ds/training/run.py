@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,10 @@ from vlmo_ds.training.ds_config import check_recipe, merge, read_config
 from vlmo_ds.training.engine import device, name_ranks, start_distributed
 from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, UNUSABLE
 from vlmo_ds.training.guard import Diverged
-from vlmo_ds.training.loop import build_dataset, train_stage
+from vlmo_ds.training.loop import Run, build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.watch import Watch
-from vlmo_ds.training.weights import read_weights
 
 TOKENIZER_TEXTS = 200_000
 # Settings of a stage that do not change what is trained: a run may go on with other values.
@@ -158,56 +156,43 @@ def run_stages(
     watch: Watch,
 ) -> None:
     collector = Collector()
-    run = args.output_dir or Path("runs") / recipe.name
-    on_rank0(collector, lambda: check_before_start(args, recipe, stages, run))
-    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    folder = args.output_dir or Path("runs") / recipe.name
+    on_rank0(collector, lambda: check_before_start(args, recipe, stages, folder))
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
     recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
     on_rank0(collector, lambda: check_data(recipe, stages, tokenizer, collector))
-    on_rank0(collector, lambda: write_resolved(run, recipe, ds_config, stages, collector.world_size))
+    on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, stages, collector.world_size))
 
-    total = sum(stage.steps for stage in recipe.stages)
-    monitor = Monitor(run, collector.rank, total)
+    monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
+    run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, watch)
     try:
         for stage in stages:
-            number = recipe.stages.index(stage)
-            folder = run / "checkpoints" / stage.name
-            if (folder / "final").is_dir() and args.resume == "auto":
+            if (run.folder_of(stage) / "final").is_dir() and args.resume == "auto":
                 if collector.rank == 0:
                     print(f"{stage.name}: finished already", flush=True)
                 continue
-            source, origin = initial_weights(recipe, number, run)
-            train = partial(
-                train_stage,
-                recipe,
-                stage,
-                ds_config,
-                source=source,
-                origin=origin,
-                tokenizer=tokenizer,
-                folder=folder,
-                monitor=monitor,
-                offset=sum(s.steps for s in recipe.stages[:number]),
-                collector=collector,
-                stop=stop,
-                watch=watch,
-            )
-            rollback = train(resume_from=find_checkpoint(args.resume, folder, collector))
-            rollbacks = 0
-            while rollback:
-                rollbacks += 1
-                if rollbacks > recipe.loss_spike.max_rollbacks:
-                    raise Diverged(
-                        f"stage '{stage.name}': {rollback.message}: {rollbacks} times back, "
-                        f"loss_spike.max_rollbacks is {recipe.loss_spike.max_rollbacks}"
-                    )
-                if collector.rank == 0:
-                    print(f"warning: {stage.name}: {rollback.message}", file=sys.stderr, flush=True)
-                newest = checkpoint.latest_whole(folder, collector)
-                rollback = train(resume_from=newest, skip=rollback.skip)
+            train_to_its_end(run, stage, find_checkpoint(args.resume, run.folder_of(stage), collector))
     finally:
         monitor.close()
     watch.unlimited("evaluation")
-    finish(recipe, run, tokenizer, collector)
+    finish(recipe, folder, tokenizer, collector)
+
+
+def train_to_its_end(run: Run, stage: StageConfig, resume_from: Path | None) -> None:
+    """Trains a stage, and goes back and on when its loss jumps, as often as the recipe allows."""
+    rollback = train_stage(run, stage, resume_from)
+    rollbacks = 0
+    while rollback:
+        rollbacks += 1
+        if rollbacks > run.recipe.loss_spike.max_rollbacks:
+            raise Diverged(
+                f"stage '{stage.name}': {rollback.message}: {rollbacks} times back, "
+                f"loss_spike.max_rollbacks is {run.recipe.loss_spike.max_rollbacks}"
+            )
+        if run.collector.rank == 0:
+            print(f"warning: {stage.name}: {rollback.message}", file=sys.stderr, flush=True)
+        newest = checkpoint.latest_whole(run.folder_of(stage), run.collector)
+        rollback = train_stage(run, stage, newest, skip=rollback.skip)
 
 
 def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[StageConfig], run: Path) -> None:
@@ -328,16 +313,6 @@ def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[Stag
     write_atomically(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
     resolved = {stage.name: merge(ds_config, stage, world_size) for stage in stages}
     write_atomically(run / "ds_config.json", json.dumps(resolved, indent=1).encode())
-
-
-def initial_weights(recipe: Recipe, number: int, run: Path) -> tuple[dict | None, str]:
-    """(state dict, where it is from) for a stage; nothing for a fresh model."""
-    weights = recipe.stages[number].init.weights
-    if weights == "fresh" or (weights == "previous" and number == 0):
-        return None, "a fresh initialisation"
-    if weights == "previous":
-        weights = str(run / "checkpoints" / recipe.stages[number - 1].name / "final")
-    return read_weights(Path(weights)), weights
 
 
 def find_checkpoint(resume: str, folder: Path, collector: Collector) -> Path | None:

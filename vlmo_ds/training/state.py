@@ -8,6 +8,7 @@ either: what one layout wrote, any other can read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -39,11 +40,15 @@ class Layout:
         self.optimizer = engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-        half = getattr(engine.optimizer, "fp16_groups", None)
-        self.master = {id(p): p for p in self.parameters.values()}
-        if half is not None and not hasattr(next(iter(self.parameters.values())), "ds_id"):
-            pairs = zip(half, engine.optimizer.fp32_groups, strict=True)
-            self.master |= {id(p): m for g, h in pairs for p, m in zip(g, h, strict=True)}
+
+    @cached_property
+    def master(self) -> dict[int, Tensor]:
+        """By parameter the tensor that the optimiser steps: the parameter, or the float32 copy of a half-precision one."""
+        half = getattr(self.optimizer, "fp16_groups", None)
+        if half is None:
+            return {id(p): p for p in self.parameters.values()}
+        pairs = zip(half, self.optimizer.fp32_groups, strict=True)
+        return {id(p): master for group, masters in pairs for p, master in zip(group, masters, strict=True)}
 
     def held(self, parameter: nn.Parameter) -> Span | None:
         """What this rank has to be given of a parameter."""
@@ -66,6 +71,10 @@ class Layout:
     def whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
         master = self.master[id(parameter)]
         return (master if kind == "weight" else self.inner.state[master][kind]).detach().view(-1)
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        """The whole float32 weight, gathered from all ranks (every rank has to call)."""
+        return self.whole(parameter, "weight")
 
     def create_moments(self, steps: int) -> None:
         """Moments of zero after so many steps: PyTorch's optimisers have none before their first step."""
@@ -100,6 +109,9 @@ class FlatLayout(Layout):
     def set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         self.get(parameter, kind).data.copy_(value)
 
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
+
 
 class PartitionedLayout(Layout):
     """ZeRO-3: of each parameter every rank has an even part, padded at the end."""
@@ -124,6 +136,9 @@ class PartitionedLayout(Layout):
             safe_set_local_fp32_param(parameter, padded)
         else:
             safe_set_local_optimizer_state(parameter, padded, kind)
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
 
     def create_moments(self, steps: int) -> None:
         for number in range(len(self.optimizer.fp32_partitioned_groups_flat)):
@@ -177,13 +192,6 @@ def set_weights(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]
             layout.set(layout.parameters[name], "weight", value.flatten()[span[0] : span[0] + span[1]])
 
 
-def get_weight(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> Tensor:
-    """A trained parameter's whole float32 value, gathered from all ranks (every rank has to call)."""
-    if engine.zero_optimization_stage() == 0:
-        return layout_of(engine).whole(parameter, "weight")
-    return safe_get_full_fp32_param(parameter)
-
-
 def full_state(
     engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
@@ -194,11 +202,11 @@ def full_state(
     """
     first = engine.global_rank == 0
     state = dict(frozen) if first else {}
-    for name, parameter in engine.module.named_parameters():
-        if name not in frozen:
-            value = get_weight(engine, parameter)
-            if first:
-                state[name] = value.detach().float().cpu().reshape(shapes[name]).clone()
+    layout = layout_of(engine)
+    for name, parameter in layout.parameters.items():
+        value = layout.full(parameter)
+        if first:
+            state[name] = value.detach().float().cpu().reshape(shapes[name]).clone()
     if first:
         state |= {alias: state[name].clone() for alias, name in aliases(engine.module).items()}
         state |= {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 
 import torch.distributed as dist
 
@@ -46,8 +47,9 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.active:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
-            self.store = dist.PrefixStore(f"watch-{attempt}", self.connect())
+            name = [uuid.uuid4().hex]  # torchrun's store outlives the ranks
+            dist.broadcast_object_list(name)
+            self.store = dist.PrefixStore(name[0], self.connect())
             self.report()
             dist.barrier()  # every rank has reported before any looks
             self.round_began = time.monotonic()

@@ -98,3 +98,14 @@ def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, ob
     save_file(dict(state), temporary / WEIGHTS, metadata={"format": "pt"})
     (temporary / "stage.json").write_text(json.dumps(meta, indent=1))
     temporary.replace(folder)
+
+
+def write_weights(output: Path, weights: dict[str, Tensor]) -> None:
+    """One .safetensors file, published in one rename."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
