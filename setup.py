@@ -28,6 +28,7 @@ setup(
         "pillow",
         "simplejpeg",
         "numpy",
+        "scipy",
         "pydantic>=2",
         "tqdm",
     ],

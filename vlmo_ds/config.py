@@ -16,8 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 QUICKSTART = "launch/recipes/quickstart.yaml"  # the recipe of commands that name none
-TASKS = ("mim", "textmlm", "mlm", "itc", "itm")
-REFERENCE_WEIGHTS = {"mim": 1.0, "textmlm": 1.0, "mlm": 0.25, "itc": 1.0, "itm": 1.0}
+FINE_TUNING = ("irtr", "vqa", "nlvr2")
+TASKS = ("mim", "textmlm", "mlm", "itc", "itm", *FINE_TUNING)
+ONE_MODALITY = dict.fromkeys(("mim", "textmlm"), "trains on one modality")
+REFERENCE_WEIGHTS = dict.fromkeys(TASKS, 1.0) | {"mlm": 0.25}
 
 # Sizes of the published models (VLMo, arXiv:2111.02358; base-plus from the official code).
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -88,6 +90,7 @@ class ModelConfig(Settings):
     max_text_len: int = Field(40, gt=2, description="longest text in tokens, [CLS] and [SEP] included")
     max_text_len_of_initckpt: int = Field(196, gt=2, description="text length the relative table has rows for")
     vocab_size: int = Field(0, ge=0, description="size of the vocabulary; 0: the tokenizer's")
+    vqav2_label_size: int = Field(0, ge=0, description="answers that vqa chooses among; 0: those of its data")
     use_abs_pos_emb: bool = Field(False, description="absolute image positions")
     need_relative_position_embed: bool = Field(True, description="relative position bias; else absolute text positions")
     layer_scale_init_values: float | None = Field(0.1, description="initial LayerScale; null: no LayerScale")
@@ -229,7 +232,7 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms, positions, tokens and scales")
-    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the heads over lr")
+    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the vqa and nlvr2 classifiers over lr")
     gradient_clipping: float = Field(0.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
 
@@ -248,6 +251,9 @@ class InitConfig(Settings):
         [], description="patterns of parameters that start fresh although the source may have them"
     )
     drop: list[str] = Field([], description="patterns of the source's weights that are not wanted")
+    max_text_len_of_initckpt: int | None = Field(
+        None, gt=2, description="text length that the source's relative table has rows for; null: the model's"
+    )
     vl_experts: Literal["keep", "fresh", "text", "image"] = Field(
         "keep", description="VL experts: as in the source, fresh, or copies of the text or image experts"
     )
@@ -264,6 +270,11 @@ class StageConfig(Settings):
     micro_batch_size: int | None = Field(
         None, gt=0, description="samples per rank and forward pass; null: no gradient accumulation"
     )
+    gradient_cache: bool = Field(
+        False,
+        description="irtr or itc over the whole global batch although only micro_batch_size samples are in memory, at the "
+        "price of one more forward pass",
+    )
     steps: int = Field(gt=0, description="optimiser steps")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -278,11 +289,16 @@ class StageConfig(Settings):
                 raise ValueError(f"task '{task}' is not known{nearest(task, TASKS)}; accepted: {', '.join(TASKS)}")
         if not self.tasks:
             raise ValueError(f"tasks is empty; accepted: {', '.join(TASKS)}")
-        alone = {"mim", "textmlm"} & set(self.tasks)
-        if alone and len(self.tasks) > 1:
+        for alone, why in {**ONE_MODALITY, **dict.fromkeys(FINE_TUNING, "has data of its own")}.items():
+            if alone in self.tasks and len(self.tasks) > 1:
+                raise ValueError(f"task '{alone}' {why} and goes alone in a stage, found {list(self.tasks)}")
+        if self.gradient_cache and set(self.tasks) not in ({"itc"}, {"irtr"}):
             raise ValueError(
-                f"task '{alone.pop()}' trains on one modality and goes alone in a stage, found {list(self.tasks)}"
+                f"gradient_cache is for a stage whose only task is irtr or itc, found {list(self.tasks)}: "
+                "the other losses are sums over samples, for which micro_batch_size alone is enough"
             )
+        if self.gradient_cache and self.micro_batch_size is None:
+            raise ValueError("gradient_cache needs micro_batch_size: samples per rank that are in memory at a time")
         for setting, alone_task in (("image_only", "mim"), ("text_only", "textmlm")):
             if getattr(self.data, setting) and set(self.tasks) != {alone_task}:
                 raise ValueError(
@@ -323,7 +339,24 @@ class RetrievalConfig(Settings):
     max_images: int = Field(0, ge=0, description="use the first so many images; 0: all")
     rerank: int = Field(16, ge=0, description="candidates per query that the itm head scores again; 0: none")
     batch_size: int = Field(64, gt=0, description="images or pairs per forward pass")
+    folds: int = Field(1, gt=0, description="averages over so many parts as well; COCO 1k: 5, of 5,000 images")
     gallery: int = Field(12, ge=0, description="queries shown in the report")
+
+
+class EvaluationConfig(Settings):
+    """VQA or NLVR2 on held-out shards after the last stage."""
+
+    shards: list[str] = Field(min_length=1, description="held-out shards")
+    batch_size: int = Field(64, gt=0, description="questions or sentences per forward pass")
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+
+    @classmethod
+    def of(cls, settings: EvaluationConfig | None, shards: list[str] | None, name: str) -> EvaluationConfig:
+        """The recipe's settings with shards from the command line. RecipeError if neither names any."""
+        if settings is None and not shards:
+            raise RecipeError(f"--shards is missing, and the run's recipe has no '{name}'")
+        given = settings.model_dump() if settings else {}
+        return cls(**(given | ({"shards": shards} if shards else {})))
 
 
 class SpikeConfig(Settings):
@@ -343,7 +376,9 @@ class Recipe(Settings):
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     stages: list[StageConfig] = Field(min_length=1)
-    retrieval: RetrievalConfig | None = Field(None, description="null: no evaluation")
+    retrieval: RetrievalConfig | None = Field(None, description="null: no retrieval after the last stage")
+    vqa: EvaluationConfig | None = Field(None, description="null: no questions answered after the last stage")
+    nlvr2: EvaluationConfig | None = Field(None, description="null: no pairs of images judged after the last stage")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
     background_checkpoints: bool = Field(
         True, description="write checkpoints while training goes on, from a copy in host memory"
@@ -391,7 +426,15 @@ def nearest(word: str, known: Sequence[str] | dict) -> str:
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies `key=value` overrides, as in `stages.joint.steps=100` or `model.depth=4`."""
-    path = Path(path)
+    data = read_recipe(Path(path))
+    for override in overrides:
+        apply_override(data, override)
+    return parse_recipe(data, str(path))
+
+
+def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's settings. One that `extends` another (a file beside it) has that one's, but for its name, and for what
+    it lists under `settings`, dotted names and values; null for a whole stage leaves the stage out."""
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in Path("launch/recipes").glob("*.yaml"))) or "none found"
         raise RecipeError(f"recipe {path} does not exist; in launch/recipes: {known}")
@@ -403,9 +446,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {path} holds {type(data).__name__}, expected settings such as 'model:' and 'stages:'"
         )
-    for override in overrides:
-        apply_override(data, override)
-    return parse_recipe(data, str(path))
+    if "extends" not in data:
+        return data
+    parent = path.parent / str(data.pop("extends"))
+    if parent in below:
+        raise RecipeError(f"recipe {path} extends {parent}, which extends it in turn")
+    settings, name = data.pop("settings", {}), data.pop("name", path.stem)
+    if data or not isinstance(settings, dict):
+        raise RecipeError(
+            f"recipe {path} extends another: beside 'extends' it takes 'name' and 'settings' (dotted names and values), "
+            f"found {', '.join(map(str, data)) or settings}"
+        )
+    whole = read_recipe(parent, (*below, path)) | {"name": name}
+    for key, value in settings.items():
+        set_value(whole, str(key), value, f"{path}: settings.{key}")
+    if isinstance(whole.get("stages"), list):
+        whole["stages"] = [stage for stage in whole["stages"] if stage is not None]
+    return whole
 
 
 def parse_recipe(data: dict, source: str) -> Recipe:
@@ -425,27 +482,35 @@ def apply_override(data: dict, override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"override '{override}': the value is not valid YAML: {error}") from None
+    set_value(data, key, value, f"override '{override}'")
+
+
+def set_value(data: dict, key: str, value: Any, source: str) -> None:
     targets: list[Any] = [data]
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
-        targets = [found for target in targets for found in descend(target, part, override, ".".join(parts[:depth]))]
+        targets = [found for target in targets for found in descend(target, part, source, ".".join(parts[:depth]))]
     for target in targets:
-        if not isinstance(target, dict):
-            raise RecipeError(f"override '{override}': '{'.'.join(parts[:-1])}' has no settings in it")
-        target[parts[-1]] = value
+        if isinstance(target, list):
+            for old in descend(target, parts[-1], source, ".".join(parts[:-1])):
+                target[target.index(old)] = value
+        elif isinstance(target, dict):
+            target[parts[-1]] = value
+        else:
+            raise RecipeError(f"{source}: '{'.'.join(parts[:-1])}' has no settings in it")
 
 
-def descend(target: Any, part: str, override: str, parent: str) -> list[Any]:
+def descend(target: Any, part: str, source: str, parent: str) -> list[Any]:
     if isinstance(target, list):
         if part == "*":
             return target
         named = [x for i, x in enumerate(target) if str(i) == part or (isinstance(x, dict) and x.get("name") == part)]
         if not named:
             names = ", ".join(str(x.get("name", i)) if isinstance(x, dict) else str(i) for i, x in enumerate(target))
-            raise RecipeError(f"override '{override}': {parent} has no '{part}'; accepted: {names} or *")
+            raise RecipeError(f"{source}: {parent} has no '{part}'; accepted: {names} or *")
         return named
     if not isinstance(target, dict):
-        raise RecipeError(f"override '{override}': '{parent}' has no settings in it")
+        raise RecipeError(f"{source}: '{parent}' has no settings in it")
     if target.get(part) is None:
         target[part] = {}
     return [target[part]]

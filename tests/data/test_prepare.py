@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, call
@@ -91,22 +92,52 @@ def test_karpathy_flickr30k(tmp_path):
     assert samples(tmp_path / "out")[0].captions == ["Two men."]
 
 
-def test_nlvr1_keeps_true_sentences(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 10)).save(buffer, "PNG")
-    with tarfile.open(tmp_path / "dev_images.tar", "w") as tar:
-        for identifier in ("10-0", "11-0"):
+def write_nlvr1(root: Path) -> None:
+    """Two examples, the first true, the second false; the six pictures of each have widths of their own."""
+    with tarfile.open(root / "dev_images.tar", "w") as tar:
+        for first, identifier in ((30, "10-0"), (40, "10-1")):
             for permutation in range(6):
+                picture = png((first + permutation, 10))
                 info = tarfile.TarInfo(f"images/3/dev-{identifier}-{permutation}.png")
-                info.size = len(buffer.getvalue())
-                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+                info.size = len(picture)
+                tar.addfile(info, io.BytesIO(picture))
     examples = [
-        {"identifier": i, "label": v, "sentence": f"There is {i}", "directory": "3"}
-        for i, v in (("10-0", "true"), ("11-0", "false"))
+        {"identifier": i, "label": v, "sentence": "There is a box", "directory": "3"}
+        for i, v in (("10-0", "true"), ("10-1", "false"))
     ]
-    (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, examples)))
+    (root / "dev.json").write_text("\n".join(map(json.dumps, examples)))
+
+
+def width(data: bytes) -> int:
+    return Image.open(io.BytesIO(data)).width
+
+
+def test_nlvr1_keeps_true_sentences(tmp_path):
+    write_nlvr1(tmp_path)
     prepare("nlvr1", "--root", tmp_path, "--output", tmp_path / "out")
-    assert [s.captions for s in samples(tmp_path / "out")] == [["There is 10-0"]]
+    (sample,) = samples(tmp_path / "out")
+    assert sample.captions == ["There is a box"] and width(sample.image) == 30
+
+
+def test_nlvr1_as_questions(tmp_path):
+    write_nlvr1(tmp_path)
+    prepare("nlvr1", "--root", tmp_path, "--kind", "questions", "--output", tmp_path / "out")
+    found = {s.meta["questions"][0]["question_id"]: s for s in samples(tmp_path / "out")}
+    assert sorted(found) == [f"dev-10-{i}-{k}" for i in (0, 1) for k in range(6)]
+    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["false", "true"]
+    (question,) = found["dev-10-1-4"].meta["questions"]
+    assert question["question"] == "There is a box" and question["answers"] == ["false"] * 10
+    assert (question["labels"], question["scores"]) == ([0], [1.0]) and width(found["dev-10-1-4"].image) == 44
+
+
+def test_nlvr1_as_pairs(tmp_path):
+    write_nlvr1(tmp_path)
+    prepare("nlvr1", "--root", tmp_path, "--kind", "pairs", "--output", tmp_path / "out")
+    found = {s.meta["sentences"][0]["identifier"]: s for s in samples(tmp_path / "out")}
+    assert len(found) == 12
+    (sentence,) = found["dev-10-0-5"].meta["sentences"]
+    assert sentence["label"] == "True" and sentence["sentence_id"] == "dev-10"
+    assert [width(found["dev-10-0-5"].picture(f"{n}.")) for n in (0, 1)] == [35, 30]
 
 
 def test_text_packs_sentences(tmp_path):

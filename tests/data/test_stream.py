@@ -11,6 +11,7 @@ from data.files import jpeg, write_tar
 
 from vlmo_ds.config import DataConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
+from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import train_tokenizer
 
 GLOBAL = 16
@@ -164,3 +165,73 @@ def test_a_source_has_its_own_transform(shards):
     for place, image in zip(data.order.batch(0, GLOBAL), batch["image"], strict=True):
         grey_border = bool((image[:, 0] == 128).all())
         assert grey_border == (data.names[place.source] == "photos")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Pictures with one to four questions, and pairs of pictures with one or two sentences."""
+    root = tmp_path_factory.mktemp("questions")
+    asked, pairs = {}, {}
+    for i in range(20):
+        entries = [
+            {"question": f"picture {i} of words {k}", "question_id": 10 * i + k, "labels": [k, 4], "scores": [1.0, 0.3]}
+            for k in range(1 + i % 4)
+        ]
+        asked |= {
+            f"{i:02d}.jpg": jpeg((20, 20), (i * 10, 0, 0)),
+            f"{i:02d}.json": json.dumps({"questions": entries}).encode(),
+        }
+        judged = [
+            {"sentence": f"caption {i} of words {k}", "label": ("True", "False")[k], "identifier": "x"}
+            for k in range(1 + i % 2)
+        ]
+        pairs |= {f"{i:02d}.{n}.jpg": jpeg((20, 20), (200 * n, 0, 0)) for n in (0, 1)}
+        pairs[f"{i:02d}.json"] = json.dumps({"sentences": judged}).encode()
+    write_tar(root / "asked.tar", asked)
+    write_tar(root / "pairs.tar", pairs)
+    return root
+
+
+def asked(root, task: str, answers: int = 5) -> BatchDataset:
+    name = {"vqa": "asked", "nlvr2": "pairs"}[task]
+    data = DataConfig(shards=[str(root / f"{name}.tar")], lanes=4, transform="square_transform")
+    spec = spec_for({task: 1.0}, 32, 8, 24, 3, answers)
+    return BatchDataset(data, spec, TOKENIZER, rank=0, world_size=1, batch_size=20)
+
+
+def test_every_question_comes_once_in_as_many_epochs_as_its_picture_has(questions):
+    data = asked(questions, "vqa")
+    seen = Counter()
+    for epoch in range(12):  # of 1, 2, 3 and 4 questions each
+        batch = data[epoch]
+        assert "answers" not in batch and batch["vqa_targets"].shape == (20, 5)
+        for ids, targets in zip(batch["text_ids"], batch["vqa_targets"], strict=True):
+            text = TOKENIZER.decode(ids, skip_special_tokens=True)
+            seen[text] += 1
+            label = int(text.split()[-1])
+            expected = torch.zeros(5)
+            expected[4], expected[label] = 0.3, 1.0
+            assert torch.equal(targets, expected), (text, targets)
+    assert len(seen) == 50
+    assert all(count == 12 // (1 + int(text.split()[1]) % 4) for text, count in seen.items())
+
+
+def test_pairs_of_pictures_keep_their_order(questions):
+    batch = asked(questions, "nlvr2")[0]
+    assert "image" not in batch and batch["image_0"].shape == (20, 3, 32, 32)
+    assert int(batch["image_0"][:, 0].max()) < 30 and int(batch["image_1"][:, 0].min()) > 170
+    for ids, answer in zip(batch["text_ids"], batch["answers"].tolist(), strict=True):
+        assert answer == 1 - int(TOKENIZER.decode(ids, skip_special_tokens=True).split()[-1])
+
+
+def test_labels_past_the_list_of_answers_name_the_setting(questions):
+    data = asked(questions, "vqa", answers=3)
+    with pytest.raises(DataError, match="do not fit 3 answers"):
+        data[0]
+
+
+def test_shards_without_questions_say_what_is_missing(shards):
+    data = DataConfig(shards=[str(shards / "photos")])
+    dataset = BatchDataset(data, spec_for({"vqa": 1.0}, 32, 8, 24, 3, 5), TOKENIZER, rank=0, world_size=1, batch_size=4)
+    with pytest.raises(DataError, match="its .json lists no 'questions'; prepare the shards"):
+        dataset[0]

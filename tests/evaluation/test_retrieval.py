@@ -98,3 +98,41 @@ def test_curves_are_thinned_and_drawn():
     assert len(thin(values)) <= 200 and all(v == pytest.approx(0.5, abs=0.2) for _, v in thin(values))
     svg = curve("title", {"one": values})
     assert svg.count("<polyline") == 1 and "title" in svg
+
+
+def test_parts_are_evaluated_alone_and_averaged():
+    """As COCO's 1k protocol, against a straightforward computation with five captions an image and ties."""
+    g = torch.Generator().manual_seed(1)
+    data = small_set(images=12, per_image=5)
+    features = {k: torch.randint(-1, 2, (n, 4), generator=g).float() for k, n in (("image", 12), ("text", 60))}
+    model = tiny_model(dtype=torch.float32)
+    model.forward = lambda batch, call: pick(batch, call, data, features)
+    config = RetrievalConfig(shards=["x"], rerank=0, batch_size=7, folds=3)
+    metrics = evaluate(model, data, config, Collector()).metrics
+    scores = [[float(t @ i) for i in features["image"]] for t in features["text"]]
+    owner = data.image_of_text.tolist()
+    expected = {"text_to_image": [], "image_to_text": []}
+    for part in range(3):
+        images = range(4 * part, 4 * part + 4)
+        texts = [t for t in range(60) if owner[t] in images]
+        for t in texts:
+            best = min(images, key=lambda i: (-scores[t][i], i))
+            expected["text_to_image"].append((part, owner[t] == best))
+        for i in images:
+            best = min(texts, key=lambda t: (-scores[t][i], t))
+            expected["image_to_text"].append((part, owner[best] == i))
+    for direction, found in expected.items():
+        means = [np.mean([hit for where, hit in found if where == part]) for part in range(3)]
+        assert metrics[direction]["itc, mean of 3 parts"]["R@1"] == pytest.approx(100 * np.mean(means))
+
+
+def pick(batch, call, data, features):
+    """Stands for a model: the features of the rows whose inputs these are."""
+    if call == "encode_image":
+        rows = [next(i for i in range(12) if torch.equal(data.images[i], image)) for image in batch["image"]]
+        return {"image": features["image"][rows]}
+    length = batch["text_ids"].shape[1]
+    same = [
+        (data.text_ids[:, :length] == ids).all(1) & (data.text_ids[:, length:] == 0).all(1) for ids in batch["text_ids"]
+    ]
+    return {"text": features["text"][[int(row.nonzero()[0, 0]) for row in same]]}

@@ -10,7 +10,9 @@ from conftest import ROOT, free_port, run_ranks, start_ranks
 from faults.runs import command, wait_for
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1])])
+@pytest.mark.parametrize(
+    "number, ranks", [pytest.param(signal.SIGTERM, [0, 1], marks=pytest.mark.long), (signal.SIGUSR1, [1])]
+)
 def test_a_signal_leads_to_a_checkpoint_and_its_own_exit_status(tmp_path, synthetic, uninterrupted, number, ranks):
     """Asked at steps of the stages, on all ranks or one; the same command goes on, and nothing shows in the metrics."""
     arguments = [*command(tmp_path, synthetic, retrieval=None), "--output_dir", str(tmp_path / "run")]

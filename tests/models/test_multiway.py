@@ -24,9 +24,9 @@ def all_streams(model, batch):
 def test_streams_do_not_see_each_other(positions):
     model, batch = tiny_model(**positions).eval(), tiny_batch()
     streams = all_streams(model, batch)
-    together = model.encode(streams, batch["image"], model.token_types())
+    together = model.encode(streams, batch["image"], model.token_types()[1])
     for name, stream in streams.items():
-        alone = model.encode({name: stream}, batch["image"], model.token_types())[name]
+        alone = model.encode({name: stream}, batch["image"], model.token_types()[1])[name]
         torch.testing.assert_close(together[name].tokens_BLD, alone.tokens_BLD, rtol=0, atol=1e-12)
         if stream.vl_twin:
             torch.testing.assert_close(together[name].twin_BLD, alone.twin_BLD, rtol=0, atol=1e-12)
@@ -39,8 +39,8 @@ def test_trimmed_text_gives_the_untrimmed_features(positions):
     short = int(batch["text_masks"].sum(1).max())
     assert short < 24
     trimmed = {k: v[:, :short] if k.startswith("text_") else v for k, v in batch.items()}
-    long_out = model.encode(all_streams(model, batch), batch["image"], model.token_types())
-    short_out = model.encode(all_streams(model, trimmed), batch["image"], model.token_types())
+    long_out = model.encode(all_streams(model, batch), batch["image"], model.token_types()[1])
+    short_out = model.encode(all_streams(model, trimmed), batch["image"], model.token_types()[1])
     valid = trimmed["text_masks"].bool()
     for name in ("joint", "text", "plain"):
         a, b = long_out[name].tokens_BLD, short_out[name].tokens_BLD
@@ -102,4 +102,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="text of 30 tokens, the model takes at most 24"):
         model({"text_ids": torch.ones(1, 30, dtype=torch.long)}, "encode_text")
     with pytest.raises(ValueError, match="needs text_BLD or image_rows_B"):
-        model.encode({"nothing": Stream()}, batch["image"], model.token_types())
+        model.encode({"nothing": Stream()}, batch["image"], model.token_types()[1])

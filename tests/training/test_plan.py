@@ -118,27 +118,26 @@ def test_forward_flops_of_the_published_models():
         assert plan.forward_flops(parsed.model, parsed.stages[2]) == pytest.approx(expected, rel=0.02)
 
 
-PLAN = "vlmo_ds.training.plan"
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
 
+    def run(*arguments: str, code: int = 0) -> str:
+        assert plan.main(list(arguments)) == code
+        return "".join(capsys.readouterr())
 
-def test_command_line(tmp_path):
     base = ["--recipe", "launch/recipes/vlmo_base.yaml"]
-    done = call(PLAN, *base, "--nodes", "4", "--gpus_per_node", "8", "--price", "2.5")
+    printed = run(*base, "--nodes", "4", "--gpus_per_node", "8", "--price", "2.5")
     for word in ("stage joint on 32 GPUs", "all-to-all", "TFLOP", "s/step", "vlmo_base: ", " 1024 "):
-        assert word in done.stdout
-    done = call(PLAN, *base, "--gpu_memory", "16", code=1)
-    assert "DOES NOT FIT: needs " in done.stdout
-    call(PLAN, *base, "--nodes", "2", "--json", str(tmp_path / "plan.json"), code=1)
+        assert word in printed
+    assert "DOES NOT FIT: needs " in run(*base, "--gpu_memory", "16", code=1)
+    run(*base, "--nodes", "2", "--json", str(tmp_path / "plan.json"), code=1)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert [row["stage"] for row in found] == ["image", "text", "joint"] and found[0]["ranks"] == 2
-    assert "no mistakes found" in call(PLAN, "--check").stdout
-    done = call(PLAN, "--nodes", "5", "--check", code=2)
-    assert "which 5 ranks do not divide" in done.stderr
+    assert "no mistakes found" in call("vlmo_ds.training.plan", "--check").stdout
+    assert "which 5 ranks do not divide" in run("--nodes", "5", "--check", code=2)
     (tmp_path / "ds.json").write_text('{"amp": {}}')
-    assert (
-        "'amp' was removed from DeepSpeed"
-        in call(PLAN, "--check", "--deepspeed_config", str(tmp_path / "ds.json"), code=2).stderr
-    )
+    printed = run("--check", "--deepspeed_config", str(tmp_path / "ds.json"), code=2)
+    assert "'amp' was removed from DeepSpeed" in printed
 
 
 @pytest.mark.parametrize(

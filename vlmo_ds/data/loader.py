@@ -32,18 +32,27 @@ class SampleSpec:
     text: bool
     mask_text: bool
     mask_image: bool
+    questions: bool
+    image_pair: bool
+    answers: int
     image_size: int
     window: int
     max_text_len: int
     seed: int
 
 
-def spec_for(tasks: Mapping[str, float], image_size: int, patch_size: int, max_text_len: int, seed: int) -> SampleSpec:
+def spec_for(
+    tasks: Mapping[str, float], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
+) -> SampleSpec:
+    """answers: those that vqa chooses among."""
     return SampleSpec(
-        image=not tasks.keys() <= {"textmlm"},
+        image=not tasks.keys() <= {"textmlm", "nlvr2"},
         text=not tasks.keys() <= {"mim"},
         mask_text=bool({"mlm", "textmlm"} & tasks.keys()),
         mask_image="mim" in tasks,
+        questions="vqa" in tasks,
+        image_pair="nlvr2" in tasks,
+        answers=answers,
         image_size=image_size,
         window=image_size // patch_size,
         max_text_len=max_text_len,
@@ -133,10 +142,20 @@ class BatchDataset(Dataset):
             out["image"] = self.image(raw, place.source, rng)
         if spec.mask_image:
             out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
-        if spec.text:
+        if spec.questions:
+            question = self.turn(raw.entries("questions", ("question", "labels", "scores")), raw, place)
+            out["vqa_targets"] = self.targets(question, raw)
+            out["text_ids"] = self.token_ids(self.encode(str(question["question"]), raw))
+        elif spec.image_pair:
+            sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
+            out["image_0"], out["image_1"] = (
+                self.image_of(raw, raw.picture(f"{number}."), place.source, rng) for number in (0, 1)
+            )
+            out["answers"] = int(str(sentence["label"]).lower() == "true")
+            out["text_ids"] = self.token_ids(self.encode(str(sentence["sentence"]), raw))
+        elif spec.text:
             encoding = self.encoded_text(raw, rng)
-            ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-            out["text_ids"] = ids
+            ids = out["text_ids"] = self.token_ids(encoding)
             if spec.mask_text:
                 out["text_ids_mlm"], out["text_labels_mlm"] = mask_tokens(
                     ids,
@@ -149,9 +168,29 @@ class BatchDataset(Dataset):
                 )
         return out
 
-    def image(self, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
+    def turn(self, entries: list[dict], raw: RawSample, place: Place) -> dict:
+        """The one of a sample's questions or sentences whose turn it is: in as many epochs each comes once."""
+        first = int(generator(self.spec.seed, 10, raw.sample_id).integers(len(entries)))
+        return entries[(first + place.epoch) % len(entries)]
+
+    def targets(self, question: dict, raw: RawSample) -> np.ndarray:
+        """[answers] float32: the scores of the question's labels, zero elsewhere."""
+        scores = np.zeros(self.spec.answers, dtype=np.float32)
         try:
-            return pixels(self.transforms[source](EncodedImage(raw.image), self.spec.image_size, rng))
+            scores[question["labels"]] = question["scores"]
+        except (IndexError, ValueError, TypeError):
+            raise DataError(
+                f"{raw.name}: labels {question['labels']} and scores {question['scores']} of '{question['question']}' do "
+                f"not fit {self.spec.answers} answers (model.vqav2_label_size)"
+            ) from None
+        return scores
+
+    def image(self, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
+        return self.image_of(raw, raw.image, source, rng)
+
+    def image_of(self, raw: RawSample, data: bytes, source: int, rng: np.random.Generator) -> np.ndarray:
+        try:
+            return pixels(self.transforms[source](EncodedImage(data), self.spec.image_size, rng))
         except DataError:
             raise
         except ValueError as error:
@@ -159,11 +198,16 @@ class BatchDataset(Dataset):
 
     def encoded_text(self, raw: RawSample, rng: np.random.Generator):
         captions = raw.captions
-        chosen = captions[int(rng.integers(len(captions)))]
-        encoding = self.tokenizer(chosen, truncation=True, max_length=self.spec.max_text_len)
+        return self.encode(captions[int(rng.integers(len(captions)))], raw)
+
+    def encode(self, text: str, raw: RawSample):
+        encoding = self.tokenizer(text, truncation=True, max_length=self.spec.max_text_len)
         if len(encoding["input_ids"]) < 3:
-            raise DataError(f"{raw.name} has an empty caption after tokenisation")
+            raise DataError(f"{raw.name} has an empty text after tokenisation")
         return encoding
+
+    def token_ids(self, encoding) -> np.ndarray:
+        return np.asarray(encoding["input_ids"], dtype=np.int64)
 
     def false_partners(self, raw: RawSample, place: Place) -> dict[str, np.ndarray]:
         """Images and texts of other samples of the source, as the reference's draw_false_image and draw_false_text."""
@@ -177,7 +221,7 @@ class BatchDataset(Dataset):
                 if kind == "image":
                     out[name] = self.image(other, place.source, rng)
                 else:
-                    out[f"{name}_ids"] = np.asarray(self.encoded_text(other, rng)["input_ids"], dtype=np.int64)
+                    out[f"{name}_ids"] = self.token_ids(self.encoded_text(other, rng))
         return out
 
     def other_sample(self, raw: RawSample, place: Place, key: tuple[int, ...]) -> RawSample:

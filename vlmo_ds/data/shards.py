@@ -18,6 +18,7 @@ import numpy as np
 from vlmo_ds.data.index import INDEX, ShardIndex, members, parse_index, scan_shard
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
 
+ANSWERS = "answers.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
@@ -163,12 +164,25 @@ class RawSample:
 
     @property
     def image(self) -> bytes:
-        for extension in IMAGE_EXTENSIONS:
+        return self.picture("")
+
+    def picture(self, prefix: str) -> bytes:
+        """The image in a member whose extension begins so, as "0." in a sample of two images (NLVR2)."""
+        accepted = [prefix + extension for extension in IMAGE_EXTENSIONS]
+        for extension in accepted:
             if extension in self.fields:
                 return self.fields[extension]
-        raise DataError(
-            f"{self.name} has no image; found .{', .'.join(self.fields)}, accepted .{', .'.join(IMAGE_EXTENSIONS)}"
-        )
+        raise DataError(f"{self.name} has no image; found .{', .'.join(self.fields)}, accepted .{', .'.join(accepted)}")
+
+    def entries(self, key: str, needed: Sequence[str]) -> list[dict]:
+        """What .json lists under a key ("questions" of VQA, "sentences" of NLVR2), each with the fields needed."""
+        found = self.meta.get(key)
+        if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
+            raise DataError(f"{self.name}: its .json lists no '{key}'; prepare the shards with vlmo_ds.data.prepare")
+        for entry in found:
+            if missing := [field for field in needed if field not in entry]:
+                raise DataError(f"{self.name}: one of its {key} has no '{missing[0]}'; found {', '.join(entry)}")
+        return found
 
     @property
     def captions(self) -> list[str]:
@@ -183,6 +197,15 @@ class RawSample:
         if not texts:
             raise DataError(f"{self.name} has an empty caption; expected text in .txt, or 'caption(s)' in .json")
         return texts
+
+    @property
+    def texts(self) -> list[str]:
+        """Captions, questions or sentences: whatever text the sample has."""
+        meta = self.meta
+        for key, field in (("questions", "question"), ("sentences", "sentence")):
+            if isinstance(meta.get(key), list):
+                return clean_texts(str(entry[field]) for entry in self.entries(key, (field,)))
+        return self.captions
 
     @property
     def meta(self) -> dict:
@@ -204,6 +227,24 @@ class RawSample:
         if found is None:
             return self.sample_id
         return found if isinstance(found, int) else stable_id(str(found))
+
+
+def answer_list(urls: Iterable[str], storage: Storage | None = None) -> list[str]:
+    """The answers that VQA's labels number: answers.json beside the shards, the same in all of their folders."""
+    storage, found = storage or Storage(), {}
+    for folder in dict.fromkeys(url.rpartition("/")[0] or "." for url in urls):
+        file = f"{folder}/{ANSWERS}"
+        try:
+            found[file] = json.loads(storage.read(file) if is_remote(file) else Path(file).read_bytes())
+        except (OSError, ValueError, DataError) as error:
+            raise DataError(f"{file}: the list of answers beside VQA's shards cannot be read ({error})") from None
+        if not isinstance(found[file], list) or not all(isinstance(answer, str) for answer in found[file]):
+            raise DataError(f"{file} holds no list of answers")
+    (first, answers), *others = found.items()
+    for file, other in others:
+        if other != answers:
+            raise DataError(f"{first} and {file} number the answers differently: prepare both with the same --least")
+    return answers
 
 
 def clean_texts(texts: Iterable[str]) -> list[str]:

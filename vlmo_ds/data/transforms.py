@@ -76,9 +76,14 @@ class EncodedImage:
         whole = self.decode(min(3, max(0, int(math.log2(max(room, 1.0))))))
         x, y = whole.shape[1] / self.width, whole.shape[0] / self.height
         crop = whole[round(top * y) : round(bottom * y), round(left * x) : round(right * x)]
-        planes = torch.from_numpy(crop).permute(2, 0, 1).unsqueeze(0)
-        small = functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
-        return Image.fromarray(small[0].permute(1, 2, 0).numpy())
+        return resized(crop, width, height)
+
+
+def resized(pixels_HW3: np.ndarray, width: int, height: int) -> Image.Image:
+    """Bicubic with antialiasing, of uint8 pixels."""
+    planes = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
+    small = functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
+    return Image.fromarray(small[0].permute(1, 2, 0).numpy())
 
 
 def opened(data: bytes) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlmo_ds.data.storage import write_atomically
@@ -81,7 +81,7 @@ def curves(run: Path) -> str:
         names = [k for k in records[0] if k.startswith("loss/")]
         losses = {n.removeprefix("loss/"): points(records, n) for n in names}
         figures.append(curve(f"{stage}: loss by step", losses))
-        ratios = [k for k in records[0] if k.endswith("accuracy") and "vl_" not in k]
+        ratios = [k for k in records[0] if k.endswith(("accuracy", "/score")) and "vl_" not in k]
         if ratios:
             figures.append(curve(f"{stage}: accuracy by step", {n: points(records, n) for n in ratios}))
     return f'<div class="curves">{"".join(figures)}</div>'
@@ -136,11 +136,24 @@ def retrieval_table(result: RetrievalResult, images: int, captions: int) -> str:
     return f"<table><tr><th>direction</th><th>method</th>{head}</tr>{''.join(rows)}</table><p class='note'>{note}</p>"
 
 
-def write_report(run: Path, name: str, data: RetrievalSet | None, result: RetrievalResult | None, queries: int) -> Path:
-    """Writes <run>/report/index.html and returns its path."""
+def numbers_table(name: str, metrics: Mapping[str, float]) -> str:
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{value:.10g}</td></tr>" for key, value in metrics.items())
+    return f"<h2>{html.escape(name)}</h2><table>{rows}</table>"
+
+
+def write_report(
+    run: Path,
+    name: str,
+    data: RetrievalSet | None,
+    result: RetrievalResult | None,
+    queries: int,
+    tables: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
+    """Writes <run>/report/index.html and returns its path. tables: further numbers, by evaluation."""
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
     if result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
+    body += [numbers_table(title, metrics) for title, metrics in (tables or {}).items()]
     body.append("<h2>Training</h2>" + curves(run))
     if result is not None and queries:
         body.append(gallery(data, result, queries))

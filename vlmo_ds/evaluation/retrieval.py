@@ -7,27 +7,21 @@ RUN is a run's directory (its last stage's weights are used) or a stage's final 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe, RecipeError, RetrievalConfig, load_recipe
-from vlmo_ds.data.loader import collate
+from vlmo_ds.config import RecipeError, RetrievalConfig
 from vlmo_ds.data.shards import list_shards
-from vlmo_ds.data.storage import DataError, write_atomically
-from vlmo_ds.data.tokenizer import load_tokenizer
-from vlmo_ds.data.transforms import EncodedImage, pixels, square
+from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import runs
+from vlmo_ds.evaluation.runs import share, square_pixels, text_batch, token_ids
 from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.training.weights import read_weights
 
 RANKS = (1, 5, 10)
 
@@ -57,27 +51,12 @@ def load_set(
                     continue
                 index[raw.image_id] = len(index)
                 encoded.append(raw.image)
-                try:
-                    picture = square(EncodedImage(raw.image), image_size, np.random.default_rng(0))
-                except ValueError as error:
-                    raise DataError(f"{raw.name}: {error}") from None
-                images.append(torch.from_numpy(pixels(picture).copy()))
+                images.append(square_pixels(raw.image, image_size, raw.name))
             for caption in raw.captions:
                 captions.append(caption)
                 owner.append(index[raw.image_id])
-    tokens = [
-        {"text_ids": np.asarray(ids, dtype=np.int64)}
-        for ids in tokenizer(captions, truncation=True, max_length=max_text_len)["input_ids"]
-    ]
-    return RetrievalSet(
-        torch.stack(images), encoded, captions, collate(tokens, max_text_len)["text_ids"], torch.tensor(owner)
-    )
-
-
-def text_batch(ids: Tensor) -> dict[str, Tensor]:
-    """[B, L] with padding -> text_ids and text_masks, trimmed to the longest."""
-    length = int((ids != 0).sum(1).max())
-    return {"text_ids": ids[:, :length], "text_masks": (ids[:, :length] != 0).long()}
+    ids = token_ids(captions, tokenizer, max_text_len)
+    return RetrievalSet(torch.stack(images), encoded, captions, ids, torch.tensor(owner))
 
 
 @torch.no_grad()
@@ -99,15 +78,6 @@ def features(model: VLMo, data: RetrievalSet, batch: int, collector: Collector) 
         ],
     )
     return images, texts
-
-
-def share(total: int, batch: int, collector: Collector, compute) -> Tensor:
-    """compute(rows) for all rows 0 .. total-1, split over ranks and put together in order on every rank."""
-    per_rank = -(-total // collector.world_size)
-    mine = torch.arange(per_rank) + collector.rank * per_rank
-    mine = mine.clamp(max=total - 1)  # every rank computes as many rows; those past the end are thrown away
-    local = torch.cat([compute(rows) for rows in mine.split(batch)])
-    return collector.gather(local)[:total]
 
 
 def recalls(score_QC: Tensor, correct_QC: Tensor) -> dict[str, float]:
@@ -166,79 +136,74 @@ def evaluate(model: VLMo, data: RetrievalSet, config: RetrievalConfig, collector
     correct_TI = F.one_hot(owner, len(data.images)).bool()
     best = {"text_to_image": logits_TI, "image_to_text": logits_TI.t().contiguous()}
     correct = {"text_to_image": correct_TI, "image_to_text": correct_TI.t()}
-    metrics = {direction: {"itc": recalls(score, correct[direction])} for direction, score in best.items()}
-    if config.rerank and "itm" in model.tasks:
-        for direction in best:
-            texts = direction == "text_to_image"
-            best[direction] = rerank(model, data, best[direction], texts, config.rerank, config.batch_size, collector)
-            metrics[direction]["itc+itm"] = recalls(best[direction], correct[direction])
+    parts = parts_of(data, config.folds)
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    for direction in best:
+        texts = direction == "text_to_image"
+        found = {"itc": best[direction]}
+        if config.rerank and "itm" in model.tasks:
+            found["itc+itm"] = best[direction] = rerank(
+                model, data, best[direction], texts, config.rerank, config.batch_size, collector
+            )
+        metrics[direction] = {method: recalls(score, correct[direction]) for method, score in found.items()}
+        if config.folds > 1:
+            for method, score in found.items():
+                name = f"{method}, mean of {config.folds} parts"
+                metrics[direction][name] = mean_over_parts(score, correct[direction], parts, texts)
     return RetrievalResult(metrics, **best)
 
 
+def parts_of(data: RetrievalSet, folds: int) -> list[tuple[Tensor, Tensor]]:
+    """(images, captions) of so many equal parts of the images in order: COCO's 1k protocol is five parts of 5,000."""
+    if len(data.images) % folds:
+        raise RecipeError(f"retrieval.folds is {folds}, which does not divide {len(data.images)} images")
+    rows = torch.arange(len(data.images)).chunk(folds)
+    return [(images, torch.isin(data.image_of_text, images).nonzero().squeeze(1)) for images in rows]
+
+
+def mean_over_parts(
+    score_QC: Tensor, correct_QC: Tensor, parts: list[tuple[Tensor, Tensor]], texts: bool
+) -> dict[str, float]:
+    """Recalls within each part alone, averaged."""
+    found = []
+    for images, captions in parts:
+        query, candidate = (captions, images) if texts else (images, captions)
+        query, candidate = query.to(score_QC.device)[:, None], candidate.to(score_QC.device)[None]
+        found.append(recalls(score_QC[query, candidate], correct_QC[query, candidate]))
+    return {name: sum(part[name] for part in found) / len(found) for name in found[0]}
+
+
 def table(metrics: dict, images: int, captions: int) -> str:
+    width = 2 + max(len(method) for methods in metrics.values() for method in methods)
     lines = [
         f"retrieval on {images} images and {captions} captions",
-        f"{'':16}{'':10}" + "".join(f"{f'R@{k}':>8}" for k in RANKS),
+        f"{'':16}{'':{width}}" + "".join(f"{f'R@{k}':>8}" for k in RANKS),
     ]
     for direction, methods in metrics.items():
         for method, values in methods.items():
             numbers = "".join(f"{values[f'R@{k}']:8.1f}" for k in RANKS)
-            lines.append(f"{direction.replace('_', ' '):16}{method:10}{numbers}")
+            lines.append(f"{direction.replace('_', ' '):16}{method:{width}}{numbers}")
     return "\n".join(lines)
 
 
-def final_folder(run: Path, recipe: Recipe) -> Path:
-    """The last finished stage that has the heads for retrieval."""
-    for stage in reversed(recipe.stages):
-        folder = run / "checkpoints" / stage.name / "final"
-        if "itc" in stage.tasks and folder.is_dir():
-            return folder
-    raise RecipeError(
-        f"{run} has no finished stage with the itc task; found {[s.name for s in recipe.stages]} in its recipe"
-    )
-
-
-def load_model(recipe: Recipe, folder: Path) -> VLMo:
-    """A stage's final weights in a plain module."""
-    name = folder.parent.name
-    stage = next((s for s in recipe.stages if s.name == name), None)
-    if stage is None:
-        raise RecipeError(f"{folder} is no stage of its run's recipe ({', '.join(s.name for s in recipe.stages)})")
-    model = VLMo(recipe.model, stage.weights, Collector())
-    model.load_state_dict(read_weights(folder))
-    return model.eval()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
-    parser.add_argument("--shards", nargs="+", help="held-out shards (default: the recipe's)")
+def main() -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--rerank", type=int, help="candidates that itm scores again; 0: none (default: the recipe's)")
+    parser.add_argument(
+        "--folds", type=int, help="average over so many parts as well; COCO 1k: 5 parts of 5,000 images"
+    )
     parser.add_argument("--max_images", type=int, help="use the first so many images")
-    parser.add_argument("--output", type=Path, help="write the metrics to this JSON file")
     args = parser.parse_args()
-    try:
-        final = args.run if args.run.name == "final" else None
-        run = args.run.parents[2] if final else args.run
-        recipe = load_recipe(run / "recipe.yaml")
-        settings = recipe.retrieval.model_dump() if recipe.retrieval else {"shards": args.shards or []}
-        given = {"shards": args.shards, "rerank": args.rerank, "max_images": args.max_images}
-        config = RetrievalConfig(**{**settings, **{k: v for k, v in given.items() if v is not None}})
-        model = load_model(recipe, final or final_folder(run, recipe))
-        if torch.cuda.is_available():
-            model.cuda()
-        data = load_set(
-            config, recipe.model.image_size, recipe.model.max_text_len, load_tokenizer(str(run / "tokenizer"))
-        )
-        result = evaluate(model, data, config, model.collector)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _, recipe, model, tokenizer = runs.open_run(args.run, {"itc", "irtr"})
+    settings = recipe.retrieval.model_dump() if recipe.retrieval else {"shards": args.shards or []}
+    given = {name: getattr(args, name) for name in ("shards", "rerank", "max_images", "folds")}
+    config = RetrievalConfig(**{**settings, **{k: v for k, v in given.items() if v is not None}})
+    data = load_set(config, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
+    result = evaluate(model, data, config, model.collector)
     print(table(result.metrics, len(data.images), len(data.captions)))
     if args.output:
-        write_atomically(args.output, json.dumps(result.metrics, indent=1).encode())
-    return 0
+        write_atomically(args.output, runs.as_json(result.metrics))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runs.command(main))

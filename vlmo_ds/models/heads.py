@@ -99,3 +99,8 @@ class MIMHead(nn.Module):
 
     def forward(self, x_MD: Tensor) -> Tensor:
         return self.fc(x_MD)
+
+
+def classifier(dim: int, hidden: int, classes: int) -> nn.Sequential:
+    """The heads of VQA and NLVR2: [B, dim] pooled -> [B, classes] logits; members 0, 1 and 3 have weights."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))

@@ -16,18 +16,20 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.config import InitConfig, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.interop.official import read_weights
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
+from vlmo_ds.training.gradient_cache import cached_contrast
 from vlmo_ds.training.guard import ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.state import full_state, layout_of, set_weights
 from vlmo_ds.training.watch import Watch
-from vlmo_ds.training.weights import frozen_state, hand_over, read_weights, write_final
+from vlmo_ds.training.weights import frozen_state, hand_over, write_final
 
 NEAR_MAX_SCALE = 90.0
 ASKED, WRITING = "asked to stop", "writing a checkpoint"  # counts among those that a step sums over ranks
@@ -68,7 +70,8 @@ def build_dataset(
 ) -> BatchDataset:
     model = recipe.model
     micro, _ = micro_batch(stage, collector.world_size)
-    spec = spec_for(stage.tasks, model.image_size, model.patch_size, model.max_text_len, stage_seed(recipe, stage))
+    seed = stage_seed(recipe, stage)
+    spec = spec_for(stage.tasks, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
     return BatchDataset(
         stage.data, spec, tokenizer, rank=collector.rank, world_size=collector.world_size, batch_size=micro
     )
@@ -91,8 +94,10 @@ def build_model(
     if source is not None:
         report = hand_over(model, source, InitConfig() if resumed else stage.init, origin)
         if collector.rank == 0:
-            counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
+            counts = ", ".join(f"{len(names)} {what}" for what, names in report.items() if what != "converted")
             print(f"{stage.name}: weights from {origin}: {counts}", flush=True)
+            for change in report["converted"]:
+                print(f"{stage.name}:   {change}", flush=True)
     trained = set_trainable(model, stage)
     if collector.rank == 0:
         total = sum(p.numel() for p in model.parameters())
@@ -196,7 +201,10 @@ class StageTraining:
         skipped_before = engine.skipped_steps
         taken: list[dict[str, Tensor]] = []
         passes = (self.next_pass(step, part, stream, taken) for part in range(self.accumulation))
-        outputs = [self.forward_backward(one) for one in passes]
+        if stage.gradient_cache:
+            outputs = [self.gradient_cached(list(passes))]
+        else:
+            outputs = [self.forward_backward(one) for one in passes]
         skipped = engine.skipped_steps > skipped_before
         flags = {ASKED: float(run.stop.asked()), WRITING: float(self.writer.busy)}
         metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags}, run.collector)
@@ -238,6 +246,19 @@ class StageTraining:
         optimizer_step(self.engine)
         return out
 
+    def gradient_cached(self, passes: list[Pass]) -> StepOutput:
+        """One step on all micro-batches together."""
+
+        def features_of(number: int) -> dict[str, Tensor]:
+            torch.manual_seed(passes[number].seed)
+            return self.engine(passes[number].batch, "contrast_features")
+
+        def backward(part: Tensor) -> None:
+            self.engine.backward(part * len(passes))  # DeepSpeed divides by the number of micro-batches
+            optimizer_step(self.engine)
+
+        return cached_contrast(self.engine.module, len(passes), features_of, backward)
+
     def checkpoint(self, step: int, wait: bool) -> None:
         """Begins to write a checkpoint of so many steps; wait: until it is there."""
         self.failures.count(self.writer.finish())
@@ -260,7 +281,7 @@ class StageTraining:
 def clamp_scales(engine: deepspeed.DeepSpeedEngine) -> None:
     """Keeps the contrastive scales at 100 at most, in the float32 values that the optimiser holds."""
     layout = layout_of(engine)
-    for name in ("logit_scale", "logit_vl_scale"):
-        value = layout.full(layout.parameters[name])
-        if float(value) > MAX_LOG_SCALE:
+    for name in ("logit_scale", "logit_vl_scale"):  # those that are there and trained
+        value = layout.full(layout.parameters[name]) if name in layout.parameters else None
+        if value is not None and float(value) > MAX_LOG_SCALE:
             set_weights(engine, {name: value.clamp(max=MAX_LOG_SCALE)})

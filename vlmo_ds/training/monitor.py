@@ -98,7 +98,7 @@ class Monitor:
             )
 
     def images(self, step: int, batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None) -> None:
-        if self.active and "image" in batch:
+        if self.active and ("image" in batch or "image_0" in batch):
             sheet = contact_sheet(batch, tokenizer)
             self.tensorboard.add_image(f"{self.stage}/samples", sheet, self.offset + step, dataformats="HWC")
 
@@ -115,7 +115,7 @@ def contact_sheet(
     batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, count: int = 8, cell: int = 224
 ) -> np.ndarray:
     """[H, W, 3] uint8: inputs as the model sees them, masked patches grey, masked words as [MASK]."""
-    images = batch["image"][:count].cpu()
+    images = batch.get("image", batch.get("image_0"))[:count].cpu()
     rows = -(-len(images) // 4)
     text_height = 74 if "text_ids" in batch else 4
     sheet = Image.new("RGB", (4 * cell, rows * (cell + text_height)), "white")

@@ -16,12 +16,13 @@ from transformers import (
 
 from vlmo_ds.config import OptimizerConfig, RecipeError, StageConfig
 
-HEADS = ("mlm_score.", "itm_score.", "mim_score.", "itc_", "pooler.")
+HEADS = ("vqa_classifier.", "nlvr2_classifier.")  # the reference multiplies their learning rate alone
 NO_DECAY = (
     "*.bias",
     "*_bias",
     "*norm*.weight",
     "*LayerNorm.weight",
+    "*_classifier.1.weight",
     "*.gamma_?",
     "*cls_token",
     "*mask_token",

@@ -198,10 +198,14 @@ def sequences_of(config: ModelConfig, stage: StageConfig) -> list[tuple[float, f
         found.append((joint, joint, text + image))
     if "itc" in tasks:  # alone, and twice from the VL experts on
         found += [(1, 2, text), (1, 2, image)]
-    if "textmlm" in tasks:
+    if {"textmlm", "irtr"} & tasks.keys():
         found.append((1, 1, text))
-    if "mim" in tasks:
+    if {"mim", "irtr"} & tasks.keys():
         found.append((1, 1, image))
+    if "vqa" in tasks:
+        found.append((1, 1, text + image))
+    if "nlvr2" in tasks:
+        found.append((2, 2, text + image))
     return found
 
 
@@ -210,7 +214,7 @@ def activations_of(
 ) -> dict[str, float]:
     """Estimates of what the forward pass leaves for the backward pass (18 tensors of width D and the attention's
     probabilities per token and block), of logits, contrastive features and what the exchange of negatives holds."""
-    micro, _ = micro_batch(stage, ranks)
+    micro, accumulation = micro_batch(stage, ranks)
     d, lower = config.embed_dim, config.vlffn_start_layer_index
     upper = config.depth - lower
     every = config.activation_checkpoint_every
@@ -224,12 +228,18 @@ def activations_of(
     masked = stage.data.mlm_probability * config.max_text_len * micro
     logits = masked * config.vocab_size * (b + 8) if {"mlm", "textmlm"} & stage.tasks.keys() else 0.0
     features = collector = 0.0
-    if "itc" in stage.tasks:
-        features = 2 * 4 * micro * ranks * d * 4  # four tables of the global batch, and their gradients
-        logits += 2 * micro * min(8192, micro * ranks) * 4
+    if tables := contrast_tables(stage):
+        rows = micro * (accumulation if stage.gradient_cache else 1)
+        features = 2 * tables * rows * ranks * d * 4  # of the global batch, and their gradients
+        logits += 2 * rows * min(8192, rows * ranks) * 4
     if "itm" in stage.tasks:
         collector = 3 * micro * row_bytes(config)  # sent, received, sorted
     return {"activations": micro * bytes_per_sample, "logits": logits, "features": features, "collector": collector}
+
+
+def contrast_tables(stage: StageConfig) -> int:
+    """Tables of contrastive features: image and text, in pretraining those of the VL experts as well."""
+    return 4 if "itc" in stage.tasks else 2 if "irtr" in stage.tasks else 0
 
 
 def row_bytes(config: ModelConfig) -> int:
@@ -262,8 +272,8 @@ def wire_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: i
         wire["all-gather"] = away * b * gathered(model, stage, zero) * accumulation
         wire["reduce-scatter"] = away * b * learnt * accumulation
     settings = settled(recipe)
-    if "itc" in stage.tasks:
-        features = 4 * micro * ranks * settings.embed_dim * 4
+    if tables := contrast_tables(stage):
+        features = tables * micro * ranks * settings.embed_dim * 4
         wire["all-gather"] += away * features * accumulation
         wire["reduce-scatter"] += away * features * accumulation
     if "itm" in stage.tasks:
@@ -278,11 +288,13 @@ def walks_of(model: VLMo, stage: StageConfig) -> dict[str, int]:
     tasks, start, depth = stage.tasks.keys(), model.config.vlffn_start_layer_index, model.config.depth
     parts = [f"{part}_{kind}." for part in ("mlp", "norm2") for kind in ("text", "imag")]
     upper = tuple(f"transformer.blocks.{i}.{part}" for i in range(start, depth) for part in parts)
-    idle = [] if "itm" in tasks else ["pooler."]
+    idle = [] if {"itm", "vqa", "nlvr2"} & tasks else ["pooler."]
     if "mim" in tasks:
         idle += ["text_embeddings.", "_text.", "_vl."]
     elif "textmlm" in tasks:
         idle += ["patch_embed.", "_imag.", "_vl."]
+    elif "irtr" in tasks:
+        idle += ["_vl."]
     elif "itc" not in tasks:  # joint sequences take the VL experts in the upper layers
         idle += upper
     found = {}
@@ -316,8 +328,10 @@ def forward_flops(config: ModelConfig, stage: StageConfig, samples: float = 1.0)
         block = length * (8 + 4 * config.mlp_ratio) * d**2 + 4 * length**2 * d
         total += (low * lower + high * (config.depth - lower)) * block
     images = (tasks.keys() != {"textmlm"}) + 2 * ("itm" in tasks)  # the second walk's matched and wrong images
+    images += "nlvr2" in tasks
     total += images * 2 * patches * 3 * config.patch_size**2 * d
-    total += ("itc" in tasks) * 4 * 2 * d**2 + ("itm" in tasks) * 3 * (2 * d**2 + 4 * d)
+    total += contrast_tables(stage) * 2 * d**2 + ("itm" in tasks) * 3 * (2 * d**2 + 4 * d)
+    total += ("vqa" in tasks) * (6 * d**2 + 4 * d * config.vqav2_label_size) + ("nlvr2" in tasks) * 12 * d**2
     if {"mlm", "textmlm"} & tasks.keys():
         total += stage.data.mlm_probability * config.max_text_len * (2 * d**2 + 2 * d * config.vocab_size)
     if "mim" in tasks:
@@ -330,7 +344,8 @@ def plan(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: int,
     model = build(recipe, stage)
     memory, wire = (of(recipe, stage, config, ranks, model) for of in (memory_of, wire_of))
     settings = settled(recipe)
-    passes = 4 if settings.activation_checkpoint_every == 1 else 3  # the backward pass is worth two
+    # the backward pass is worth two forward ones
+    passes = 3 + (settings.activation_checkpoint_every == 1) + stage.gradient_cache
     flops = passes * forward_flops(settings, stage, stage.global_batch_size)
     compute = flops / ranks / (machine.tflops * 1e12 * machine.efficiency)
     seconds = max(compute, sum(wire.values()) / (machine.network_gb_per_s * 1e9))

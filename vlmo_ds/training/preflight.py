@@ -60,7 +60,7 @@ def probe(recipe_file: str, output_dir: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "code": hash_of(sorted(Path(__file__).parents[1].rglob("*.py"))),
-        "recipe": hash_of([Path(recipe_file)]),
+        "recipe": recipe_hash(recipe_file),
         "data": visible_data(recipe_file),
         "free_gb": shutil.disk_usage(disk).free / 1e9,
         "writable": os.access(disk, os.W_OK),
@@ -82,6 +82,14 @@ def hash_of(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(file.read_bytes() if file.is_file() else b"missing")
     return digest.hexdigest()
+
+
+def recipe_hash(recipe_file: str) -> str:
+    """Of a recipe with all that it extends."""
+    try:
+        return hashlib.blake2b(load_recipe(recipe_file).model_dump_json().encode(), digest_size=6).hexdigest()
+    except RecipeError as error:
+        return f"error: {str(error).splitlines()[0]}"
 
 
 def visible_data(recipe_file: str) -> str:

@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, StageConfig, load_recipe, nearest, number, parse_recipe
 from vlmo_ds.data.loader import check_samples, source_shards
-from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.shards import ANSWERS, answer_list, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import retrieval
+from vlmo_ds.evaluation import nlvr2, retrieval, vqa
 from vlmo_ds.evaluation.report import write_report
+from vlmo_ds.evaluation.runs import load_model
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
 from vlmo_ds.training.engine import device, name_ranks, start_distributed
@@ -160,6 +161,7 @@ def run_stages(
     on_rank0(collector, lambda: check_before_start(args, recipe, stages, folder))
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
+    recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
     on_rank0(collector, lambda: check_data(recipe, stages, tokenizer, collector))
     on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, stages, collector.world_size))
 
@@ -227,8 +229,9 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
         source_shards(stage.data)
         if stage.init.weights not in ("previous", "fresh") and not Path(stage.init.weights).exists():
             raise RecipeError(f"stages.{stage.name}.init.weights: {stage.init.weights} does not exist")
-    if recipe.retrieval:
-        list_shards(recipe.retrieval.shards)
+    for held_out in (recipe.retrieval, recipe.vqa, recipe.nlvr2):
+        if held_out:
+            list_shards(held_out.shards)
     checkpoint.clear_leftovers(run)
     if not (run / "tokenizer").is_dir():
         make_tokenizer(recipe).save_pretrained(str(run / "tokenizer.tmp"))
@@ -244,6 +247,8 @@ def compare_recipes(recipe: Recipe, old: dict[str, Any], whose: str) -> None:
     before, now = flatten(earlier.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
     free = (
         "retrieval",
+        "vqa",
+        "nlvr2",
         "keep_checkpoints",
         "checkpoint_failures",
         "background_checkpoints",
@@ -258,7 +263,7 @@ def compare_recipes(recipe: Recipe, old: dict[str, Any], whose: str) -> None:
         if before.get(key) != now.get(key)
         and not key.startswith(free)
         and not key.endswith(FREE_SETTINGS)
-        and not (key == "model.vocab_size" and now[key] == 0)
+        and not (key in ("model.vocab_size", "model.vqav2_label_size") and now[key] == 0)
     ]
     if changed:
         raise RecipeError(
@@ -287,11 +292,26 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         for shard in tqdm(shards, desc="training the tokenizer", unit="shard"):
             for row in range(0, shard.samples, stride):
                 try:
-                    yield from shard.read(row).captions
+                    yield from shard.read(row).texts
                 except DataError:
                     continue
 
     return train_tokenizer(texts(), recipe.tokenizer.vocab_size)
+
+
+def count_answers(recipe: Recipe, run: Path) -> int:
+    """The answers that vqa chooses among, whose list goes into the run; what the recipe says without vqa."""
+    asking = [stage.data for stage in recipe.stages if "vqa" in stage.tasks]
+    wanted = recipe.model.vqav2_label_size
+    if not asking:
+        return wanted
+    answers = answer_list(s.url for data in asking for source in source_shards(data) for s in source)
+    if wanted not in (0, len(answers)):
+        raise RecipeError(
+            f"model.vqav2_label_size is {wanted}, the data has {len(answers)} answers: take 0 (the data's) or {len(answers)}"
+        )
+    write_atomically(run / ANSWERS, json.dumps(answers, ensure_ascii=False).encode())
+    return len(answers)
 
 
 def check_data(
@@ -328,22 +348,31 @@ def find_checkpoint(resume: str, folder: Path, collector: Collector) -> Path | N
 
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
     """Evaluation after the last stage, and the report."""
+    last = recipe.stages[-1]
+    final = run / "checkpoints" / last.name / "final"
+    tables: dict[str, dict[str, float]] = {}
     data = result = None
-    queries = 0
-    if (
-        recipe.retrieval
-        and (run / "checkpoints" / recipe.stages[-1].name / "final").is_dir()
-        and "itc" in recipe.stages[-1].tasks
-    ):
-        model = retrieval.load_model(recipe, run / "checkpoints" / recipe.stages[-1].name / "final").to(device())
-        data = retrieval.load_set(recipe.retrieval, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
-        result = retrieval.evaluate(model, data, recipe.retrieval, collector)
-        queries = recipe.retrieval.gallery
+    if final.is_dir():
+        if recipe.retrieval and {"itc", "irtr"} & last.tasks.keys():
+            model = load_model(recipe, final).to(device())
+            data = retrieval.load_set(recipe.retrieval, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
+            result = retrieval.evaluate(model, data, recipe.retrieval, collector)
+        if recipe.vqa and "vqa" in last.tasks:
+            model = load_model(recipe, final).to(device())
+            rows = vqa.evaluate(model, recipe.vqa, vqa.read_answers(run, model), tokenizer, collector)
+            tables["vqa"] = vqa.overall(rows)
+        if recipe.nlvr2 and "nlvr2" in last.tasks:
+            model = load_model(recipe, final).to(device())
+            tables["nlvr2"] = nlvr2.scores(nlvr2.evaluate(model, recipe.nlvr2, tokenizer, collector))
     if collector.rank == 0:
         if result is not None:
             write_atomically(run / "retrieval.json", json.dumps(result.metrics, indent=1).encode())
-        path = write_report(run, recipe.name, data, result, queries)
-        if result is not None:
             print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
+        for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
+            if name in tables:
+                write_atomically(run / f"{name}.json", json.dumps(tables[name], indent=1).encode())
+                print(module.table(tables[name]))
+        queries = recipe.retrieval.gallery if recipe.retrieval else 0
+        path = write_report(run, recipe.name, data, result, queries, tables)
         print(f"report: {path}", flush=True)
     collector.barrier()

@@ -1,4 +1,4 @@
-"""Weights: read from a stage's result or another file, handed from stage to stage, and written at a stage's end."""
+"""Weights: handed from stage to stage, and written at a stage's end."""
 
 from __future__ import annotations
 
@@ -8,45 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmo_ds.config import InitConfig, RecipeError
+from vlmo_ds.interop.official import WEIGHTS, to_vlmo
+from vlmo_ds.interop.resize import fit
 from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.optim import matches
-
-WEIGHTS = "model.safetensors"
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a stage's folder, a .safetensors file, or a .pt file (tensors only; nested under the usual keys)."""
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise RecipeError(
-            f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file"
-        )
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RecipeError(f"initial weights: {file} cannot be read as tensors ({str(error).splitlines()[0]})") from None
-    for key in ("state_dict", "module", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise RecipeError(f"initial weights: {file} holds no state dict (names and tensors)")
-    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def hand_over(model: VLMo, source: Mapping[str, Tensor], init: InitConfig, origin: str) -> dict[str, list[str]]:
     """Loads weights into a new stage's model. Every key on either side is accounted for.
 
-    Returns what became of them: {"loaded", "fresh", "dropped"}. Raises RecipeError for a key that is missing,
+    Files of BEiT and BERT get VLMo's names, positions are fitted to the model's image size and text length. Returns what
+    became of the weights: {"loaded", "fresh", "dropped", "converted"}. Raises RecipeError for a key that is missing,
     unexpected, or of another shape, unless `init` names it.
     """
     own = model.state_dict()
+    source, converted = to_vlmo(source, model.config)
+    source, fitted = fit(source, own, model.config, init.max_text_len_of_initckpt)
     fresh_patterns = list(init.fresh)
     if init.vl_experts != "keep":
         fresh_patterns += ["transformer.blocks.*.mlp_vl.*", "transformer.blocks.*.norm2_vl.*"]
@@ -61,7 +42,7 @@ def hand_over(model: VLMo, source: Mapping[str, Tensor], init: InitConfig, origi
         k = shapes[0]
         problems.append(
             f"{len(shapes)} of another shape: {k} is {list(source[k].shape)} there and {list(own[k].shape)} in this model "
-            "(a checkpoint of another architecture, image size or vocabulary)"
+            "(a checkpoint of another architecture or vocabulary)"
         )
     if missing:
         problems.append(f"{len(missing)} missing there: {brief(missing)} (name them in init.fresh to start them fresh)")
@@ -79,7 +60,7 @@ def hand_over(model: VLMo, source: Mapping[str, Tensor], init: InitConfig, origi
             own[k].copy_(source[k])
     if init.vl_experts in ("text", "image"):
         model.init_vl_experts({"text": "text", "image": "imag"}[init.vl_experts])
-    return {"loaded": loaded, "fresh": fresh, "dropped": dropped}
+    return {"loaded": loaded, "fresh": fresh, "dropped": dropped, "converted": converted + fitted}
 
 
 def brief(names: list[str]) -> str:

@@ -114,12 +114,18 @@ def parser() -> argparse.ArgumentParser:
     sub = with_images(
         dataset(
             "nlvr1",
-            "Cornell NLVR v1, sentences labelled true as captions",
-            lambda a: sources.nlvr1(a.root, a.split.split("+"), a.resize),
+            "Cornell NLVR v1, sentences that are true or false of rendered pictures",
+            lambda a: sources.nlvr1(a.root, a.split.split("+"), a.kind, a.resize),
             "<split>.json and <split>_images.tar",
         )
     )
     splits(sub, "dev, hidden, or several joined by + (default: %(default)s)", "dev")
+    sub.add_argument(
+        "--kind",
+        choices=["captions", "questions", "pairs"],
+        default="captions",
+        help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2 (default: captions)",
+    )
     sub = with_images(
         dataset(
             "nlvr2",

@@ -282,27 +282,66 @@ def tar_members(path: Path) -> dict[str, TarMember]:
         }
 
 
-def nlvr1(root: Path, splits: Sequence[str], resize: int) -> Plan:
-    """Cornell NLVR v1 (`<split>.json` and `<split>_images.tar`): sentences labelled true become captions.
+def nlvr1(root: Path, splits: Sequence[str], kind: str, resize: int) -> Plan:
+    """Cornell NLVR v1: `<split>.json` and `<split>_images.tar`, six pictures of each example's boxes in all orders.
 
-    One sample per example: the first of its six images, which show the same three boxes in other orders. image_id is a
-    hash of the picture, as several examples may be about one.
+    kind captions: sentences labelled true with the first picture; questions: every picture with its sentence and the
+    answers false and true (as VQA); pairs: every picture and the next one of its example, with the sentence (as NLVR2).
+    image_id of captions is a hash of the picture, as several examples may be about one.
     """
     items = []
     for split in splits:
         lines = read_json_lines(root / f"{split}.json", "one example of NLVR v1 a line")
-        true = {e["identifier"]: e["sentence"] for e in lines if str(e["label"]).lower() == "true"}
+        examples = {e["identifier"]: e for e in lines}
+        pictures: dict[str, dict[int, tuple[str, TarMember]]] = defaultdict(dict)
         for name, member in tar_members(root / f"{split}_images.tar").items():
-            match = re.fullmatch(rf"(?:.*/)?{split}-(\d+-\d+)-0\.png", name)
-            if match and match[1] in true:
-                items.append((member, name, true[match[1]]))
-    return Plan("nlvr1", items, partial(make_nlvr1, resize=resize))
+            match = re.fullmatch(rf"(?:.*/)?{split}-(\d+-\d+)-(\d)\.png", name)
+            if match and match[1] in examples:
+                pictures[match[1]][int(match[2])] = (name, member)
+        for identifier, found in pictures.items():
+            example = examples[identifier]
+            is_true = str(example["label"]).lower() == "true"
+            if kind == "captions":
+                items += [(found[0], example["sentence"])] if is_true and 0 in found else []
+                continue
+            for number in found:
+                entry = {"sentence": example["sentence"], "label": is_true, "split": split, "example": identifier}
+                second = [found[(number + 1) % len(found)]] if kind == "pairs" else []
+                items.append(([found[number], *second], {**entry, "number": number}))
+    if kind == "captions":
+        return Plan("nlvr1", items, partial(make_nlvr1_caption, resize=resize))
+    extra = {"answers.json": json.dumps(TRUTH).encode()} if kind == "questions" else {}
+    return Plan(f"nlvr1-{kind}", items, partial(make_nlvr1_judged, resize=resize), extra)
 
 
-def make_nlvr1(item: tuple, resize: int) -> Made:
-    member, name, sentence = item
+TRUTH = ["false", "true"]  # the answers to NLVR v1's sentences
+
+
+def make_nlvr1_caption(item: tuple, resize: int) -> Made:
+    (name, member), sentence = item
     data = member.read()
     return pair(data, [sentence], resize, image_id=stable_id(data.hex()), file=name)
+
+
+def make_nlvr1_judged(item: tuple, resize: int) -> Made:
+    members, about = item
+    images = [usable_image(member.read(), resize) for _, member in members]
+    if broken := next((image for image in images if isinstance(image, Rejected)), None):
+        yield broken
+        return
+    identifier = f"{about['split']}-{about['example']}-{about['number']}"
+    if len(images) == 1:
+        answer = TRUTH[about["label"]]
+        question = {"question": about["sentence"], "question_id": identifier, "answers": [answer] * 10}
+        question |= {"labels": [int(about["label"])], "scores": [1.0]}
+        fields = {images[0][0]: images[0][1]}
+        meta = {"questions": [question]}
+    else:
+        presentation = f"{about['split']}-{about['example'].partition('-')[0]}"
+        sentence = {"sentence": about["sentence"], "label": str(about["label"]), "identifier": identifier}
+        fields = {f"{number}.{kind}": data for number, (kind, data) in enumerate(images)}
+        meta = {"sentences": [{**sentence, "sentence_id": presentation}]}
+    yield Sample(fields | {"json": sample_json(image_id=f"nlvr1:{identifier}", **meta)}, 1)
 
 
 NLVR2_SPLITS = {

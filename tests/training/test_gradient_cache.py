@@ -1,0 +1,100 @@
+"""A contrastive batch in parts: the gradient of the whole batch, with the same random numbers in both passes."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_ranks, tiny_recipe, write_yaml
+from models.tiny import tiny_batch, tiny_model
+
+from vlmo_ds.config import RecipeError, parse_recipe
+from vlmo_ds.models.vlmo import StepOutput
+from vlmo_ds.training.gradient_cache import cached_contrast
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("task", ["irtr", "itc"])
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+def test_512_samples_by_32_have_the_gradient_of_all_at_once(task, dropped):
+    """With dropout and stochastic depth the direct step draws the same numbers part by part."""
+    model = tiny_model({task: 1.0}, torch.float32, drop_path_rate=dropped).train()
+    batch = tiny_batch(512, dtype=torch.float32)
+    parts = [{k: v[i : i + 32] for k, v in batch.items() if v.dim()} for i in range(0, 512, 32)]
+
+    def features_of(number):
+        torch.manual_seed(number)
+        return model(parts[number], "contrast_features")
+
+    if dropped:
+        found = [features_of(i) for i in range(16)]
+        whole = {k: torch.cat([part[k] for part in found]) if v.dim() else v for k, v in found[0].items()}
+    else:
+        whole = model(batch, "contrast_features")
+    out = StepOutput(torch.zeros(()), {}, {}, {})
+    model.add_contrast(out, whole)
+    out.losses[task].backward()
+    direct = gradients(model)
+    cached = cached_contrast(model, 16, features_of, lambda part: part.backward())
+    assert float(cached.loss) == pytest.approx(float(out.losses[task]), rel=1e-6)
+    ours = gradients(model)
+    assert ours.keys() == direct.keys()
+    for name, value in direct.items():
+        assert float((ours[name] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-9, name
+
+
+def finetune(folder, data, ranks, stage, task, *settings) -> list[dict]:
+    folder.mkdir()
+    recipe = tiny_recipe(data, retrieval=None)
+    joint = recipe["stages"].pop() | {"tasks": {task: None}, "init": {"weights": "fresh"}, "steps": 4}
+    recipe["stages"] = [joint | {"global_batch_size": 16}]
+    recipe["model"]["vocab_size"] = 200
+    file = write_yaml(folder / "recipe.yaml", recipe)
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
+    command = ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(folder / "ds.json")]
+    run_ranks([*command, "--output_dir", str(folder / "run"), *settings], ranks)
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+CACHED = ("stages.joint.gradient_cache=true", "stages.joint.micro_batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory, synthetic):
+    root = tmp_path_factory.mktemp("direct")
+    return {task: finetune(root / task, synthetic, 1, 0, task) for task in ("irtr", "itc")}
+
+
+@pytest.mark.parametrize(
+    "task, ranks, stage",
+    [
+        ("irtr", 2, 3),
+        ("itc", 2, 2),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("irtr", 1, 0), ("irtr", 2, 1), ("itc", 4, 3))),
+    ],
+)
+def test_training_in_parts_equals_training_on_whole_batches(tmp_path, synthetic, direct, task, ranks, stage):
+    rows = finetune(tmp_path / "run", synthetic, ranks, stage, task, *CACHED)
+    assert len(rows) == len(direct[task]) == 4
+    for ours, theirs in zip(rows, direct[task], strict=True):
+        for key in (f"loss/{task}", "grad_norm"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": {"itc": 1, "itm": 1}, "micro_batch_size": 2}, "gradient_cache is for a stage whose only task is irtr or itc"),
+        ({"tasks": {"irtr": 1}}, "gradient_cache needs micro_batch_size"),
+    ],
+)  # fmt: skip
+def test_where_it_cannot_be_used(synthetic, changes, message):
+    recipe = tiny_recipe(synthetic)
+    recipe["stages"] = [recipe["stages"][2] | {"gradient_cache": True} | changes]
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(recipe, "test")
