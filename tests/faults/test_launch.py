@@ -10,6 +10,7 @@ from conftest import ROOT, free_port, start_ranks, tiny_recipe
 from faults.runs import command, wait_for
 
 from vlmo_ds.config import RecipeError, parse_recipe
+from vlmo_ds.training import supervise
 from vlmo_ds.training.supervise import choose, replaced, value_of, with_living_hosts
 
 BINARIES = os.path.dirname(sys.executable)
@@ -43,12 +44,15 @@ def test_a_run_that_falls_is_started_again(tmp_path, synthetic, uninterrupted):
 
 @pytest.mark.parametrize("status, starts", [(0, 1), (2, 1), (3, 1), (75, 1), (69, 3), (1, 3)])
 def test_only_what_another_start_may_mend_is_started_again(tmp_path, monkeypatch, status, starts):
-    from vlmo_ds.training import supervise
-
     monkeypatch.setattr(supervise, "PAUSE", 0.0)
     script = f"open({str(tmp_path / 'log')!r}, 'a').write('x'); raise SystemExit({status})"
     assert supervise.supervise([sys.executable, "-c", script], restarts=2) == status
     assert (tmp_path / "log").read_text() == "x" * starts
+
+
+def test_a_start_that_a_signal_ends_has_a_shells_status():
+    killed = "import os; os.kill(os.getpid(), 9)"
+    assert supervise.supervise([sys.executable, "-c", killed], restarts=0) == 137
 
 
 def test_the_machines_that_are_left(tmp_path):

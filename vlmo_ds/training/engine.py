@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
@@ -128,6 +129,7 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
             parameter.data = parameter.data.view(1)
     model.transformer.offload_checkpoints = merged.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
+    compile_ops(merged)
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
     exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if is_half(merged) else {}
     engine, *_ = deepspeed.initialize(
@@ -142,6 +144,23 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
     set_weights(engine, exact)
     layout_of(engine).create_moments(0)
     return engine
+
+
+def compile_ops(merged: dict[str, Any]) -> None:
+    """Compiles what DeepSpeed compiles at its first use, on one rank of each machine before the others load it.
+
+    All at once they disturb each other (0.19: "cannot open shared object file" on all but one).
+    """
+    zero = merged.get("zero_optimization", {})
+    devices = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
+    builders = [AsyncIOBuilder] if "nvme" in devices else []
+    if devices[0] in ("cpu", "nvme") and torch.cuda.is_available():
+        builders.append(CPUAdamBuilder)
+    for builder in builders:
+        for first in (True, False):
+            if (os.environ.get("LOCAL_RANK", "0") == "0") is first:
+                builder().load(verbose=False)
+            dist.barrier()
 
 
 def release(engine: deepspeed.DeepSpeedEngine) -> None:

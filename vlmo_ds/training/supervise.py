@@ -80,7 +80,7 @@ def with_living_hosts(command: list[str], ask: Callable[[str], bool]) -> list[st
 
 
 def supervise(command: list[str], restarts: int) -> int:
-    """The exit status of the last start."""
+    """The exit status of the last start; 128 and the signal's number for one that a signal has ended, as in a shell."""
     stopping: list[int] = []
     running: list[subprocess.Popen] = []
 
@@ -94,6 +94,7 @@ def supervise(command: list[str], restarts: int) -> int:
     for start in range(restarts + 1):
         running[:] = [subprocess.Popen(with_living_hosts(command, answers))]
         status = running[0].wait()
+        status = status if status >= 0 else 128 - status
         running.clear()
         if status in FINAL or stopping:
             return status
