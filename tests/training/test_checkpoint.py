@@ -10,8 +10,8 @@ from conftest import run_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
 from vlmo_ds.config import RecipeError
+from vlmo_ds.interop.official import read_weights
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.weights import read_weights
 
 WORKER = """
 import sys, torch

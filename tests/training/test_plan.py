@@ -48,7 +48,7 @@ def planned(folder, stage, config, ranks) -> plan.Plan:
     return plan.plan(recipe, next(s for s in recipe.stages if s.name == stage), config, ranks, plan.Machine())
 
 
-LONG = ((1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2))  # as their neighbours
+LONG = ((1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3))  # as their neighbours
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,7 @@ def test_memory_and_wire_are_as_planned(tmp_path, synthetic, ranks, zero):
                 assert measured < 1000, (stage, collective)
 
 
+@pytest.mark.long
 def test_weights_that_are_not_kept_are_gathered_for_every_walk(tmp_path, synthetic):
     zero = {"stage": 3, **ZERO3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     config = {"zero_optimization": zero, "steps_per_print": 10**9}

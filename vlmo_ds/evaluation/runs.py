@@ -101,6 +101,7 @@ class Samples(Dataset):
     def __init__(self, shards: Sequence[Shard], make: Callable[[RawSample], list[dict]], collector: Collector):
         places = [(shard, row) for shard in shards for row in range(shard.samples)]
         self.places, self.make = places[collector.rank :: collector.world_size], make
+        self.silent = collector.rank > 0  # one rank shows how far it is
 
     def __len__(self) -> int:
         return len(self.places)
@@ -114,7 +115,7 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
     """The examples of all samples in order, `size` at a time."""
     loader = DataLoader(samples, batch_size=None, num_workers=workers)
     waiting: list[dict] = []
-    for examples in tqdm(loader, desc=about, unit="sample", disable=None):
+    for examples in tqdm(loader, desc=about, unit="sample", disable=samples.silent or None):
         waiting += examples
         while len(waiting) >= size:
             yield waiting[:size]
