@@ -66,10 +66,9 @@ CACHED = ("stages.joint.gradient_cache=true", "stages.joint.micro_batch_size=2")
 @pytest.mark.parametrize(
     "task, ranks, stage",
     [
-        ("irtr", 2, 3),
         *(
             pytest.param(*case, marks=pytest.mark.long)
-            for case in (("irtr", 1, 0), ("irtr", 2, 1), ("itc", 2, 2), ("itc", 4, 3))
+            for case in (("irtr", 2, 3), ("irtr", 1, 0), ("irtr", 2, 1), ("itc", 2, 2), ("itc", 4, 3))
         ),
     ],
 )

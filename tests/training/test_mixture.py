@@ -31,6 +31,7 @@ def command(folder, recipe, *overrides):
     return ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(config), *overrides]
 
 
+@pytest.mark.long
 def test_three_stages_on_a_mixture_at_one_and_two_ranks(tmp_path, synthetic):
     other = tmp_path / "other"
     other.mkdir()

@@ -57,7 +57,7 @@ def reference(tmp_path_factory, synthetic):
     return run(tmp_path_factory.mktemp("reference"), synthetic, 1, 0)
 
 
-LONG = ((1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2))  # as their neighbours
+LONG = ((1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3))  # as their neighbours
 
 
 @pytest.mark.parametrize(

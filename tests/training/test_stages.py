@@ -240,7 +240,7 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_memory_is_back_to_its_baseline_after_each_stage(tmp_path, synthetic, stage):
     (tmp_path / "memory.py").write_text(MEMORY)
     model = {**tiny_recipe(synthetic)["model"], "embed_dim": 64, "depth": 6, "vlffn_start_layer_index": 5}
