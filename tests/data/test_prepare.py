@@ -364,6 +364,7 @@ def test_image_folder(tmp_path):
     assert [s.meta["label"] for s in found] != [0, 0, 0, 1, 1, 1] and found[0].image_id == found[0].sample_id
 
 
+@pytest.mark.long
 def test_arrow(tmp_path):
     """The columns of the scripts of ViLT, written as they write them."""
     import pyarrow as pa
@@ -490,6 +491,7 @@ def test_outputs_are_not_overwritten_by_mistake(tmp_path):
     assert "exists and is not a shard set" in refused.stderr and (tmp_path / "mine/thesis.txt").exists()
 
 
+@pytest.mark.long
 def test_real_samples(tmp_path, shared_data):
     arguments = ["--dataset", "coco", "--root", shared_data / "coco_photos", "--split", "train+restval"]
     out = prepare("karpathy", *arguments, "--output", tmp_path / "coco")
