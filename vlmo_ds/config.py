@@ -332,31 +332,37 @@ class StageConfig(Settings):
         return round(steps * self.steps) if steps < 1 else int(steps)
 
 
-class RetrievalConfig(Settings):
-    """Retrieval on held-out shards after the last stage."""
+class HeldOutConfig(Settings):
+    """What every evaluation after the last stage reads."""
 
     shards: list[str] = Field(min_length=1, description="held-out shards")
-    max_images: int = Field(0, ge=0, description="use the first so many images; 0: all")
-    rerank: int = Field(16, ge=0, description="candidates per query that the itm head scores again; 0: none")
-    batch_size: int = Field(64, gt=0, description="images or pairs per forward pass")
-    folds: int = Field(1, gt=0, description="averages over so many parts as well; COCO 1k: 5, of 5,000 images")
-    gallery: int = Field(12, ge=0, description="queries shown in the report")
-
-
-class EvaluationConfig(Settings):
-    """VQA or NLVR2 on held-out shards after the last stage."""
-
-    shards: list[str] = Field(min_length=1, description="held-out shards")
-    batch_size: int = Field(64, gt=0, description="questions or sentences per forward pass")
-    workers: int = Field(0, ge=0, description="loader processes per rank")
+    batch_size: int = Field(64, gt=0, description="images, pairs, questions or sentences per forward pass")
 
     @classmethod
-    def of(cls, settings: EvaluationConfig | None, shards: list[str] | None, name: str) -> EvaluationConfig:
-        """The recipe's settings with shards from the command line. RecipeError if neither names any."""
-        if settings is None and not shards:
+    def of(cls, settings: HeldOutConfig | None, name: str, **given: Any) -> HeldOutConfig:
+        """The recipe's settings, and over them those of the command line that are not None.
+
+        RecipeError if neither names shards.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        if settings is None and "shards" not in given:
             raise RecipeError(f"--shards is missing, and the run's recipe has no '{name}'")
-        given = settings.model_dump() if settings else {}
-        return cls(**(given | ({"shards": shards} if shards else {})))
+        return cls(**((settings.model_dump() if settings else {}) | given))
+
+
+class EvaluationConfig(HeldOutConfig):
+    """VQA or NLVR2 on held-out shards after the last stage."""
+
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+
+
+class RetrievalConfig(HeldOutConfig):
+    """Retrieval on held-out shards after the last stage."""
+
+    max_images: int = Field(0, ge=0, description="use the first so many images; 0: all")
+    rerank: int = Field(16, ge=0, description="candidates per query that the itm head scores again; 0: none")
+    folds: int = Field(1, gt=0, description="averages over so many parts as well; COCO 1k: 5, of 5,000 images")
+    gallery: int = Field(12, ge=0, description="queries shown in the report")
 
 
 class SpikeConfig(Settings):
@@ -425,16 +431,21 @@ def nearest(word: str, known: Sequence[str] | dict) -> str:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` overrides, as in `stages.joint.steps=100` or `model.depth=4`."""
+    """Reads a recipe and applies `key=value` overrides, as in `stages.joint.steps=100` or `model.depth=4`.
+
+    A stage that is set to null is left out.
+    """
     data = read_recipe(Path(path))
     for override in overrides:
         apply_override(data, override)
+    if isinstance(data.get("stages"), list):
+        data["stages"] = [stage for stage in data["stages"] if stage is not None]
     return parse_recipe(data, str(path))
 
 
 def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's settings. One that `extends` another (a file beside it) has that one's, but for its name, and for what
-    it lists under `settings`, dotted names and values; null for a whole stage leaves the stage out."""
+    it lists under `settings`, dotted names and values."""
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in Path("launch/recipes").glob("*.yaml"))) or "none found"
         raise RecipeError(f"recipe {path} does not exist; in launch/recipes: {known}")
@@ -449,7 +460,7 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "extends" not in data:
         return data
     parent = path.parent / str(data.pop("extends"))
-    if parent in below:
+    if parent.resolve() in below:
         raise RecipeError(f"recipe {path} extends {parent}, which extends it in turn")
     settings, name = data.pop("settings", {}), data.pop("name", path.stem)
     if data or not isinstance(settings, dict):
@@ -457,11 +468,9 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"recipe {path} extends another: beside 'extends' it takes 'name' and 'settings' (dotted names and values), "
             f"found {', '.join(map(str, data)) or settings}"
         )
-    whole = read_recipe(parent, (*below, path)) | {"name": name}
+    whole = read_recipe(parent, (*below, path.resolve())) | {"name": name}
     for key, value in settings.items():
         set_value(whole, str(key), value, f"{path}: settings.{key}")
-    if isinstance(whole.get("stages"), list):
-        whole["stages"] = [stage for stage in whole["stages"] if stage is not None]
     return whole
 
 
@@ -492,8 +501,8 @@ def set_value(data: dict, key: str, value: Any, source: str) -> None:
         targets = [found for target in targets for found in descend(target, part, source, ".".join(parts[:depth]))]
     for target in targets:
         if isinstance(target, list):
-            for old in descend(target, parts[-1], source, ".".join(parts[:-1])):
-                target[target.index(old)] = value
+            replaced = descend(target, parts[-1], source, ".".join(parts[:-1]))
+            target[:] = [value if any(old is entry for old in replaced) else entry for entry in target]
         elif isinstance(target, dict):
             target[parts[-1]] = value
         else:

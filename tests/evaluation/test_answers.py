@@ -10,7 +10,7 @@ from conftest import run_ranks
 from data.files import jpeg, write_tar
 from models.tiny import tiny_model
 
-from vlmo_ds.config import EvaluationConfig, RecipeError
+from vlmo_ds.config import EvaluationConfig, RecipeError, RetrievalConfig
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.distributed.collector import Collector
@@ -167,8 +167,18 @@ def test_zero_shot_averages_over_templates_and_scores_by_hand():
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(RecipeError, match="--shards is missing, and the run's recipe has no 'vqa'"):
-        EvaluationConfig.of(None, None, "vqa")
+        EvaluationConfig.of(None, "vqa", shards=None)
+    with pytest.raises(RecipeError, match="--shards is missing, and the run's recipe has no 'retrieval'"):
+        RetrievalConfig.of(None, "retrieval", rerank=4)
+    assert RetrievalConfig.of(RetrievalConfig(shards=["a"], rerank=4), "retrieval", shards=["b"]).rerank == 4
     write_tar(tmp_path / "x.tar", {"0.jpg": jpeg(), "0.json": b'{"label": 7}'})
     config = EvaluationConfig(shards=[str(tmp_path / "x.tar")])
     with pytest.raises(DataError, match="has label 7 and class None; accepted: a label from 0 to 1"):
         zero_shot.evaluate(tiny_model({"irtr": 1.0}, torch.float32), config, ["a", "b"], ["{}"], WORDS, Collector())
+
+
+def test_a_batch_size_of_zero_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["zero_shot", "run", "--shards", "x", "--classes", "y", "--batch_size", "0"])
+    with pytest.raises(SystemExit):
+        zero_shot.main()
+    assert "found '0', accepted: a whole number above 0" in capsys.readouterr().err

@@ -75,11 +75,11 @@ def test_an_index_goes_on_where_it_was_interrupted(model, images, tmp_path, caps
     monkeypatch.setattr(search, "PART", 2)
     add, calls = search.Index.add, []
 
-    def fails_at_the_third(self, files, features):
-        calls.append(files)
+    def fails_at_the_third(self, keys, features):
+        calls.append(keys)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        add(self, files, features)
+        add(self, keys, features)
 
     monkeypatch.setattr(search.Index, "add", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -87,7 +87,7 @@ def test_an_index_goes_on_where_it_was_interrupted(model, images, tmp_path, caps
     monkeypatch.setattr(search.Index, "add", add)
     capsys.readouterr()
     assert run(model, images, tmp_path, "--batch_size", 2) == 0
-    first = sum(len(files) for files in calls[:2])
+    first = sum(len(keys) for keys in calls[:2])
     assert f"7 images, {7 - first} of them newly indexed" in capsys.readouterr().out
     Image.new("RGB", (9, 9)).save(images / "0.png")
     (images / "deeper/1.png").unlink()

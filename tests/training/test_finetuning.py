@@ -150,6 +150,7 @@ def test_recipes_extend_others(tmp_path):
     found = load_recipe(tmp_path / "b.yaml", ["stages.text.steps=9"])
     assert found.name == "b" and found.model.depth == 4
     assert [(stage.name, stage.steps) for stage in found.stages] == [("text", 9), ("joint", 7)]
+    assert [stage.name for stage in load_recipe(tmp_path / "a.yaml", ["stages.text=null"]).stages] == ["image", "joint"]
     write_yaml(tmp_path / "c.yaml", {"extends": "b.yaml", "name": "see", "settings": {"model.depht": 4}})
     with pytest.raises(RecipeError, match="c.yaml:\n  model.depht: unknown setting .did you mean 'depth'"):
         load_recipe(tmp_path / "c.yaml")

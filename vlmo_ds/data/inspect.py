@@ -77,7 +77,7 @@ class Findings:
             self.widths.append(image.width)
             self.heights.append(image.height)
         expected = not encoded or {"txt", "caption"} & raw.fields.keys() or {"caption", "captions"} & raw.meta.keys()
-        found = questions(raw) or (raw.captions if expected else [])
+        found = raw.asked or (raw.captions if expected else [])
         if found:
             self.captions.append(len(found))
             self.words += [len(text.split()) for text in found]
@@ -86,11 +86,6 @@ class Findings:
 def pictures(raw: RawSample) -> list[bytes]:
     """Every image of a sample: NLVR2 has two, 0.png and 1.png."""
     return [data for name, data in raw.fields.items() if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-
-
-def questions(raw: RawSample) -> list[str]:
-    """The questions or sentences of a fine-tuning set."""
-    return [q.get("question", q.get("sentence", "")) for k in ("questions", "sentences") for q in raw.meta.get(k, [])]
 
 
 def difference_hash(image: EncodedImage) -> str:
@@ -190,7 +185,7 @@ def contact_sheet(
             if not readable_captions(raw):  # questions, sentences about two images, or a class
                 rng = generator(args.seed, 3, 0, raw.sample_id)
                 shown = [TRANSFORMS[args.transform](EncodedImage(d), args.image_size, rng) for d in pictures(raw)]
-                asked = html.escape(" / ".join(questions(raw)[:3]) or str(raw.meta.get("class", "")))
+                asked = html.escape(" / ".join(raw.asked[:3]) or str(raw.meta.get("class", "")))
                 figures += [figure(image, asked + name) for image in shown]
                 continue
             sample = dataset(*(("itc", "mlm") if pictures(raw) else ("textmlm",))).make(raw, place)

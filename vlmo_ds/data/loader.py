@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.config import DataConfig
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
-from vlmo_ds.data.shards import RawSample, Shard, list_shards
+from vlmo_ds.data.shards import RawSample, Shard, is_true, list_shards
 from vlmo_ds.data.storage import DataError, Storage
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
 
@@ -139,7 +139,7 @@ class BatchDataset(Dataset):
         rng = generator(spec.seed, 3, place.epoch, sample_id)
         out: dict[str, np.ndarray | int] = {"sample_id": sample_id, "image_id": raw.image_id}
         if spec.image:
-            out["image"] = self.image(raw, place.source, rng)
+            out["image"] = self.image(raw.image, raw, place.source, rng)
         if spec.mask_image:
             out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
         if spec.questions:
@@ -149,9 +149,9 @@ class BatchDataset(Dataset):
         elif spec.image_pair:
             sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
             out["image_0"], out["image_1"] = (
-                self.image_of(raw, raw.picture(f"{number}."), place.source, rng) for number in (0, 1)
+                self.image(raw.picture(f"{number}."), raw, place.source, rng) for number in (0, 1)
             )
-            out["answers"] = int(str(sentence["label"]).lower() == "true")
+            out["answers"] = int(is_true(sentence["label"]))
             out["text_ids"] = self.token_ids(self.encode(str(sentence["sentence"]), raw))
         elif spec.text:
             encoding = self.encoded_text(raw, rng)
@@ -185,10 +185,7 @@ class BatchDataset(Dataset):
             ) from None
         return scores
 
-    def image(self, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
-        return self.image_of(raw, raw.image, source, rng)
-
-    def image_of(self, raw: RawSample, data: bytes, source: int, rng: np.random.Generator) -> np.ndarray:
+    def image(self, data: bytes, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
         try:
             return pixels(self.transforms[source](EncodedImage(data), self.spec.image_size, rng))
         except DataError:
@@ -219,7 +216,7 @@ class BatchDataset(Dataset):
                 other = self.other_sample(raw, place, key)
                 rng = generator(self.spec.seed, 3, *key)
                 if kind == "image":
-                    out[name] = self.image(other, place.source, rng)
+                    out[name] = self.image(other.image, other, place.source, rng)
                 else:
                     out[f"{name}_ids"] = self.token_ids(self.encoded_text(other, rng))
         return out

@@ -199,15 +199,17 @@ class RawSample:
         return texts
 
     @property
-    def texts(self) -> list[str]:
-        """Captions, questions or sentences: whatever text the sample has."""
-        meta = self.meta
-        for key, field in (("questions", "question"), ("sentences", "sentence")):
-            if isinstance(meta.get(key), list):
-                return clean_texts(str(entry[field]) for entry in self.entries(key, (field,)))
-        return self.captions
+    def asked(self) -> list[str]:
+        """The questions or sentences of a fine-tuning set."""
+        fields = (("questions", "question"), ("sentences", "sentence"))
+        return [str(entry.get(field, "")) for key, field in fields for entry in self.meta.get(key, [])]
 
     @property
+    def texts(self) -> list[str]:
+        """Questions, sentences or captions: whatever text the sample has."""
+        return clean_texts(self.asked) or self.captions
+
+    @cached_property
     def meta(self) -> dict:
         try:
             meta = json.loads(self.fields.get("json", b"{}"))
@@ -245,6 +247,11 @@ def answer_list(urls: Iterable[str], storage: Storage | None = None) -> list[str
         if other != answers:
             raise DataError(f"{first} and {file} number the answers differently: prepare both with the same --least")
     return answers
+
+
+def is_true(label: object) -> bool:
+    """A label of NLVR, which writes "true" or "True"."""
+    return str(label).lower() == "true"
 
 
 def clean_texts(texts: Iterable[str]) -> list[str]:

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import EvaluationConfig
-from vlmo_ds.data.shards import RawSample, list_shards
+from vlmo_ds.data.shards import RawSample, is_true
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
@@ -49,38 +48,24 @@ def scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
 def evaluate(
     model: VLMo, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
 ) -> list[dict[str, Any]]:
     """identifier, label and prediction (both bool) of every example, on every rank."""
-    model.eval()
-    device = next(model.parameters()).device
-    size, length = model.config.image_size, model.config.max_text_len
 
-    def make(raw: RawSample) -> list[dict]:
-        pictures = [runs.square_pixels(raw.picture(f"{number}."), size, raw.name) for number in (0, 1)]
-        sentences = raw.entries("sentences", ("sentence", "label", "identifier"))
-        ids = runs.token_ids([str(entry["sentence"]) for entry in sentences], tokenizer, length)
-        return [{"pictures": pictures, "ids": row, "about": e} for row, e in zip(ids, sentences, strict=True)]
+    def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+        pictures = {f"image_{number}": raw.picture(f"{number}.") for number in (0, 1)}
+        return pictures, raw.entries("sentences", ("sentence", "label", "identifier"))
 
-    samples = runs.Samples(list_shards(config.shards), make, collector)
-    found = []
-    for batch in runs.examples_in_batches(samples, config.batch_size, config.workers, "nlvr2"):
-        ids = torch.nn.utils.rnn.pad_sequence([e["ids"] for e in batch], batch_first=True)
-        images = {f"image_{number}": torch.stack([e["pictures"][number] for e in batch]) for number in (0, 1)}
-        inputs = {k: v.to(device) for k, v in (runs.text_batch(ids) | images).items()}
-        judged = model(inputs, "compare").argmax(1).tolist()
-        for example, value in zip(batch, judged, strict=True):
-            about = example["about"]
-            found.append(
-                {
-                    "identifier": str(about["identifier"]),
-                    "sentence_id": about.get("sentence_id"),
-                    "label": str(about["label"]).lower() == "true",
-                    "predicted": bool(value),
-                }
-            )
+    found = [
+        {
+            "identifier": str(entry["identifier"]),
+            "sentence_id": entry.get("sentence_id"),
+            "label": is_true(entry["label"]),
+            "predicted": bool(best),
+        }
+        for entry, best in runs.best_classes(model, "compare", read, "sentence", config, tokenizer, collector)
+    ]
     return sorted((row for rows in collector.each_rank(found) for row in rows), key=lambda row: row["identifier"])
 
 
@@ -96,7 +81,7 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path, help="write lines of identifier,True or False here")
     args = parser.parse_args()
     _, recipe, model, tokenizer = runs.open_run(args.run, {"nlvr2"})
-    config = EvaluationConfig.of(recipe.nlvr2, args.shards, "nlvr2")
+    config = EvaluationConfig.of(recipe.nlvr2, "nlvr2", shards=args.shards)
     rows = evaluate(model, config, tokenizer, model.collector)
     metrics = scores(rows)
     print(table(metrics))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import RecipeError, RetrievalConfig
+from vlmo_ds.config import RecipeError, RetrievalConfig, number
 from vlmo_ds.data.shards import list_shards
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
@@ -188,16 +188,17 @@ def table(metrics: dict, images: int, captions: int) -> str:
 
 def main() -> None:
     parser = runs.parser(__doc__)
-    parser.add_argument("--rerank", type=int, help="candidates that itm scores again; 0: none (default: the recipe's)")
     parser.add_argument(
-        "--folds", type=int, help="average over so many parts as well; COCO 1k: 5 parts of 5,000 images"
+        "--rerank", type=number(int, 0), help="candidates that itm scores again; 0: none (default: the recipe's)"
     )
-    parser.add_argument("--max_images", type=int, help="use the first so many images")
+    parser.add_argument(
+        "--folds", type=number(int), help="average over so many parts as well; COCO 1k: 5 parts of 5,000 images"
+    )
+    parser.add_argument("--max_images", type=number(int, 0), help="use the first so many images; 0: all")
     args = parser.parse_args()
     _, recipe, model, tokenizer = runs.open_run(args.run, {"itc", "irtr"})
-    settings = recipe.retrieval.model_dump() if recipe.retrieval else {"shards": args.shards or []}
     given = {name: getattr(args, name) for name in ("shards", "rerank", "max_images", "folds")}
-    config = RetrievalConfig(**{**settings, **{k: v for k, v in given.items() if v is not None}})
+    config = RetrievalConfig.of(recipe.retrieval, "retrieval", **given)
     data = load_set(config, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
     result = evaluate(model, data, config, model.collector)
     print(table(result.metrics, len(data.images), len(data.captions)))

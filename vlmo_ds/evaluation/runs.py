@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import TASKS, Recipe, RecipeError, load_recipe
+from vlmo_ds.config import TASKS, EvaluationConfig, Recipe, RecipeError, load_recipe
 from vlmo_ds.data.loader import collate
-from vlmo_ds.data.shards import RawSample, Shard
+from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage, pixels, square
@@ -122,6 +122,39 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
             waiting = waiting[size:]
     if waiting:
         yield waiting
+
+
+@torch.no_grad()
+def best_classes(
+    model: VLMo,
+    call: str,
+    read: Callable[[RawSample], tuple[dict[str, bytes], list[dict]]],
+    text: str,
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+) -> Iterator[tuple[dict, int]]:
+    """(entry, number of the class with the highest logit) of this rank's share of the questions or sentences.
+
+    call: the model's call that gives logits; read: a sample's pictures by their names in its batch, and its entries;
+    text: the field of an entry that holds its text.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    size, length = model.config.image_size, model.config.max_text_len
+
+    def make(raw: RawSample) -> list[dict]:
+        pictures, entries = read(raw)
+        images = {name: square_pixels(data, size, raw.name) for name, data in pictures.items()}
+        ids = token_ids([str(entry[text]) for entry in entries], tokenizer, length)
+        return [{"images": images, "ids": row, "entry": entry} for row, entry in zip(ids, entries, strict=True)]
+
+    samples = Samples(list_shards(config.shards), make, collector)
+    for batch in examples_in_batches(samples, config.batch_size, config.workers, call):
+        inputs = text_batch(torch.nn.utils.rnn.pad_sequence([e["ids"] for e in batch], batch_first=True))
+        inputs |= {name: torch.stack([e["images"][name] for e in batch]) for name in batch[0]["images"]}
+        best = model({name: value.to(device) for name, value in inputs.items()}, call).argmax(1).tolist()
+        yield from zip((example["entry"] for example in batch), best, strict=True)
 
 
 def parser(about: str) -> argparse.ArgumentParser:

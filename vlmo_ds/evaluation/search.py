@@ -17,7 +17,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,26 +67,26 @@ class Index:
                 keys = json.loads(data.metadata()["keys"])
                 self.known |= dict(zip(keys, data.get_tensor("features"), strict=True))
 
-    def files(self) -> list[Path]:
+    def files(self) -> dict[Path, str]:
+        """The folder's images and the keys that the index knows them by."""
         found = (p for p in self.images.rglob("*") if p.suffix.lower() in ENDINGS and INDEX not in p.parts)
-        return sorted(p for p in found if p.is_file())
+        return {file: self.key(file) for file in sorted(found) if file.is_file()}
 
     def key(self, file: Path) -> str:
         status = file.stat()
         return f"{file.relative_to(self.images)}|{status.st_size}|{status.st_mtime_ns}"
 
-    def add(self, files: Sequence[Path], features: Tensor) -> None:
-        keys = [self.key(file) for file in files]
+    def add(self, keys: Sequence[str], features: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"part-{len(list(self.folder.glob('part-*.safetensors'))):06d}.safetensors"
         temporary = part.with_name(part.name + ".tmp")
-        save_file({"features": features.contiguous()}, temporary, metadata={"keys": json.dumps(keys)})
+        save_file({"features": features.contiguous()}, temporary, metadata={"keys": json.dumps(list(keys))})
         temporary.replace(part)
         self.known |= dict(zip(keys, features, strict=True))
 
-    def features(self, files: Sequence[Path]) -> tuple[list[Path], Tensor]:
+    def features(self, files: Mapping[Path, str]) -> tuple[list[Path], Tensor]:
         """(files that could be encoded, [I, D])."""
-        usable = [(file, self.known[key]) for file in files if (key := self.key(file)) in self.known]
+        usable = [(file, self.known[key]) for file, key in files.items() if key in self.known]
         if not usable:
             raise RecipeError(f"--images: none of the {len(files)} images in {self.images} can be read")
         return [file for file, _ in usable], torch.stack([feature for _, feature in usable])
@@ -94,10 +94,10 @@ class Index:
 
 @torch.no_grad()
 def build(
-    index: Index, files: Sequence[Path], model: VLMoForImageTextRetrieval, processor: VLMoProcessor, batch: int
+    index: Index, files: Mapping[Path, str], model: VLMoForImageTextRetrieval, processor: VLMoProcessor, batch: int
 ) -> int:
     """Encodes the images that the index does not have; returns how many. Images that cannot be read are named."""
-    missing = [file for file in files if index.key(file) not in index.known]
+    missing = [file for file, key in files.items() if key not in index.known]
     done = 0
     waiting: list[tuple[Path, Tensor]] = []
     for start in tqdm(range(0, len(missing), batch), desc="indexing", unit="batch", disable=not missing):
@@ -112,7 +112,7 @@ def build(
             features = model.get_image_features(torch.stack(values).to(model.device)).float().cpu()
             waiting += zip(readable, features, strict=True)
         if waiting and (len(waiting) >= PART or start + batch >= len(missing)):
-            index.add([file for file, _ in waiting], torch.stack([feature for _, feature in waiting]))
+            index.add([files[file] for file, _ in waiting], torch.stack([feature for _, feature in waiting]))
             done += len(waiting)
             waiting = []
     return done

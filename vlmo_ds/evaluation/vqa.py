@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import EvaluationConfig, RecipeError
 from vlmo_ds.data.prepare.answers import normalize_answer
-from vlmo_ds.data.shards import ANSWERS, RawSample, list_shards
+from vlmo_ds.data.shards import ANSWERS, RawSample
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
@@ -51,7 +50,6 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found | {"questions": len(rows)}
 
 
-@torch.no_grad()
 def evaluate(
     model: VLMo,
     config: EvaluationConfig,
@@ -60,44 +58,28 @@ def evaluate(
     collector: Collector,
 ) -> list[dict[str, Any]]:
     """question_id, answer (and accuracy, answer_type where the data has them) of every question, on every rank."""
-    model.eval()
-    device = next(model.parameters()).device
-    size, length = model.config.image_size, model.config.max_text_len
 
-    def make(raw: RawSample) -> list[dict]:
-        image = runs.square_pixels(raw.image, size, raw.name)
-        asked = raw.entries("questions", ("question", "question_id"))
-        ids = runs.token_ids([str(entry["question"]) for entry in asked], tokenizer, length)
-        known = ("question_id", "answers", "answer_type")
-        return [
-            {"image": image, "ids": row, "about": {k: e[k] for k in known if k in e}}
-            for row, e in zip(ids, asked, strict=True)
-        ]
+    def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+        return {"image": raw.image}, raw.entries("questions", ("question", "question_id"))
 
-    samples = runs.Samples(list_shards(config.shards), make, collector)
     found = []
-    for batch in runs.examples_in_batches(samples, config.batch_size, config.workers, "vqa"):
-        ids = torch.nn.utils.rnn.pad_sequence([e["ids"] for e in batch], batch_first=True)
-        inputs = runs.text_batch(ids) | {"image": torch.stack([e["image"] for e in batch])}
-        best = model({k: v.to(device) for k, v in inputs.items()}, "answer").argmax(1).tolist()
-        for example, number in zip(batch, best, strict=True):
-            about = example["about"]
-            row = {"question_id": about["question_id"], "answer": answers[number]}
-            if about.get("answers"):
-                row |= {"accuracy": accuracy(answers[number], about["answers"])}
-                row |= {"answer_type": about.get("answer_type", "")}
-            found.append(row)
+    for entry, best in runs.best_classes(model, "answer", read, "question", config, tokenizer, collector):
+        row = {"question_id": entry["question_id"], "answer": answers[best]}
+        if entry.get("answers"):
+            row |= {"accuracy": accuracy(answers[best], entry["answers"]), "answer_type": entry.get("answer_type", "")}
+        found.append(row)
     every = [row for rows in collector.each_rank(found) for row in rows]
     return sorted(every, key=lambda row: (str(type(row["question_id"])), row["question_id"]))
 
 
-def read_answers(run: Path, model: VLMo) -> list[str]:
+def read_answers(run: Path, size: int) -> list[str]:
+    """The answers that a run was trained with. RecipeError unless there are so many."""
     try:
         answers = json.loads((run / ANSWERS).read_text())
     except (OSError, ValueError) as error:
         raise RecipeError(f"{run / ANSWERS}, the list of answers that the run was trained with: {error}") from None
-    if len(answers) != model.config.vqav2_label_size:
-        raise RecipeError(f"{run / ANSWERS} has {len(answers)} answers, the model {model.config.vqav2_label_size}")
+    if len(answers) != size:
+        raise RecipeError(f"{run / ANSWERS} has {len(answers)} answers, the model {size}")
     return answers
 
 
@@ -116,8 +98,9 @@ def main() -> None:
     parser.add_argument("--submission", type=Path, help="write question_id and answer of every question here")
     args = parser.parse_args()
     run, recipe, model, tokenizer = runs.open_run(args.run, {"vqa"})
-    config = EvaluationConfig.of(recipe.vqa, args.shards, "vqa")
-    rows = evaluate(model, config, read_answers(run, model), tokenizer, model.collector)
+    config = EvaluationConfig.of(recipe.vqa, "vqa", shards=args.shards)
+    answers = read_answers(run, recipe.model.vqav2_label_size)
+    rows = evaluate(model, config, answers, tokenizer, model.collector)
     metrics = overall(rows)
     print(table(metrics))
     if args.submission:

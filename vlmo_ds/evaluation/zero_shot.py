@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import EvaluationConfig, RecipeError
+from vlmo_ds.config import EvaluationConfig, RecipeError, number
 from vlmo_ds.data.shards import RawSample, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
@@ -39,7 +39,7 @@ def class_features(
 ) -> Tensor:
     """[classes, D]: the mean of the unit-length features of a class's sentences, of unit length again."""
     device = next(model.parameters()).device
-    sentences = [template.format(name) for name in classes for template in templates]
+    sentences = [template.replace("{}", name) for name in classes for template in templates]
     ids = runs.token_ids(sentences, tokenizer, model.config.max_text_len)
 
     def compute(rows: Tensor) -> Tensor:
@@ -108,14 +108,15 @@ def main() -> None:
         "--classes", type=Path, required=True, help="class names, one a line, in the order of the labels"
     )
     parser.add_argument("--templates", type=Path, help=f"sentences with {{}} (default: {'; '.join(TEMPLATES)})")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=number(int), default=64, help="images per forward pass (default: %(default)s)"
+    )
     args = parser.parse_args()
     _, _, model, tokenizer = runs.open_run(args.run, {"itc", "irtr"})
     templates = read_lines(args.templates, "templates") if args.templates else TEMPLATES
     if without := next((t for t in templates if "{}" not in t), None):
         raise RecipeError(f"{args.templates}: '{without}' has no {{}} for the name of a class")
-    config = EvaluationConfig.of(None, args.shards, "zero_shot")
-    config.batch_size = args.batch_size
+    config = EvaluationConfig.of(None, "zero_shot", shards=args.shards, batch_size=args.batch_size)
     metrics = evaluate(model, config, read_lines(args.classes, "class names"), templates, tokenizer, model.collector)
     print(
         f"zero-shot: {int(metrics['images'])} images, " + ", ".join(f"top-{k} {metrics[f'top-{k}']:.2f}" for k in BEST)

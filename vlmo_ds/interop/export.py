@@ -10,7 +10,6 @@ config.json, model.safetensors, the tokenizer and the processor; the file has th
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import TASKS, ModelConfig, RecipeError
-from vlmo_ds.data.shards import ANSWERS
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.evaluation.runs import find_stage
+from vlmo_ds.evaluation.vqa import read_answers
 from vlmo_ds.interop.huggingface import (
     RETRIEVAL,
     VLMoConfig,
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             if args.output.exists():
                 raise RecipeError(f"--output: {args.output} is there already: name a new folder")
-            answers = json.loads((run / ANSWERS).read_text()) if "vqa" in stage.tasks else None
+            answers = read_answers(run, recipe.model.vqav2_label_size) if "vqa" in stage.tasks else None
             tokenizer = load_tokenizer(str(run / "tokenizer"))
             model = to_hugging_face(weights, recipe.model, list(stage.tasks), tokenizer, answers, args.output)
             print(

@@ -154,50 +154,62 @@ class ClassificationOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class VLMoForQuestionAnswering(VLMoPreTrainedModel):
-    """Logits over a fixed list of answers, config.id2label."""
+class VLMoForClassification(VLMoPreTrainedModel):
+    """What the two classifiers share. Subclasses: their logits and their loss."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> ClassificationOutput:
+        """input_ids, attention_mask [B, L]; pixel_values, logits and labels as the class says."""
+        logits = self.logits(self.texts(input_ids, attention_mask), pixel_values)
+        return ClassificationOutput(None if labels is None else self.loss(logits, labels), logits)
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class VLMoForQuestionAnswering(VLMoForClassification):
+    """Logits [B, answers] over a fixed list of answers, config.id2label, from pixel_values [B, 3, S, S].
+
+    labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers.
+    """
 
     def __init__(self, config: VLMoConfig):
         super().__init__(config, ["vqa"])
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> ClassificationOutput:
-        """logits [B, answers]. labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers."""
-        logits = self.vlmo.answer({**self.texts(input_ids, attention_mask), "image": pixel_values})
-        loss = None
-        if labels is not None:
-            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
-        return ClassificationOutput(loss, logits)
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        return self.vlmo.answer({**texts, "image": pixel_values})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
 
 
-class VLMoForImagesAndTextClassification(VLMoPreTrainedModel):
-    """Is a sentence true of two images?"""
+class VLMoForImagesAndTextClassification(VLMoForClassification):
+    """Is a sentence true of two images? Logits [B, 2], index 1 = true, from pixel_values [B, 2, 3, S, S].
+
+    labels [B] int64.
+    """
 
     def __init__(self, config: VLMoConfig):
         super().__init__(config, ["nlvr2"])
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> ClassificationOutput:
-        """pixel_values [B, 2, 3, S, S] -> logits [B, 2], index 1 = true. labels [B] int64."""
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise ValueError(
                 f"pixel_values has shape {list(pixel_values.shape)}; accepted: [B, 2, 3, S, S], two images a text"
             )
-        images = {"image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]}
-        logits = self.vlmo.compare({**self.texts(input_ids, attention_mask), **images})
-        return ClassificationOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+        return self.vlmo.compare({**texts, "image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
 
 
 class VLMoImageProcessor(BaseImageProcessor):

@@ -36,7 +36,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file"
         )
     try:
-        found: Any = load_file(file) if file.suffix == ".safetensors" else load_tensors(file)
+        found: Any = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
         raise RecipeError(f"initial weights: {file} cannot be read as tensors ({str(error).splitlines()[0]})") from None
     for key in NESTED:
@@ -46,10 +50,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise RecipeError(f"initial weights: {file} holds no state dict (names and tensors)")
     return {name.removeprefix("module."): value for name, value in found.items()}
-
-
-def load_tensors(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def to_vlmo(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:

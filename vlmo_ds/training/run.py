@@ -24,7 +24,7 @@ from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, vqa
 from vlmo_ds.evaluation.report import write_report
-from vlmo_ds.evaluation.runs import load_model
+from vlmo_ds.evaluation.runs import as_json, load_model
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
 from vlmo_ds.training.engine import device, name_ranks, start_distributed
@@ -359,18 +359,19 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
             result = retrieval.evaluate(model, data, recipe.retrieval, collector)
         if recipe.vqa and "vqa" in last.tasks:
             model = load_model(recipe, final).to(device())
-            rows = vqa.evaluate(model, recipe.vqa, vqa.read_answers(run, model), tokenizer, collector)
+            answers = vqa.read_answers(run, recipe.model.vqav2_label_size)
+            rows = vqa.evaluate(model, recipe.vqa, answers, tokenizer, collector)
             tables["vqa"] = vqa.overall(rows)
         if recipe.nlvr2 and "nlvr2" in last.tasks:
             model = load_model(recipe, final).to(device())
             tables["nlvr2"] = nlvr2.scores(nlvr2.evaluate(model, recipe.nlvr2, tokenizer, collector))
     if collector.rank == 0:
         if result is not None:
-            write_atomically(run / "retrieval.json", json.dumps(result.metrics, indent=1).encode())
+            write_atomically(run / "retrieval.json", as_json(result.metrics))
             print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
         for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
             if name in tables:
-                write_atomically(run / f"{name}.json", json.dumps(tables[name], indent=1).encode())
+                write_atomically(run / f"{name}.json", as_json(tables[name]))
                 print(module.table(tables[name]))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
         path = write_report(run, recipe.name, data, result, queries, tables)

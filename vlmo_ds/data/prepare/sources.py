@@ -19,7 +19,7 @@ from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
-from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
+from vlmo_ds.data.shards import clean_texts, is_true, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage
@@ -300,12 +300,12 @@ def nlvr1(root: Path, splits: Sequence[str], kind: str, resize: int) -> Plan:
                 pictures[match[1]][int(match[2])] = (name, member)
         for identifier, found in pictures.items():
             example = examples[identifier]
-            is_true = str(example["label"]).lower() == "true"
+            label = is_true(example["label"])
             if kind == "captions":
-                items += [(found[0], example["sentence"])] if is_true and 0 in found else []
+                items += [(found[0], example["sentence"])] if label and 0 in found else []
                 continue
             for number in found:
-                entry = {"sentence": example["sentence"], "label": is_true, "split": split, "example": identifier}
+                entry = {"sentence": example["sentence"], "label": label, "split": split, "example": identifier}
                 second = [found[(number + 1) % len(found)]] if kind == "pairs" else []
                 items.append(([found[number], *second], {**entry, "number": number}))
     if kind == "captions":
