@@ -1,6 +1,6 @@
-"""A contrastive step on one large batch and in parts with cached gradients: seconds, peak memory, and the difference.
+"""A contrastive step on one large batch and in chunks with cached gradients: seconds, peak memory, and the difference.
 
-    python benchmarks/gradient_cache.py [--batch 512] [--parts 32] [--output FILE]
+    python benchmarks/gradient_cache.py [--batch 512] [--chunk 32] [--output FILE]
 
 One process, forward and backward of irtr on random pairs, each way in a process of its own; the gradients of both are
 compared tensor by tensor.
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument(
-        "--parts", type=int, default=32, help="samples that are in memory at a time (default: %(default)s)"
+        "--chunk", type=int, default=32, help="samples that are in memory at a time (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -78,12 +78,12 @@ def main() -> None:
         return
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in (args.batch, args.parts):
+        for size in (args.batch, args.chunk):
             command = [sys.executable, __file__, "--batch", str(args.batch), "--one", str(size)]
             command += ["--gradients", f"{folder}/{size}"]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
-        direct, cached = (torch.load(f"{folder}/{size}", weights_only=True) for size in (args.batch, args.parts))
+        direct, cached = (torch.load(f"{folder}/{size}", weights_only=True) for size in (args.batch, args.chunk))
     worst = max(float((cached[n] - v).norm() / v.norm().clamp(min=1e-12)) for n, v in direct.items() if v.norm() > 1e-9)
     results[1] |= {
         "largest_relative_difference_of_a_gradient": worst,

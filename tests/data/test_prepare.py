@@ -13,6 +13,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, call
 from data.files import jpeg, png, write_tar
@@ -138,6 +139,32 @@ def test_nlvr1_as_pairs(tmp_path):
     (sentence,) = found["dev-10-0-5"].meta["sentences"]
     assert sentence["label"] == "True" and sentence["sentence_id"] == "dev-10"
     assert [width(found["dev-10-0-5"].picture(f"{n}.")) for n in (0, 1)] == [35, 30]
+
+
+def test_nlvr1_in_all_exchanges_of_colours(tmp_path):
+    grey, yellow, black, blue = (211, 211, 211), (255, 255, 0), (0, 0, 0), (0, 153, 255)
+    between, edge = (128, 128, 128), tuple(np.mean([grey, yellow], 0).round().astype(int))
+    pixels = np.array([[grey, yellow, black, blue, between, edge]], np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert("RGBA").save(out, "PNG")
+    with tarfile.open(tmp_path / "dev_images.tar", "w") as tar:
+        for number in range(2):
+            info = tarfile.TarInfo(f"images/3/dev-1-0-{number}.png")
+            info.size = len(out.getvalue())
+            tar.addfile(info, io.BytesIO(out.getvalue()))
+    example = {"identifier": "1-0", "label": "true", "sentence": "Yellow over a black one", "directory": "3"}
+    (tmp_path / "dev.json").write_text(json.dumps(example))
+
+    prepare("nlvr1", "--root", tmp_path, "--augment", "--output", tmp_path / "captions")
+    assert len(samples(tmp_path / "captions")) == 12  # two pictures, six exchanges
+    prepare("nlvr1", "--root", tmp_path, "--kind", "questions", "--augment", "--output", tmp_path / "out")
+    found = {s.meta["questions"][0]["question_id"]: s for s in samples(tmp_path / "out")}
+    assert len(found) == 12 and found["dev-1-0-1"].meta["questions"][0]["question"] == "Yellow over a black one"
+    changed = found["dev-1-0-1-blue-yellow-black"]
+    assert changed.meta["questions"][0]["question"] == "blue over a yellow one"
+    edge = np.mean([grey, blue], 0)
+    shown = np.asarray(Image.open(io.BytesIO(changed.image)).convert("RGB")).astype(int)
+    assert np.abs(shown - [[grey, blue, yellow, black, between, edge]]).max() <= 1
 
 
 def test_text_packs_sentences(tmp_path):

@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         dataset(
             "nlvr1",
             "Cornell NLVR v1, sentences that are true or false of rendered pictures",
-            lambda a: sources.nlvr1(a.root, a.split.split("+"), a.kind, a.resize),
+            lambda a: sources.nlvr1(a.root, a.split.split("+"), a.kind, a.augment, a.resize),
             "<split>.json and <split>_images.tar",
         )
     )
@@ -125,6 +125,12 @@ def parser() -> argparse.ArgumentParser:
         choices=["captions", "questions", "pairs"],
         default="captions",
         help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2 (default: captions)",
+    )
+    sub.add_argument(
+        "--augment",
+        action="store_true",
+        help="for training: each sample in all six exchanges of its three colours, in pictures and words alike, and "
+        "captions of all six pictures instead of the first",
     )
     sub = with_images(
         dataset(
