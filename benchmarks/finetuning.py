@@ -77,9 +77,9 @@ def easy_vqa(root: Path) -> list[dict]:
 
 
 def nlvr1(root: Path) -> list[dict]:
-    prepare("nlvr1", root, "dev", "data/nlvr1/captions-dev", "--augment")
-    for kind in ("questions", "pairs"):
+    for kind in ("captions", "statements", "questions", "pairs"):
         prepare("nlvr1", root, "dev", f"data/nlvr1/{kind}-dev", "--kind", kind, "--augment")
+    for kind in ("questions", "pairs"):
         prepare("nlvr1", root, "hidden", f"data/nlvr1/{kind}-hidden", "--kind", kind)
     train("nlvr1")
     lines = (root / "nlvr1" / "hidden.json").read_text().splitlines()

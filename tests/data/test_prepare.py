@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +167,56 @@ def test_nlvr1_in_all_exchanges_of_colours(tmp_path):
     edge = np.mean([grey, blue], 0)
     shown = np.asarray(Image.open(io.BytesIO(changed.image)).convert("RGB")).astype(int)
     assert np.abs(shown - [[grey, blue, yellow, black, between, edge]]).max() <= 1
+
+
+def item(colour: str, height: int) -> dict:
+    return {"type": "square", "color": colour, "x_loc": 40, "y_loc": 80 - 21 * height, "size": 20}
+
+
+def holds(sentence: str, towers: list[list[str]]) -> bool:
+    """A reading of its own of two of the forms of sentences about towers."""
+    if found := re.fullmatch(r"there is a (\w+) block (?:over|above|on) a (\w+) block", sentence):
+        return any((found[2], found[1]) in itertools.pairwise(t) for t in towers)
+    found = re.fullmatch(r"there (?:is|are) (exactly|only|at least) (\w+) (\w+) blocks?", sentence)
+    count, said = sum(t.count(found[3]) for t in towers), {"one": 1, "two": 2, "three": 3, "four": 4}.get(found[2])
+    said = said or int(found[2])
+    return count >= said if found[1] == "at least" else count == said
+
+
+def test_nlvr1_statements(tmp_path):
+    """Generated sentences: as many false as true, each with both answers, and right by another reading of them."""
+    scenes = {
+        "1-0": [["blue", "black"], ["yellow"], ["yellow", "yellow", "blue"]],
+        "1-1": [["black", "blue", "blue"], ["black"], ["yellow", "black"]],
+        "2-0": [["yellow", "black", "black"], ["blue", "blue"], ["black"]],
+    }
+    names = {"blue": "#0099ff", "black": "Black", "yellow": "Yellow"}
+    examples = []
+    with tarfile.open(tmp_path / "dev_images.tar", "w") as tar:
+        for identifier, towers in scenes.items():
+            for number in range(6):
+                picture = png((40, 10))
+                info = tarfile.TarInfo(f"images/3/dev-{identifier}-{number}.png")
+                info.size = len(picture)
+                tar.addfile(info, io.BytesIO(picture))
+            boxes = [[item(names[colour], height) for height, colour in enumerate(tower)] for tower in towers]
+            examples.append({"identifier": identifier, "label": "true", "sentence": "A", "structured_rep": boxes})
+    (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, examples)))
+    prepare("nlvr1", "--root", tmp_path, "--kind", "statements", "--output", tmp_path / "out")
+    found = samples(tmp_path / "out")
+    assert len(found) == 18
+    said, read = Counter(), 0
+    for sample in found:
+        towers = scenes[re.search(r"dev-(\d-\d)-\d", sample.meta["questions"][0]["question_id"])[1]]
+        true = [q["question"] for q in sample.meta["questions"] if q["labels"] == [1]]
+        assert sample.captions == true
+        for question in sample.meta["questions"]:
+            said[question["labels"][0]] += 1
+            forms = r"there is a \w+ block (over|above|on) a .*|there (is|are) (exactly|only|at least) \w+ \w+ blocks?"
+            if re.fullmatch(forms, question["question"]):
+                read += 1
+                assert holds(question["question"], towers) == bool(question["labels"][0]), (question, towers)
+    assert said[0] == said[1] == 72 and read > 20
 
 
 def test_text_packs_sentences(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from vlmo_ds.data.prepare import sources
+from vlmo_ds.data.prepare import nlvr1, sources
 from vlmo_ds.data.prepare.writer import Plan, write_set
 from vlmo_ds.data.storage import DataError
 
@@ -115,16 +115,17 @@ def parser() -> argparse.ArgumentParser:
         dataset(
             "nlvr1",
             "Cornell NLVR v1, sentences that are true or false of rendered pictures",
-            lambda a: sources.nlvr1(a.root, a.split.split("+"), a.kind, a.augment, a.resize),
+            lambda a: nlvr1.nlvr1(a.root, a.split.split("+"), a.kind, a.augment, a.resize),
             "<split>.json and <split>_images.tar",
         )
     )
     splits(sub, "dev, hidden, or several joined by + (default: %(default)s)", "dev")
     sub.add_argument(
         "--kind",
-        choices=["captions", "questions", "pairs"],
+        choices=nlvr1.KINDS,
         default="captions",
-        help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2 (default: captions)",
+        help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2; statements: generated "
+        "from the annotations, both captions and questions (default: captions)",
     )
     sub.add_argument(
         "--augment",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import re
 import tarfile
@@ -14,15 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
-from vlmo_ds.data.shards import clean_texts, is_true, list_shards, stable_id
+from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage
@@ -283,94 +280,6 @@ def tar_members(path: Path) -> dict[str, TarMember]:
             for info in tar
             if info.isfile() and info.name.lower().endswith((".png", ".jpg", ".jpeg"))
         }
-
-
-def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: int) -> Plan:
-    """Cornell NLVR v1: `<split>.json` and `<split>_images.tar`, six pictures of each example's boxes in all orders.
-
-    kind captions: sentences labelled true with the first picture; questions: every picture with its sentence and the
-    answers false and true (as VQA); pairs: every picture and the next one of its example, with the sentence (as NLVR2).
-    augment: all pictures for captions too, and each sample in all six exchanges of the three colours.
-    image_id of captions is a hash of the picture, as several examples may be about one.
-    """
-    exchanges = list(itertools.permutations(NLVR1_COLOURS)) if augment else [tuple(NLVR1_COLOURS)]
-    items: list[tuple] = []
-    for split in splits:
-        lines = read_json_lines(root / f"{split}.json", "one example of NLVR v1 a line")
-        examples = {e["identifier"]: e for e in lines}
-        pictures: dict[str, dict[int, TarMember]] = defaultdict(dict)
-        for name, member in tar_members(root / f"{split}_images.tar").items():
-            match = re.fullmatch(rf"(?:.*/)?{split}-(\d+-\d+)-(\d)\.png", name)
-            if match and match[1] in examples:
-                pictures[match[1]][int(match[2])] = member
-        for identifier, found in pictures.items():
-            example = examples[identifier]
-            label = is_true(example["label"])
-            for number in found:
-                if kind == "captions" and not (label and (augment or number == 0)):
-                    continue
-                entry = {"sentence": example["sentence"], "label": label, "split": split, "example": identifier}
-                second = [found[(number + 1) % len(found)]] if kind == "pairs" else []
-                members = [found[number], *second]
-                items += [(members, {**entry, "number": number}, colours) for colours in exchanges]
-    make = make_nlvr1_caption if kind == "captions" else make_nlvr1_judged
-    extra = {"answers.json": json.dumps(TRUTH).encode()} if kind == "questions" else {}
-    prefix = "nlvr1" if kind == "captions" else f"nlvr1-{kind}"
-    return Plan(prefix, items, partial(make, resize=resize), extra)
-
-
-TRUTH = ["false", "true"]  # the answers to NLVR v1's sentences
-NLVR1_COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
-NLVR1_GREYS = {"box": (211, 211, 211), "between": (128, 128, 128)}
-
-
-def with_colours(member: TarMember, sentence: str, colours: Sequence[str]) -> tuple[bytes, str]:
-    """A picture and its sentence with yellow, black and blue exchanged for `colours`, in pixels and words alike."""
-    data, changed = member.read(), dict(zip(NLVR1_COLOURS, colours, strict=True))
-    if all(old == new for old, new in changed.items()):
-        return data, sentence
-    try:
-        pixels_HW3 = np.array(EncodedImage(data).decode())
-    except ValueError:
-        return data, sentence  # usable_image says why
-    grey = np.array(NLVR1_GREYS["box"])
-    old, new = (np.array([NLVR1_COLOURS[name] for name in names]) - grey for names in (changed, colours))
-    mixed = (pixels_HW3 - grey) @ np.linalg.solve(old, new) + grey  # linear, so that edges mix the new colours
-    kept = (pixels_HW3 == NLVR1_GREYS["between"]).all(-1, keepdims=True)
-    out = io.BytesIO()
-    Image.fromarray(np.where(kept, pixels_HW3, mixed.round().clip(0, 255)).astype(np.uint8)).save(out, "PNG")
-    return out.getvalue(), re.sub("|".join(changed), lambda m: changed[m[0].lower()], sentence, flags=re.IGNORECASE)
-
-
-def make_nlvr1_caption(item: tuple, resize: int) -> Made:
-    (member,), about, colours = item
-    data, sentence = with_colours(member, about["sentence"], colours)
-    return pair(data, [sentence], resize, image_id=stable_id(data.hex()), example=about["example"])
-
-
-def make_nlvr1_judged(item: tuple, resize: int) -> Made:
-    members, about, colours = item
-    coloured = [with_colours(member, about["sentence"], colours) for member in members]
-    sentence = coloured[0][1]
-    images = [usable_image(data, resize) for data, _ in coloured]
-    if broken := next((image for image in images if isinstance(image, Rejected)), None):
-        yield broken
-        return
-    identifier = f"{about['split']}-{about['example']}-{about['number']}"
-    if colours != tuple(NLVR1_COLOURS):
-        identifier += f"-{'-'.join(colours)}"
-    if len(images) == 1:
-        answer = TRUTH[about["label"]]
-        question = {"question": sentence, "question_id": identifier, "answers": [answer] * 10}
-        question |= {"labels": [int(about["label"])], "scores": [1.0]}
-        fields = {images[0][0]: images[0][1]}
-        meta = {"questions": [question]}
-    else:
-        presentation = f"{about['split']}-{about['example'].partition('-')[0]}"
-        judged = {"sentence": sentence, "label": str(about["label"]), "identifier": identifier}
-        fields = {f"{number}.{kind}": data for number, (kind, data) in enumerate(images)}
-        meta = {"sentences": [{**judged, "sentence_id": presentation}]}
-    yield Sample(fields | {"json": sample_json(image_id=f"nlvr1:{identifier}", **meta)}, 1)
 
 
 NLVR2_SPLITS = {
