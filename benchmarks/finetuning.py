@@ -92,7 +92,7 @@ def nlvr1(root: Path) -> list[dict]:
         return identifier.split("-")[1]
 
     rows = []
-    for start, overrides in (("pretrained", []), ("from scratch", ["init.weights=fresh", "init.drop=[]"])):
+    for start, overrides in (("pretrained", []), ("from scratch", ["init.weights=fresh"])):
         for kind, task in (("questions", "vqa"), ("pairs", "nlvr2")):
             name = f"nlvr1_{kind}" + ("_fresh" if overrides else "")
             train(f"finetune/nlvr1_{kind}", f"name={name}", *(f"stages.{task}.{o}" for o in overrides))
