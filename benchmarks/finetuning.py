@@ -77,7 +77,7 @@ def easy_vqa(root: Path) -> list[dict]:
 
 
 def nlvr1(root: Path) -> list[dict]:
-    for kind in ("captions", "statements", "questions", "pairs"):
+    for kind in ("captions", "annotations", "questions", "pairs"):
         prepare("nlvr1", root, "dev", f"data/nlvr1/{kind}-dev", "--kind", kind, "--augment")
     for kind in ("questions", "pairs"):
         prepare("nlvr1", root, "hidden", f"data/nlvr1/{kind}-hidden", "--kind", kind)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -127,7 +126,7 @@ def test_nlvr1_as_questions(tmp_path):
     prepare("nlvr1", "--root", tmp_path, "--kind", "questions", "--output", tmp_path / "out")
     found = {s.meta["questions"][0]["question_id"]: s for s in samples(tmp_path / "out")}
     assert sorted(found) == [f"dev-10-{i}-{k}" for i in (0, 1) for k in range(6)]
-    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["false", "true"]
+    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["false", "true", *"0123456789"]
     (question,) = found["dev-10-1-4"].meta["questions"]
     assert question["question"] == "There is a box" and question["answers"] == ["false"] * 10
     assert (question["labels"], question["scores"]) == ([0], [1.0]) and width(found["dev-10-1-4"].image) == 44
@@ -174,17 +173,15 @@ def item(colour: str, height: int) -> dict:
 
 
 def holds(sentence: str, towers: list[list[str]]) -> bool:
-    """A reading of its own of two of the forms of sentences about towers."""
-    if found := re.fullmatch(r"there is a (\w+) block (?:over|above|on) a (\w+) block", sentence):
-        return any((found[2], found[1]) in itertools.pairwise(t) for t in towers)
+    """A reading of its own of one form of statement about towers."""
     found = re.fullmatch(r"there (?:is|are) (exactly|only|at least) (\w+) (\w+) blocks?", sentence)
     count, said = sum(t.count(found[3]) for t in towers), {"one": 1, "two": 2, "three": 3, "four": 4}.get(found[2])
     said = said or int(found[2])
     return count >= said if found[1] == "at least" else count == said
 
 
-def test_nlvr1_statements(tmp_path):
-    """Generated sentences: as many false as true, each with both answers, and right by another reading of them."""
+def test_nlvr1_annotations(tmp_path):
+    """Captions and questions made of annotations: as many statements false as true, and right by another reading."""
     scenes = {
         "1-0": [["blue", "black"], ["yellow"], ["yellow", "yellow", "blue"]],
         "1-1": [["black", "blue", "blue"], ["black"], ["yellow", "black"]],
@@ -202,21 +199,26 @@ def test_nlvr1_statements(tmp_path):
             boxes = [[item(names[colour], height) for height, colour in enumerate(tower)] for tower in towers]
             examples.append({"identifier": identifier, "label": "true", "sentence": "A", "structured_rep": boxes})
     (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, examples)))
-    prepare("nlvr1", "--root", tmp_path, "--kind", "statements", "--output", tmp_path / "out")
+    prepare("nlvr1", "--root", tmp_path, "--kind", "annotations", "--output", tmp_path / "out")
     found = samples(tmp_path / "out")
     assert len(found) == 18
-    said, read = Counter(), 0
+    answers, read = Counter(), 0
     for sample in found:
         towers = scenes[re.search(r"dev-(\d-\d)-\d", sample.meta["questions"][0]["question_id"])[1]]
-        true = [q["question"] for q in sample.meta["questions"] if q["labels"] == [1]]
-        assert sample.captions == true
+        for caption in sample.captions:
+            told = [re.findall("blue|black|yellow", part) for part in caption.split(" ; ")]
+            assert told and all(told.count(t) <= towers.count(t) for t in told), (caption, towers)
         for question in sample.meta["questions"]:
-            said[question["labels"][0]] += 1
-            forms = r"there is a \w+ block (over|above|on) a .*|there (is|are) (exactly|only|at least) \w+ \w+ blocks?"
-            if re.fullmatch(forms, question["question"]):
+            (answer,) = set(question["answers"])
+            answers[answer] += 1
+            text = question["question"]
+            if re.fullmatch(r"there (is|are) (exactly|only|at least) \w+ (blue|black|yellow) blocks?", text):
                 read += 1
-                assert holds(question["question"], towers) == bool(question["labels"][0]), (question, towers)
-    assert said[0] == said[1] == 72 and read > 20
+                assert holds(text, towers) == (answer == "true"), (text, towers)
+            elif counted := re.fullmatch(r"how many (blue|black|yellow) blocks are there", text):
+                read += 1
+                assert answer == str(sum(t.count(counted[1]) for t in towers)), (text, towers)
+    assert answers["true"] == answers["false"] == 72 and read > 10
 
 
 def test_text_packs_sentences(tmp_path):

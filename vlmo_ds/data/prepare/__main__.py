@@ -124,8 +124,8 @@ def parser() -> argparse.ArgumentParser:
         "--kind",
         choices=nlvr1.KINDS,
         default="captions",
-        help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2; statements: generated "
-        "from the annotations, both captions and questions (default: captions)",
+        help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2; annotations: made "
+        "of the annotations, both captions and questions (default: captions)",
     )
     sub.add_argument(
         "--augment",

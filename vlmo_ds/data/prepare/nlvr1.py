@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ from vlmo_ds.data.shards import clean_texts, is_true, stable_id
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.transforms import EncodedImage
 
-KINDS = ("captions", "questions", "pairs", "statements")
-ANSWERS = ["false", "true"]
+KINDS = ("captions", "questions", "pairs", "annotations")
+MOST = 9
+ANSWERS = ["false", "true", *map(str, range(MOST + 1))]
 COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 BOX, BETWEEN = (211, 211, 211), (128, 128, 128)
-STATEMENTS = 4  # that tell a picture from the next
+DESCRIPTIONS, COUNTS, STATEMENTS = 4, 4, 4  # captions and questions made up for a picture
 
 
 def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: int) -> Plan:
@@ -34,9 +35,9 @@ def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: i
 
     kind captions: sentences labelled true with the first picture; questions: every picture with its sentence and the
     answers false and true (as VQA); pairs: every picture and the next one of its example, with the sentence (as NLVR2);
-    statements: every picture with generated sentences of which its annotation makes half true and half false, as
-    questions, and the true ones as captions. augment: all pictures for captions too, and each sample in all six
-    exchanges of the three colours. image_id of captions is a hash of the picture: several examples may be about one.
+    annotations: every picture with captions that describe it and questions about it, both made of its annotation.
+    augment: all pictures for captions too, and each sample in all six exchanges of the three colours. image_id of
+    captions is a hash of the picture, as several examples may be about one.
     """
     exchanges = list(itertools.permutations(COLOURS)) if augment else [tuple(COLOURS)]
     items: list[tuple] = []
@@ -48,9 +49,9 @@ def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: i
             match = re.fullmatch(rf"(?:.*/)?{split}-(\d+-\d+)-(\d)\.png", name)
             if match and match[1] in examples:
                 pictures[match[1]][int(match[2])] = member
-        if kind == "statements" and any("structured_rep" not in e for e in lines):
-            raise DataError(f"{root / f'{split}.json'}: examples without structured_rep, which --kind statements needs")
-        made = [statements(lines, number) for number in range(6)] if kind == "statements" else []
+        if kind == "annotations" and any("structured_rep" not in e for e in lines):
+            raise DataError(f"{root / f'{split}.json'}: examples without structured_rep, which --kind {kind} needs")
+        made = [made_up(lines, number) for number in range(6)] if kind == "annotations" else []
         for identifier, found in pictures.items():
             example = {k: examples[identifier][k] for k in ("sentence", "label")}
             for number in found:
@@ -59,7 +60,7 @@ def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: i
                 members = [found[number]] + ([found[(number + 1) % len(found)]] if kind == "pairs" else [])
                 name = f"{split}-{identifier}-{number}"
                 if made:
-                    example = {**example, "made": made[number][identifier]}
+                    example = {**example, **made[number][identifier]}
                 items += [(name, members, example, colours) for colours in exchanges]
     extra = {} if kind in ("captions", "pairs") else {"answers.json": json.dumps(ANSWERS).encode()}
     prefix = "nlvr1" if kind == "captions" else f"nlvr1-{kind}"
@@ -81,14 +82,14 @@ def make(item: tuple, kind: str, resize: int) -> Made:
     if kind == "captions":
         meta = {"image_id": stable_id(pictures[0].hex()), "captions": clean_texts([sentence]), "file": name}
     elif kind == "questions":
-        meta["questions"] = [question(sentence, label, identifier)]
+        meta["questions"] = [question(sentence, ANSWERS[label], identifier)]
     elif kind == "pairs":
         entry = {"sentence": sentence, "label": str(label), "identifier": identifier, "sentence_id": presentation}
         meta["sentences"] = [entry]
     else:
-        made = [(renamed(text, colours), holds) for text, holds in example["made"]]
-        meta["captions"] = [text for text, holds in made if holds]
-        meta["questions"] = [question(t, holds, f"{identifier}-{n}") for n, (t, holds) in enumerate(made)]
+        meta["captions"] = [renamed(text, colours) for text in example["captions"]]
+        asked = enumerate(example["questions"])
+        meta["questions"] = [question(renamed(t, colours), answer, f"{identifier}-{n}") for n, (t, answer) in asked]
     if len(images) == 1:
         fields = {images[0][0]: images[0][1]}
     else:
@@ -97,9 +98,9 @@ def make(item: tuple, kind: str, resize: int) -> Made:
     yield Sample(fields | {"json": sample_json(**meta)}, texts)
 
 
-def question(text: str, holds: bool, identifier: str) -> dict[str, Any]:
-    entry = {"question": text, "question_id": identifier, "answers": [ANSWERS[holds]] * 10}
-    return entry | {"labels": [int(holds)], "scores": [1.0]}
+def question(text: str, answer: str, identifier: str) -> dict[str, Any]:
+    entry = {"question": text, "question_id": identifier, "answers": [answer] * 10}
+    return entry | {"labels": [ANSWERS.index(answer)], "scores": [1.0]}
 
 
 def recoloured(data: bytes, colours: Sequence[str]) -> bytes:
@@ -124,64 +125,107 @@ def renamed(sentence: str, colours: Sequence[str]) -> str:
     return re.sub("|".join(changed), lambda m: changed[m[0].lower()], sentence, flags=re.IGNORECASE)
 
 
-# ---- sentences that an annotation makes true or false ----
+# ---- what an annotation says of a picture, in words ----
 
 Item = dict[str, Any]  # type, color, x_loc and y_loc of the upper left corner, size, in pixels of a box of 100 x 100
+Box = list[Item]
 Test = Callable[[Any], bool]
+# Something that can be counted in boxes: the largest number to ask for, its words for "is" or "are", and the count.
+Countable = tuple[int, Callable[[str], str], Callable[[list[Box]], int]]
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 SHAPES = ["square", "triangle", "circle"]
 
 
-def statements(examples: Sequence[dict[str, Any]], seed: int) -> dict[str, list[tuple[str, bool]]]:
-    """identifier -> sentences about its boxes, and whether they hold.
+def scene(annotation: Sequence[Sequence[Item]]) -> tuple[bool, list[Box]]:
+    """(whether the boxes hold towers or scattered items, the boxes with the names of colours as in sentences)."""
+    names = {"#0099ff": "blue"}
+    boxes = [[{**i, "color": names.get(i["color"].lower(), i["color"].lower())} for i in box] for box in annotation]
+    return all(item["x_loc"] == 40 and item["size"] == 20 for box in boxes for item in box), boxes
 
-    Each sentence is true of one example and false of the next with boxes of the same sort, towers or scattered items,
-    and is given to both: no sentence is more often true than false.
+
+def made_up(examples: Sequence[dict[str, Any]], seed: int) -> dict[str, dict[str, list]]:
+    """identifier -> captions that describe its boxes, and questions about them as (text, answer).
+
+    A question is how many there are of something, or a statement. Each statement is true of one example and false of
+    another of the same sort and is given to both: no statement is more often true than false.
     """
-    sorts: dict[bool, list[tuple[str, list[list[Item]]]]] = {True: [], False: []}
+    sorts: dict[bool, list[tuple[str, list[Box]]]] = {True: [], False: []}
     for example in examples:
-        boxes = [
-            [{**item, "color": {"#0099ff": "blue"}.get(item["color"].lower(), item["color"].lower())} for item in box]
-            for box in example["structured_rep"]
-        ]
-        towers = all(item["x_loc"] == 40 and item["size"] == 20 for box in boxes for item in box)
+        towers, boxes = scene(example["structured_rep"])
         sorts[towers].append((example["identifier"], boxes))
-    out: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    out: dict[str, dict[str, list]] = {e["identifier"]: {"captions": [], "questions": []} for e in examples}
     for towers, found in sorts.items():
+        rng = generator(20, seed, int(towers))
         templates = TOWERS if towers else SCATTERED
-        for number, (identifier, boxes) in enumerate(found):
-            other, others = found[(number + 1) % len(found)]
-            rng, told = generator(20, seed, int(towers), number), set()
+        order = rng.permutation(len(found))
+        for this, other in zip(order, np.roll(order, 1), strict=True):
+            (name, boxes), (other_name, others) = found[this], found[other]
+            out[name]["captions"] += [description(boxes, towers, rng) for _ in range(DESCRIPTIONS)]
+            counts: dict[str, str] = {}
+            while len(counts) < COUNTS:
+                text, answer = how_many(pick(rng, templates), boxes, rng)
+                if answer != "0" or rng.random() < 0.1:  # of most things there are none
+                    counts[text] = answer
+            out[name]["questions"] += counts.items()
+            told: set[str] = set()
             for _ in range(200):
-                template, draw = pick(rng, templates), int(rng.integers(2**32))
-                (text, holds), (_, there) = (template(b, np.random.default_rng(draw)) for b in (boxes, others))
-                if holds and not there and text not in told:
+                text, holds = statement(pick(rng, templates), rng)
+                if holds(boxes) and not holds(others) and text not in told:
                     told.add(text)
-                    out[identifier].append((text, True))
-                    out[other].append((text, False))
+                    out[name]["questions"].append((text, "true"))
+                    out[other_name]["questions"].append((text, "false"))
                 if len(told) == STATEMENTS:
                     break
     return out
 
 
+def statement(template: Callable[..., Countable], rng: np.random.Generator) -> tuple[str, Callable[[list[Box]], bool]]:
+    most, words, count = template(rng)
+    if rng.random() < 0.1:
+        what = words("is")
+        return f"there is no {what}", lambda boxes: count(boxes) == 0
+    n = int(rng.integers(1, most + 1))
+    be, number = "is" if n == 1 else "are", pick(rng, [NUMBERS[n], str(n)])
+    hows = [(f"exactly {number}", int.__eq__), (f"only {number}", int.__eq__), (f"at least {number}", int.__ge__)]
+    how, compare = pick(rng, hows + ([("a", int.__ge__)] * 3 if n == 1 else []))
+    return f"there {be} {how} {words(be)}", lambda boxes: compare(count(boxes), n)
+
+
+def how_many(template: Callable[..., Countable], boxes: list[Box], rng: np.random.Generator) -> tuple[str, str]:
+    _, words, count = template(rng)
+    return f"how many {words('are')} are there", str(min(count(boxes), MOST))
+
+
+def description(boxes: list[Box], towers: bool, rng: np.random.Generator) -> str:
+    """Boxes one after the other in any order, as many as 40 words hold, one at least."""
+    parts: list[str] = []
+    for number in rng.permutation(len(boxes)):
+        part = (described_tower if towers else described_items)(boxes[number])
+        if parts and sum(len(p.split()) for p in (*parts, part)) > 40:
+            break
+        parts.append(part)
+    return " ; ".join(parts)
+
+
+def described_tower(box: Box) -> str:
+    colours = upwards(box)
+    if len(colours) == 1:
+        return f"a tower with one {colours[0]} block"
+    first, *middle, last = colours
+    return " ".join(["a tower with", first, "at the base", *(f"then {c}" for c in middle), "and", last, "at the top"])
+
+
+def described_items(box: Box) -> str:
+    groups = Counter((item["color"], item["type"], any(touches(item))) for item in box)
+    parts = []
+    for (colour, shape, touching), n in groups.items():
+        what = f"{NUMBERS[n]} {colour} {plural(shape, 'is' if n == 1 else 'are')}"
+        parts.append(f"{what} touching the wall" if touching else what)
+    return f"a box with {' , '.join(parts)}"
+
+
 def pick(rng: np.random.Generator, choices: Sequence) -> Any:
     return choices[int(rng.integers(len(choices)))]
-
-
-def amount(rng: np.random.Generator, most: int) -> tuple[str, str, Callable[[int], bool]]:
-    """("exactly two", "are", test of a count)."""
-    n = int(rng.integers(1, most + 1))
-    word = pick(rng, [NUMBERS[n], str(n)])
-    be = "is" if n == 1 else "are"
-    return pick(
-        rng,
-        [
-            (f"exactly {word}", be, lambda count: count == n),
-            (f"only {word}", be, lambda count: count == n),
-            (f"at least {word}", be, lambda count: count >= n),
-            *([("a", "is", lambda count: count >= 1)] * 2 if n == 1 else []),
-        ],
-    )
 
 
 def plural(noun: str, be: str) -> str:
@@ -194,17 +238,19 @@ def touches(item: Item) -> tuple[bool, bool, bool]:
     return side, item["y_loc"] <= 1, item["y_loc"] + item["size"] >= 99
 
 
-def kind_of_item(rng: np.random.Generator, place: bool) -> tuple[str, str, Test]:
-    """("yellow circle", "touching the wall", test): what is said before and after the plural, of items."""
+def upwards(box: Box) -> list[str]:
+    return [item["color"] for item in sorted(box, key=lambda item: -item["y_loc"])]
+
+
+def sort_of_item(rng: np.random.Generator, place: bool) -> tuple[str, str, Test]:
+    """("yellow circle", "touching the wall", test of an item)."""
     colour, shape = pick(rng, [None, *COLOURS, *COLOURS]), pick(rng, [None, *SHAPES])
-    noun = shape or pick(rng, ["item", "object"])
-    where: tuple[str, Test] = ("", lambda item: True)
+    noun, where, there = shape or pick(rng, ["item", "object"]), "", lambda item: True
     if place:
-        edge = pick(rng, ["the wall", "the edge", "the side"])
-        where = pick(
+        where, there = pick(
             rng,
             [
-                (f"touching {edge}", lambda item: any(touches(item))),
+                (f"touching the {pick(rng, ['wall', 'edge', 'side'])}", lambda item: any(touches(item))),
                 ("not touching any edge", lambda item: not any(touches(item))),
                 (f"touching the {pick(rng, ['base', 'bottom'])}", lambda item: touches(item)[2]),
                 ("touching a corner", lambda item: touches(item)[0] and any(touches(item)[1:])),
@@ -212,43 +258,47 @@ def kind_of_item(rng: np.random.Generator, place: bool) -> tuple[str, str, Test]
         )
 
     def test(item: Item) -> bool:
-        return colour in (None, item["color"]) and shape in (None, item["type"]) and where[1](item)
+        return colour in (None, item["color"]) and shape in (None, item["type"]) and there(item)
 
-    return f"{colour} {noun}" if colour else noun, where[0], test
-
-
-def count_items(boxes: list[list[Item]], rng: np.random.Generator, *, place: bool = False) -> tuple[str, bool]:
-    how, be, enough = amount(rng, 4)
-    what, where, test = kind_of_item(rng, place)
-    return f"there {be} {how} {plural(what, be)} {where}".strip(), enough(sum(test(i) for box in boxes for i in box))
+    return f"{colour} {noun}" if colour else noun, where, test
 
 
-def count_boxes(boxes: list[list[Item]], rng: np.random.Generator, says: Callable, noun: str) -> tuple[str, bool]:
-    how, be, enough = amount(rng, pick(rng, [1, 1, 1, 2, 3]))
-    about, test = says(rng)
-    return f"there {be} {how} {plural(noun, be)} with {about}", enough(sum(test(box) for box in boxes))
-
-
-def each_box(boxes: list[list[Item]], rng: np.random.Generator) -> tuple[str, bool]:
-    what, where, test = kind_of_item(rng, bool(rng.integers(2)))
-    return f"each {pick(rng, ['grey ', ''])}box contains at least one {what} {where}".strip(), all(
-        any(map(test, box)) for box in boxes
+def loose_items(rng: np.random.Generator, place: bool) -> Countable:
+    what, where, test = sort_of_item(rng, place)
+    return (
+        4,
+        lambda be: f"{plural(what, be)} {where}".strip(),
+        lambda boxes: sum(test(item) for box in boxes for item in box),
     )
 
 
-def colours_of(box: list[Item]) -> set[str]:
-    return {item["color"] for item in box}
+def boxes_with(rng: np.random.Generator, about: Callable[..., tuple[str, Test]], noun: str) -> Countable:
+    text, test = about(rng)
+    return pick(rng, [1, 1, 3]), lambda be: f"{plural(noun, be)} with {text}", lambda boxes: sum(map(test, boxes))
 
 
-def about_colours(rng: np.random.Generator, noun: str) -> tuple[str, Test]:
-    colour, other = rng.permutation(list(COLOURS))[:2]
+def number_of(rng: np.random.Generator, most: int, what: str, size: Callable[[Box], int]) -> tuple[str, Test]:
+    n = int(rng.integers(1, most + 1))
+    number, noun = pick(rng, [NUMBERS[n], str(n)]), plural(what, "is" if n == 1 else "are")
     return pick(
         rng,
         [
-            (f"{noun} of only one color", lambda box: len(colours_of(box)) == 1),
-            (f"only {colour} {noun}", lambda box: colours_of(box) == {colour}),
-            (f"{noun} of all 3 different colors", lambda box: len(colours_of(box)) == 3),
-            (f"{noun} of only {colour} and {other} color", lambda box: colours_of(box) == {colour, other}),
+            (f"exactly {number} {noun}", lambda box: size(box) == n),
+            (f"only {number} {noun}", lambda box: size(box) == n),
+            (f"at least {number} {noun}", lambda box: size(box) >= n),
+        ],
+    )
+
+
+def of_colours(rng: np.random.Generator, noun: str) -> tuple[str, Test]:
+    colour, other = (str(name) for name in rng.permutation(list(COLOURS))[:2])
+    return pick(
+        rng,
+        [
+            (f"{noun} of only one color", lambda box: len(set(upwards(box))) == 1),
+            (f"only {colour} {noun}", lambda box: set(upwards(box)) == {colour}),
+            (f"{noun} of all 3 different colors", lambda box: len(set(upwards(box))) == 3),
+            (f"{noun} of only {colour} and {other} color", lambda box: set(upwards(box)) == {colour, other}),
         ],
     )
 
@@ -256,70 +306,61 @@ def about_colours(rng: np.random.Generator, noun: str) -> tuple[str, Test]:
 def about_box(rng: np.random.Generator) -> tuple[str, Test]:
     which = int(rng.integers(4))
     if which == 0:
-        return about_colours(rng, "items")
+        return of_colours(rng, "items")
     if which == 1:
-        (what, where, test), (second, _, also) = kind_of_item(rng, True), kind_of_item(rng, False)
+        return number_of(rng, 7, "item", len)
+    (what, where, test), (second, _, also) = sort_of_item(rng, True), sort_of_item(rng, False)
+    if which == 2:
         return f"a {second} and a {what} {where}", lambda box: any(map(test, box)) and any(map(also, box))
-    how, be, enough = amount(rng, 7 if which == 2 else 4)
-    what, _, test = ("item", "", bool) if which == 2 else kind_of_item(rng, False)
-    return f"{how} {plural(what, be)}", lambda box: enough(sum(map(test, box)))
+    return number_of(rng, 4, second, lambda box: sum(map(also, box)))
 
 
-def upwards(box: list[Item]) -> list[str]:
-    return [item["color"] for item in sorted(box, key=lambda item: -item["y_loc"])]
-
-
-def about_end(rng: np.random.Generator) -> tuple[str, Test]:
+def at_end(rng: np.random.Generator) -> tuple[str, str, Test]:
     colour, end = pick(rng, list(COLOURS)), pick(rng, ["base", "top"])
-    return f"a {colour} block at the {end}", lambda box: upwards(box)[0 if end == "base" else -1] == colour
-
-
-def about_height(rng: np.random.Generator) -> tuple[str, Test]:
-    how, be, enough = amount(rng, 4)
-    return f"{how} {plural('block', be)}", lambda box: enough(len(box))
-
-
-def about_order(rng: np.random.Generator) -> tuple[str, Test]:
-    upper, lower = pick(rng, list(COLOURS)), pick(rng, list(COLOURS))
-    text = f"a {upper} block {pick(rng, ['over', 'above', 'on'])} a {lower} block"
-    return text, lambda box: (lower, upper) in itertools.pairwise(upwards(box))
+    return colour, end, lambda box: upwards(box)[0 if end == "base" else -1] == colour
 
 
 def about_tower(rng: np.random.Generator) -> tuple[str, Test]:
     which = int(rng.integers(6))
-    if which < 3:
-        return (about_end, about_height, about_order)[which](rng)
+    colour, end, ends = at_end(rng)
+    if which == 0:
+        return f"a {colour} block at the {end}", ends
+    if which == 1:
+        return number_of(rng, 4, "block", len)
+    if which == 2:
+        upper, lower = pick(rng, list(COLOURS)), colour
+        text = f"a {upper} block {pick(rng, ['over', 'above', 'on'])} a {lower} block"
+        return text, lambda box: (lower, upper) in itertools.pairwise(upwards(box))
     if which == 3:
-        return about_colours(rng, "blocks")
+        return of_colours(rng, "blocks")
     if which == 4:
-        (height, high), (end, at_end) = about_height(rng), about_end(rng)
-        return f"{height} {pick(rng, ['and', 'with', 'having'])} {end}", lambda box: high(box) and at_end(box)
-    how, be, enough = amount(rng, 3)
+        height, high = number_of(rng, 4, "block", len)
+        text = f"{height} {pick(rng, ['and', 'with', 'having'])} a {colour} block at the {end}"
+        return text, lambda box: high(box) and ends(box)
+    return number_of(rng, 3, f"{colour} block", lambda box: upwards(box).count(colour))
+
+
+def ends_of_towers(rng: np.random.Generator) -> Countable:
+    colour, end, ends = at_end(rng)
+    return 3, lambda be: f"{colour} {plural('block', be)} as the {end} of a tower", lambda boxes: sum(map(ends, boxes))
+
+
+def blocks(rng: np.random.Generator) -> Countable:
     colour = pick(rng, list(COLOURS))
-    return f"{how} {colour} {plural('block', be)}", lambda box: enough(upwards(box).count(colour))
+    return (
+        6,
+        lambda be: f"{colour} {plural('block', be)}",
+        lambda boxes: sum(upwards(box).count(colour) for box in boxes),
+    )
 
 
-def block_of_tower(boxes: list[list[Item]], rng: np.random.Generator) -> tuple[str, bool]:
-    """As about_end and about_order, with the block as the subject."""
-    if rng.integers(2):
-        text, test = about_order(rng)
-        return f"there is {text}", any(map(test, boxes))
-    how, be, enough = amount(rng, 3)
-    colour, end = pick(rng, list(COLOURS)), pick(rng, ["base", "top"])
-    count = sum(upwards(box)[0 if end == "base" else -1] == colour for box in boxes)
-    return f"there {be} {how} {colour} {plural('block', be)} as the {end} of a tower", enough(count)
-
-
-def count_blocks(boxes: list[list[Item]], rng: np.random.Generator) -> tuple[str, bool]:
-    how, be, enough = amount(rng, 6)
-    colour = pick(rng, list(COLOURS))
-    return f"there {be} {how} {colour} {plural('block', be)}", enough(sum(upwards(box).count(colour) for box in boxes))
-
-
-TOWERS = [partial(count_boxes, says=about_tower, noun="tower")] * 3 + [block_of_tower, count_blocks]
-SCATTERED = [
-    *[partial(count_boxes, says=about_box, noun="box")] * 2,
-    count_items,
-    *[partial(count_items, place=True)] * 2,
-    each_box,
+TOWERS: list[Callable[..., Countable]] = [
+    *[partial(boxes_with, about=about_tower, noun="tower")] * 3,
+    ends_of_towers,
+    blocks,
+]
+SCATTERED: list[Callable[..., Countable]] = [
+    *[partial(boxes_with, about=about_box, noun="box")] * 2,
+    partial(loose_items, place=False),
+    *[partial(loose_items, place=True)] * 2,
 ]
