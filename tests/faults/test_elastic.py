@@ -62,8 +62,16 @@ def final(run, stage):
     return load_file(run / "checkpoints" / stage / "final" / "model.safetensors")
 
 
-def test_ranks_and_zero_stage_change_in_the_middle_of_every_stage(tmp_path, synthetic, uninterrupted):
-    stops = [2, 4, 6, 9, 11, 13, 15, 17, 19, 21, 23, None]  # steps of the run: three within each stage, and one past it
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([4, 12, 20], id="once"),
+        pytest.param([2, 4, 6, 9, 11, 13, 15, 17, 19, 21, 23], id="all", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_and_zero_stage_change_in_the_middle_of_every_stage(tmp_path, synthetic, uninterrupted, stops):
+    """Stopped after these steps of the run: once in each stage, or in each stage between every two layouts."""
+    stops = [*stops, None]
     for launch, stop in enumerate(stops):
         ranks, zero = LAYOUTS[launch % 4]
         codes, output = start(tmp_path, synthetic, ranks, zero, stop)

@@ -20,7 +20,7 @@ def wait_for_writing(folder, processes):
             return
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_random_moments(tmp_path, synthetic, uninterrupted, kills):
     """SIGKILL to one rank or both: between steps, while a checkpoint is written, and at the change of stages."""
     rng = random.Random(kills)

@@ -110,7 +110,10 @@ def remount(path, mode):
     subprocess.run(["mount", "-o", f"remount,{mode}", str(path)], check=True)
 
 
-@pytest.mark.parametrize("how, reason", [("full", "No space left"), ("read-only", "Read-only file system")])
+@pytest.mark.parametrize(
+    "how, reason",
+    [("full", "No space left"), pytest.param("read-only", "Read-only file system", marks=pytest.mark.long)],
+)
 def test_a_disk_that_cannot_be_written_is_told_of_and_training_goes_on(
     tmp_path, synthetic, uninterrupted, small_disk, how, reason
 ):

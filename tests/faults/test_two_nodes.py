@@ -61,7 +61,7 @@ def start(nodes, synthetic, *more):
     return nodes.start(*launcher, "--deepspeed_config", "ds_configs/zero3.json", *arguments)
 
 
-@pytest.mark.parametrize("victim", [1, 0], ids=["worker", "master"])
+@pytest.mark.parametrize("victim", [pytest.param(1, id="worker", marks=pytest.mark.long), pytest.param(0, id="master")])
 def test_the_death_of_a_node_ends_the_run_and_the_same_command_goes_on(nodes, preflight, synthetic, victim):
     assert preflight[0].returncode == 0
     run = nodes.folder / "run"

@@ -58,9 +58,8 @@ def image_stage(folder, data, config, *settings):
 @pytest.mark.parametrize(
     "stage, half",
     [
-        (2, True),
         (3, True),
-        *(pytest.param(*c, marks=pytest.mark.long) for c in ((1, True), (1, False), (2, False), (3, False))),
+        *(pytest.param(*c, marks=pytest.mark.long) for c in ((1, True), (2, True), (1, False), (2, False), (3, False))),
     ],
 )
 def test_accumulated_micro_batches_make_the_same_steps(tmp_path, synthetic, stage, half):
