@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from models.tiny import JOINT, tiny_batch, tiny_model
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from vlmo_ds.data.tokenizer import train_tokenizer
@@ -134,6 +134,19 @@ def test_images_are_read_from_files_bytes_arrays_and_pillow(tmp_path):
     assert values.shape == (4, 3, 32, 32) and values.min() >= -1 and values.max() <= 1
     assert all(torch.equal(value, values[0]) for value in values)
     assert processor([[array, array]] * 3)["pixel_values"].shape == (3, 2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_photos_are_turned_upright(tmp_path, turned):
+    array = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(array)
+    image.getexif()[ExifTags.Base.Orientation] = turned
+    image.save(tmp_path / "x.png", exif=image.getexif())
+    upright = ImageOps.exif_transpose(image)
+    assert (turned == 1) == np.array_equal(upright, array)
+    values = VLMoImageProcessor(size=32)([tmp_path / "x.png", image, upright])["pixel_values"]
+    assert torch.allclose(values[1], values[2])
+    assert torch.allclose(values[0], values[2], atol=8.1 / 255)  # turned after resizing, whose two passes round
 
 
 def test_official_names_and_back(tmp_path, batch):

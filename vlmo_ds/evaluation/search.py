@@ -150,7 +150,7 @@ def search(
 
 def thumbnail(file: Path) -> Image.Image:
     with Image.open(file) as image:
-        return ImageOps.pad(image.convert("RGB"), (THUMBNAIL, THUMBNAIL), color="white")
+        return ImageOps.pad(ImageOps.exif_transpose(image).convert("RGB"), (THUMBNAIL, THUMBNAIL), color="white")
 
 
 def as_html(found: Sequence[tuple[Query, list[Hit]]], images: Path) -> bytes:
