@@ -146,7 +146,7 @@ def test_photos_are_turned_upright(tmp_path, turned):
     assert (turned == 1) == np.array_equal(upright, array)
     values = VLMoImageProcessor(size=32)([tmp_path / "x.png", image, upright])["pixel_values"]
     assert torch.allclose(values[1], values[2])
-    assert torch.allclose(values[0], values[2], atol=8.1 / 255)  # turned after resizing, whose two passes round
+    assert (values[0] - values[2]).abs().mean() < 1 / 127.5  # turned after resizing, whose two passes round
 
 
 def test_official_names_and_back(tmp_path, batch):
