@@ -61,7 +61,7 @@ def summary(right: Mapping[str, bool], group: Callable[[str], str]) -> dict:
 
 def vqa_answers(name: str, shards: str) -> dict[str, str]:
     """question_id -> answer, as the submission file has them."""
-    out = ROOT / "runs" / name / "answers.json"
+    out = ROOT / "runs" / name / "submission.json"
     run(*PYTHON, "vlmo_ds.evaluation.vqa", f"runs/{name}", "--shards", shards, "--submission", out)
     return {str(row["question_id"]): row["answer"] for row in json.loads(out.read_text())}
 

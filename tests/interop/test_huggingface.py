@@ -76,6 +76,24 @@ def test_retrieval_and_the_bare_encoder(tmp_path, batch, changes):
     assert found["last_hidden_state"].shape == (4, 16 + 17, 32)
 
 
+def test_pipeline_classifies_by_names(tmp_path, batch):
+    from transformers import pipeline
+
+    model = tiny_model({"irtr": 1.0}, torch.float32).eval()
+    to_hugging_face(model.state_dict(), model.config, ["irtr"], WORDS, None, tmp_path / "out")
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "out"))
+    found = classify(Image.new("RGB", (40, 30), "red"), candidate_labels=["3", "4"], hypothesis_template="is {} a word")
+    inputs = classify.tokenizer(["is 3 a word", "is 4 a word"], return_tensors="pt", padding=True)
+    pixels = VLMoImageProcessor(size=32)(Image.new("RGB", (40, 30), "red"))["pixel_values"]
+    texts = {"text_ids": inputs["input_ids"], "text_masks": inputs["attention_mask"]}
+    with torch.no_grad():
+        image, text = (model(b, f"encode_{k}")[k] for b, k in (({"image": pixels}, "image"), (texts, "text")))
+        expected = (model.logit_scale.exp() * image @ text.t()).softmax(1)[0].tolist()
+    assert {row["label"]: row["score"] for row in found} == pytest.approx(
+        dict(zip("34", expected, strict=True)), abs=1e-5
+    )
+
+
 def test_questions_and_pairs(tmp_path, batch):
     model = tiny_model({"vqa": 1.0}, torch.float32, vqav2_label_size=3).eval()
     to_hugging_face(model.state_dict(), model.config, ["vqa"], WORDS, ["yes", "no", "red"], tmp_path / "vqa")

@@ -26,6 +26,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
     AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -295,5 +296,6 @@ class VLMoProcessor(ProcessorMixin):
 AutoConfig.register(VLMoConfig.model_type, VLMoConfig)
 AutoModel.register(VLMoConfig, VLMoModel)
 AutoModelForVisualQuestionAnswering.register(VLMoConfig, VLMoForQuestionAnswering)
+AutoModelForZeroShotImageClassification.register(VLMoConfig, VLMoForImageTextRetrieval)
 AutoImageProcessor.register(VLMoConfig, VLMoImageProcessor)
 AutoProcessor.register(VLMoConfig, VLMoProcessor)
