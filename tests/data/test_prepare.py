@@ -202,7 +202,7 @@ def test_nlvr1_annotations(tmp_path):
     prepare("nlvr1", "--root", tmp_path, "--kind", "annotations", "--output", tmp_path / "out")
     found = samples(tmp_path / "out")
     assert len(found) == 18
-    answers, read = Counter(), 0
+    answers, read, described = Counter(), 0, 0
     for sample in found:
         towers = scenes[re.search(r"dev-(\d-\d)-\d", sample.meta["questions"][0]["question_id"])[1]]
         for caption in sample.captions:
@@ -218,7 +218,11 @@ def test_nlvr1_annotations(tmp_path):
             elif counted := re.fullmatch(r"how many (blue|black|yellow) blocks are there", text):
                 read += 1
                 assert answer == str(sum(t.count(counted[1]) for t in towers)), (text, towers)
-    assert answers["true"] == answers["false"] == 72 and read > 10
+            elif re.search(r"a tower with (one \w+ block$|\w+ at the base)", text):
+                described += 1
+                told = [re.findall("blue|black|yellow", part) for part in text.split(" ; ")]
+                assert all(t in towers for t in told) == (answer == "true"), (text, towers)
+    assert answers["true"] == answers["false"] >= 72 and read > 10 and described > 20
 
 
 def test_text_packs_sentences(tmp_path):

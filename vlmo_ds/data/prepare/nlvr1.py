@@ -27,7 +27,7 @@ MOST = 9
 ANSWERS = ["false", "true", *map(str, range(MOST + 1))]
 COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 BOX, BETWEEN = (211, 211, 211), (128, 128, 128)
-DESCRIPTIONS, COUNTS, STATEMENTS = 4, 4, 4  # captions and questions made up for a picture
+DESCRIPTIONS, COUNTS, STATEMENTS, EASIER = 4, 4, 4, 2  # captions and questions made up for a picture
 
 
 def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: int) -> Plan:
@@ -147,7 +147,8 @@ def made_up(examples: Sequence[dict[str, Any]], seed: int) -> dict[str, dict[str
     """identifier -> captions that describe its boxes, and questions about them as (text, answer).
 
     A question is how many there are of something, or a statement. Each statement is true of one example and false of
-    another of the same sort and is given to both: no statement is more often true than false.
+    another of the same sort and is given to both: no statement is more often true than false. The easier ones are what
+    training gets a hold on: with the others alone it stays where it is for a long time.
     """
     sorts: dict[bool, list[tuple[str, list[Box]]]] = {True: [], False: []}
     for example in examples:
@@ -155,7 +156,7 @@ def made_up(examples: Sequence[dict[str, Any]], seed: int) -> dict[str, dict[str
         sorts[towers].append((example["identifier"], boxes))
     out: dict[str, dict[str, list]] = {e["identifier"]: {"captions": [], "questions": []} for e in examples}
     for towers, found in sorts.items():
-        rng = generator(20, seed, int(towers))
+        rng, easy = generator(20, seed, int(towers)), generator(21, seed, int(towers))
         templates = TOWERS if towers else SCATTERED
         order = rng.permutation(len(found))
         for this, other in zip(order, np.roll(order, 1), strict=True):
@@ -167,15 +168,16 @@ def made_up(examples: Sequence[dict[str, Any]], seed: int) -> dict[str, dict[str
                 if answer != "0" or rng.random() < 0.1:  # of most things there are none
                     counts[text] = answer
             out[name]["questions"] += counts.items()
-            told: set[str] = set()
+            told: dict[str, None] = {}  # a set that keeps its order
             for _ in range(200):
                 text, holds = statement(pick(rng, templates), rng)
-                if holds(boxes) and not holds(others) and text not in told:
-                    told.add(text)
-                    out[name]["questions"].append((text, "true"))
-                    out[other_name]["questions"].append((text, "false"))
+                if holds(boxes) and not holds(others):
+                    told[text] = None
                 if len(told) == STATEMENTS:
                     break
+            for text in told | dict.fromkeys(easier(boxes, others, towers, easy)):
+                out[name]["questions"].append((text, "true"))
+                out[other_name]["questions"].append((text, "false"))
     return out
 
 
@@ -189,6 +191,29 @@ def statement(template: Callable[..., Countable], rng: np.random.Generator) -> t
     hows = [(f"exactly {number}", int.__eq__), (f"only {number}", int.__eq__), (f"at least {number}", int.__ge__)]
     how, compare = pick(rng, hows + ([("a", int.__ge__)] * 3 if n == 1 else []))
     return f"there {be} {how} {words(be)}", lambda boxes: compare(count(boxes), n)
+
+
+def easier(boxes: list[Box], others: list[Box], towers: bool, rng: np.random.Generator) -> list[str]:
+    """Statements true of `boxes` and false of `others`: of all boxes, of a box, of something that is there."""
+    out: list[str] = []
+    described, templates = (described_tower, TOWERS) if towers else (described_items, SCATTERED)
+    there = [contents(box, towers) for box in others]
+    unlike = [described(box) for box in boxes if contents(box, towers) not in there]
+    for _ in range(EASIER):
+        everything = description(boxes, towers, rng)
+        if set(unlike) & set(everything.split(" ; ")):
+            out += [everything, f"there is {pick(rng, unlike)}"]
+        for _ in range(50):
+            _, words, count = pick(rng, templates)(rng)
+            if count(boxes) and not count(others):
+                out.append(f"there is a {words('is')}")
+                break
+    return out
+
+
+def contents(box: Box, towers: bool) -> tuple:
+    """What a description of a box says, in one order."""
+    return tuple(upwards(box) if towers else sorted(Counter(map(group, box)).items()))
 
 
 def how_many(template: Callable[..., Countable], boxes: list[Box], rng: np.random.Generator) -> tuple[str, str]:
@@ -216,12 +241,15 @@ def described_tower(box: Box) -> str:
 
 
 def described_items(box: Box) -> str:
-    groups = Counter((item["color"], item["type"], any(touches(item))) for item in box)
     parts = []
-    for (colour, shape, touching), n in groups.items():
+    for (colour, shape, touching), n in Counter(map(group, box)).items():
         what = f"{NUMBERS[n]} {colour} {plural(shape, 'is' if n == 1 else 'are')}"
         parts.append(f"{what} touching the wall" if touching else what)
     return f"a box with {' , '.join(parts)}"
+
+
+def group(item: Item) -> tuple[str, str, bool]:
+    return item["color"], item["type"], any(touches(item))
 
 
 def pick(rng: np.random.Generator, choices: Sequence) -> Any:
