@@ -194,15 +194,15 @@ def statement(template: Callable[..., Countable], rng: np.random.Generator) -> t
 
 
 def easier(boxes: list[Box], others: list[Box], towers: bool, rng: np.random.Generator) -> list[str]:
-    """Statements true of `boxes` and false of `others`: of some boxes, of one, of something that is there."""
+    """Statements true of `boxes` and false of `others`: of all boxes, of a box, of something that is there."""
     out: list[str] = []
     described, templates = (described_tower, TOWERS) if towers else (described_items, SCATTERED)
     there = [contents(box, towers) for box in others]
     unlike = [described(box) for box in boxes if contents(box, towers) not in there]
     for _ in range(EASIER):
-        several = description(boxes, towers, rng, words=24)
-        if set(unlike) & set(several.split(" ; ")):
-            out += [several, f"there is {pick(rng, unlike)}"]
+        everything = description(boxes, towers, rng)
+        if set(unlike) & set(everything.split(" ; ")):
+            out += [everything, f"there is {pick(rng, unlike)}"]
         for _ in range(50):
             _, words, count = pick(rng, templates)(rng)
             if count(boxes) and not count(others):
@@ -221,12 +221,12 @@ def how_many(template: Callable[..., Countable], boxes: list[Box], rng: np.rando
     return f"how many {words('are')} are there", str(min(count(boxes), MOST))
 
 
-def description(boxes: list[Box], towers: bool, rng: np.random.Generator, words: int = 40) -> str:
-    """Boxes one after the other in any order, as many as the number of words holds, one at least."""
+def description(boxes: list[Box], towers: bool, rng: np.random.Generator) -> str:
+    """Boxes one after the other in any order, as many as 40 words hold, one at least."""
     parts: list[str] = []
     for number in rng.permutation(len(boxes)):
         part = (described_tower if towers else described_items)(boxes[number])
-        if parts and sum(len(p.split()) for p in (*parts, part)) > words:
+        if parts and sum(len(p.split()) for p in (*parts, part)) > 40:
             break
         parts.append(part)
     return " ; ".join(parts)
