@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from vlmo_ds.data.tokenizer import train_tokenizer
+from vlmo_ds.evaluation.search import thumbnail
 from vlmo_ds.interop.export import to_hugging_face, write_official
 from vlmo_ds.interop.huggingface import VLMoConfig, VLMoImageProcessor, VLMoModel
 from vlmo_ds.interop.official import read_weights
@@ -165,6 +166,25 @@ def test_photos_are_turned_upright(tmp_path, turned):
     values = VLMoImageProcessor(size=32)([tmp_path / "x.png", image, upright])["pixel_values"]
     assert torch.allclose(values[1], values[2])
     assert (values[0] - values[2]).abs().mean() < 1 / 127.5  # turned after resizing, whose two passes round
+
+
+@pytest.mark.parametrize("byte, value", [(11, 0), (37, 1)])  # the type of a field before, and of one behind
+def test_what_else_a_camera_wrote_may_be_broken(tmp_path, byte, value):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.DateTime] = "Maker", "2020:01:01"
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.XResolution] = 6, 72.0
+    image.save(tmp_path / "x.jpg", exif=exif)
+    broken = bytearray((tmp_path / "x.jpg").read_bytes())
+    broken[broken.index(b"Exif\0\0") + 6 + byte] = value
+    (tmp_path / "x.jpg").write_bytes(broken)
+    processor = VLMoImageProcessor(size=32)
+    with Image.open(tmp_path / "x.jpg") as photo:
+        expected = processor(np.rot90(np.array(photo), -1))["pixel_values"]
+        values = processor([tmp_path / "x.jpg", photo])["pixel_values"]
+    assert (values - expected).abs().mean() < 4 / 127.5  # two decoders, and turned before or after resizing
+    upright = np.array(thumbnail(tmp_path / "x.jpg"))
+    assert (upright[0] == 255).all() and (upright[:, 0] != 255).any()  # white above and below: wider than high
 
 
 def test_official_names_and_back(tmp_path, batch):

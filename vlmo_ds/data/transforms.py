@@ -18,13 +18,22 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.nn import functional
 
 MAX_PIXELS = 100_000_000  # a larger header is an attack or a mistake, and decoding it can exhaust the memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 BICUBIC = Image.Resampling.BICUBIC
 GREY = (128, 128, 128)  # zero after normalisation
+TURNS = {  # of EXIF orientations; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 Box = tuple[int, int, int, int]
 
 
@@ -93,6 +102,17 @@ def opened(data: bytes) -> Image.Image:
         raise ValueError("not a readable image (no known format)") from None
     except Exception as error:  # as in decode
         raise ValueError(f"not a readable image ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def upright(image: Image.Image, photo: Image.Image | bytes) -> Image.Image:
+    """The image turned as the EXIF orientation of the photo it was made of says; as it is where none can be read."""
+    try:
+        turn = TURNS.get(
+            (opened(photo) if isinstance(photo, bytes) else photo).getexif().get(ExifTags.Base.Orientation)
+        )
+    except Exception:  # pixels can be read where what a camera wrote about them is broken
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def square(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:

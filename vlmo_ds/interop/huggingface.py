@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -37,12 +37,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from vlmo_ds.config import ModelConfig
-from vlmo_ds.data.transforms import EncodedImage, opened, pixels, resized, square
+from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright
 from vlmo_ds.models.multiway import Stream
 from vlmo_ds.models.vlmo import IMAGE_MEAN, IMAGE_STD, VLMo, init_weights
 
 RETRIEVAL = ("itc", "itm", "irtr")
-ORIENTATION = ExifTags.Base.Orientation
 
 
 class VLMoConfig(PreTrainedConfig):
@@ -245,20 +244,11 @@ class VLMoImageProcessor(BaseImageProcessor):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
             made = square(EncodedImage(image), self.size, np.random.default_rng(0))
-            made.getexif()[ORIENTATION] = orientation(image)
-            made = ImageOps.exif_transpose(made)  # of a square: the same before and after resizing
+            made = upright(made, image)  # of a square: the same before and after resizing
         else:
             whole = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-            made = resized(np.array(ImageOps.exif_transpose(whole).convert("RGB")), self.size, self.size)
+            made = resized(np.array(upright(whole, whole).convert("RGB")), self.size, self.size)
         return (pixels(made).astype(np.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
-
-
-def orientation(data: bytes) -> int:
-    """An encoded image's EXIF orientation, 1 (upright) where none can be read."""
-    try:
-        return opened(data).getexif().get(ORIENTATION, 1)
-    except Exception:  # pixels can be read where what a camera wrote about them is broken
-        return 1
 
 
 class VLMoProcessor(ProcessorMixin):
