@@ -124,8 +124,9 @@ def test_learns_to_answer_and_is_exported(tmp_path, pretrained, asked):
     done = call("vlmo_ds.evaluation.vqa", run, "--submission", tmp_path / "answers.json")
     assert "vqa: 48 questions, accuracy 100.00" in done.stdout
     assert {"question_id": 3, "answer": "yes"} in json.loads((tmp_path / "answers.json").read_text())
-    done = call("vlmo_ds.evaluation.vqa", run, "--submission", run / "answers.json", code=2)
-    assert "answers.json is the list of answers that the run was trained with" in done.stderr
+    for option in ("--submission", "--output"):
+        done = call("vlmo_ds.evaluation.vqa", run, option, run / "answers.json", code=2)
+        assert f"{option}: {run / 'answers.json'} is the list of answers that the run was trained" in done.stderr
     done = call(
         "vlmo_ds.interop.export", run, "--output", tmp_path / "exported", "--official", tmp_path / "official.pt"
     )

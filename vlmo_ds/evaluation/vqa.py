@@ -99,10 +99,12 @@ def main() -> None:
     args = parser.parse_args()
     run, recipe, model, tokenizer = runs.open_run(args.run, {"vqa"})
     own = run / ANSWERS
-    if args.submission and args.submission.resolve() == own.resolve():
-        raise RecipeError(
-            f"--submission: {own} is the list of answers that the run was trained with; name another file"
-        )
+    for option in ("submission", "output"):
+        file = getattr(args, option)
+        if file and file.resolve() == own.resolve():
+            raise RecipeError(
+                f"--{option}: {own} is the list of answers that the run was trained with; name another file"
+            )
     config = EvaluationConfig.of(recipe.vqa, "vqa", shards=args.shards)
     answers = read_answers(run, recipe.model.vqav2_label_size)
     rows = evaluate(model, config, answers, tokenizer, model.collector)
