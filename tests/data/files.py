@@ -1,10 +1,16 @@
-"""Small images and tars for the data tests."""
+"""Small images, tars and shard sets for the data tests."""
 
 import io
 import tarfile
+from functools import partial
 from pathlib import Path
 
+from conftest import call
 from PIL import Image
+
+from vlmo_ds.data.shards import RawSample, list_shards
+
+prepare = partial(call, "vlmo_ds.data.prepare")
 
 
 def jpeg(size=(20, 10), colour=(200, 30, 30)) -> bytes:
@@ -39,3 +45,7 @@ def write_pairs(path: Path, count: int, name: str = "", **changed: bytes) -> Pat
     for member, data in changed.items():
         members[name + member[1:].replace("_", ".")] = data
     return write_tar(path, members)
+
+
+def samples(folder: Path) -> list[RawSample]:
+    return [s.read(row) for s in list_shards([str(folder)]) for row in range(s.samples)]

@@ -4,30 +4,18 @@ import hashlib
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, call
-from data.files import jpeg, png, write_tar
+from conftest import ROOT
+from data.files import jpeg, png, prepare, samples, write_tar
 from PIL import Image
 
 from vlmo_ds.data.prepare.answers import normalize_answer, soft_score
-from vlmo_ds.data.shards import list_shards
-
-prepare = partial(call, "vlmo_ds.data.prepare")
-
-
-def samples(folder):
-    return [s.read(row) for s in list_shards([str(folder)]) for row in range(s.samples)]
 
 
 def coco_tree(root):
@@ -92,137 +80,6 @@ def test_karpathy_flickr30k(tmp_path):
     (root / "dataset_flickr30k.json").write_text(json.dumps({"images": [image], "dataset": "flickr30k"}))
     prepare("karpathy", "--dataset", "flickr30k", "--root", root, "--split", "test", "--output", tmp_path / "out")
     assert samples(tmp_path / "out")[0].captions == ["Two men."]
-
-
-def write_nlvr1(root: Path) -> None:
-    """Two examples, the first true, the second false; the six pictures of each have widths of their own."""
-    with tarfile.open(root / "dev_images.tar", "w") as tar:
-        for first, identifier in ((30, "10-0"), (40, "10-1")):
-            for permutation in range(6):
-                picture = png((first + permutation, 10))
-                info = tarfile.TarInfo(f"images/3/dev-{identifier}-{permutation}.png")
-                info.size = len(picture)
-                tar.addfile(info, io.BytesIO(picture))
-    examples = [
-        {"identifier": i, "label": v, "sentence": "There is a box", "directory": "3"}
-        for i, v in (("10-0", "true"), ("10-1", "false"))
-    ]
-    (root / "dev.json").write_text("\n".join(map(json.dumps, examples)))
-
-
-def width(data: bytes) -> int:
-    return Image.open(io.BytesIO(data)).width
-
-
-def test_nlvr1_keeps_true_sentences(tmp_path):
-    write_nlvr1(tmp_path)
-    prepare("nlvr1", "--root", tmp_path, "--output", tmp_path / "out")
-    (sample,) = samples(tmp_path / "out")
-    assert sample.captions == ["There is a box"] and width(sample.image) == 30
-
-
-def test_nlvr1_as_questions(tmp_path):
-    write_nlvr1(tmp_path)
-    prepare("nlvr1", "--root", tmp_path, "--kind", "questions", "--output", tmp_path / "out")
-    found = {s.meta["questions"][0]["question_id"]: s for s in samples(tmp_path / "out")}
-    assert sorted(found) == [f"dev-10-{i}-{k}" for i in (0, 1) for k in range(6)]
-    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["false", "true", *"0123456789"]
-    (question,) = found["dev-10-1-4"].meta["questions"]
-    assert question["question"] == "There is a box" and question["answers"] == ["false"] * 10
-    assert (question["labels"], question["scores"]) == ([0], [1.0]) and width(found["dev-10-1-4"].image) == 44
-
-
-def test_nlvr1_as_pairs(tmp_path):
-    write_nlvr1(tmp_path)
-    prepare("nlvr1", "--root", tmp_path, "--kind", "pairs", "--output", tmp_path / "out")
-    found = {s.meta["sentences"][0]["identifier"]: s for s in samples(tmp_path / "out")}
-    assert len(found) == 12
-    (sentence,) = found["dev-10-0-5"].meta["sentences"]
-    assert sentence["label"] == "True" and sentence["sentence_id"] == "dev-10"
-    assert [width(found["dev-10-0-5"].picture(f"{n}.")) for n in (0, 1)] == [35, 30]
-
-
-def test_nlvr1_in_all_exchanges_of_colours(tmp_path):
-    grey, yellow, black, blue = (211, 211, 211), (255, 255, 0), (0, 0, 0), (0, 153, 255)
-    between, edge = (128, 128, 128), tuple(np.mean([grey, yellow], 0).round().astype(int))
-    pixels = np.array([[grey, yellow, black, blue, between, edge]], np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).convert("RGBA").save(out, "PNG")
-    with tarfile.open(tmp_path / "dev_images.tar", "w") as tar:
-        for number in range(2):
-            info = tarfile.TarInfo(f"images/3/dev-1-0-{number}.png")
-            info.size = len(out.getvalue())
-            tar.addfile(info, io.BytesIO(out.getvalue()))
-    example = {"identifier": "1-0", "label": "true", "sentence": "Yellow over a black one", "directory": "3"}
-    (tmp_path / "dev.json").write_text(json.dumps(example))
-
-    prepare("nlvr1", "--root", tmp_path, "--augment", "--output", tmp_path / "captions")
-    assert len(samples(tmp_path / "captions")) == 12  # two pictures, six exchanges
-    prepare("nlvr1", "--root", tmp_path, "--kind", "questions", "--augment", "--output", tmp_path / "out")
-    found = {s.meta["questions"][0]["question_id"]: s for s in samples(tmp_path / "out")}
-    assert len(found) == 12 and found["dev-1-0-1"].meta["questions"][0]["question"] == "Yellow over a black one"
-    changed = found["dev-1-0-1-blue-yellow-black"]
-    assert changed.meta["questions"][0]["question"] == "blue over a yellow one"
-    edge = np.mean([grey, blue], 0)
-    shown = np.asarray(Image.open(io.BytesIO(changed.image)).convert("RGB")).astype(int)
-    assert np.abs(shown - [[grey, blue, yellow, black, between, edge]]).max() <= 1
-
-
-def item(colour: str, height: int) -> dict:
-    return {"type": "square", "color": colour, "x_loc": 40, "y_loc": 80 - 21 * height, "size": 20}
-
-
-def holds(sentence: str, towers: list[list[str]]) -> bool:
-    """A reading of its own of one form of statement about towers."""
-    found = re.fullmatch(r"there (?:is|are) (exactly|only|at least) (\w+) (\w+) blocks?", sentence)
-    count, said = sum(t.count(found[3]) for t in towers), {"one": 1, "two": 2, "three": 3, "four": 4}.get(found[2])
-    said = said or int(found[2])
-    return count >= said if found[1] == "at least" else count == said
-
-
-def test_nlvr1_annotations(tmp_path):
-    """Captions and questions made of annotations: as many statements false as true, and right by another reading."""
-    scenes = {
-        "1-0": [["blue", "black"], ["yellow"], ["yellow", "yellow", "blue"]],
-        "1-1": [["black", "blue", "blue"], ["black"], ["yellow", "black"]],
-        "2-0": [["yellow", "black", "black"], ["blue", "blue"], ["black"]],
-    }
-    names = {"blue": "#0099ff", "black": "Black", "yellow": "Yellow"}
-    examples = []
-    with tarfile.open(tmp_path / "dev_images.tar", "w") as tar:
-        for identifier, towers in scenes.items():
-            for number in range(6):
-                picture = png((40, 10))
-                info = tarfile.TarInfo(f"images/3/dev-{identifier}-{number}.png")
-                info.size = len(picture)
-                tar.addfile(info, io.BytesIO(picture))
-            boxes = [[item(names[colour], height) for height, colour in enumerate(tower)] for tower in towers]
-            examples.append({"identifier": identifier, "label": "true", "sentence": "A", "structured_rep": boxes})
-    (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, examples)))
-    prepare("nlvr1", "--root", tmp_path, "--kind", "annotations", "--output", tmp_path / "out")
-    found = samples(tmp_path / "out")
-    assert len(found) == 18
-    answers, read, described = Counter(), 0, 0
-    for sample in found:
-        towers = scenes[re.search(r"dev-(\d-\d)-\d", sample.meta["questions"][0]["question_id"])[1]]
-        for caption in sample.captions:
-            told = [re.findall("blue|black|yellow", part) for part in caption.split(" ; ")]
-            assert told and all(told.count(t) <= towers.count(t) for t in told), (caption, towers)
-        for question in sample.meta["questions"]:
-            (answer,) = set(question["answers"])
-            answers[answer] += 1
-            text = question["question"]
-            if re.fullmatch(r"there (is|are) (exactly|only|at least) \w+ (blue|black|yellow) blocks?", text):
-                read += 1
-                assert holds(text, towers) == (answer == "true"), (text, towers)
-            elif counted := re.fullmatch(r"how many (blue|black|yellow) blocks are there", text):
-                read += 1
-                assert answer == str(sum(t.count(counted[1]) for t in towers)), (text, towers)
-            elif re.search(r"a tower with (one \w+ block$|\w+ at the base)", text):
-                described += 1
-                told = [re.findall("blue|black|yellow", part) for part in text.split(" ; ")]
-                assert all(t in towers for t in told) == (answer == "true"), (text, towers)
-    assert answers["true"] == answers["false"] == 170 and (read, described) == (26, 130)
 
 
 def test_text_packs_sentences(tmp_path):

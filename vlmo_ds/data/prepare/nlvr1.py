@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from vlmo_ds.data.transforms import EncodedImage
 
 KINDS = ("captions", "questions", "pairs", "annotations")
 MOST = 9
-ANSWERS = ["false", "true", *map(str, range(MOST + 1))]
+SIDES = ["left", "middle", "right"]
+ANSWERS = ["false", "true", *map(str, range(MOST + 1)), *SIDES, "none"]
+ORDERS = list(itertools.permutations(range(3)))  # of an example's boxes in its pictures 0 to 5
 COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 BOX, BETWEEN = (211, 211, 211), (128, 128, 128)
-DESCRIPTIONS, COUNTS, STATEMENTS, EASIER = 4, 4, 4, 2  # captions and questions made up for a picture
+WHICH, COUNTS, STATEMENTS = 12, 4, 2  # questions made up for a picture; as many statements again that are false
 
 
 def nlvr1(root: Path, splits: Sequence[str], kind: str, augment: bool, resize: int) -> Plan:
@@ -82,14 +84,14 @@ def make(item: tuple, kind: str, resize: int) -> Made:
     if kind == "captions":
         meta = {"image_id": stable_id(pictures[0].hex()), "captions": clean_texts([sentence]), "file": name}
     elif kind == "questions":
-        meta["questions"] = [question(sentence, ANSWERS[label], identifier)]
+        meta["questions"] = [question(sentence, [ANSWERS[label]], identifier)]
     elif kind == "pairs":
         entry = {"sentence": sentence, "label": str(label), "identifier": identifier, "sentence_id": presentation}
         meta["sentences"] = [entry]
     else:
         meta["captions"] = [renamed(text, colours) for text in example["captions"]]
         asked = enumerate(example["questions"])
-        meta["questions"] = [question(renamed(t, colours), answer, f"{identifier}-{n}") for n, (t, answer) in asked]
+        meta["questions"] = [question(renamed(t, colours), a, f"{identifier}-{n}") for n, (t, a) in asked]
     if len(images) == 1:
         fields = {images[0][0]: images[0][1]}
     else:
@@ -98,9 +100,10 @@ def make(item: tuple, kind: str, resize: int) -> Made:
     yield Sample(fields | {"json": sample_json(**meta)}, texts)
 
 
-def question(text: str, answer: str, identifier: str) -> dict[str, Any]:
-    entry = {"question": text, "question_id": identifier, "answers": [answer] * 10}
-    return entry | {"labels": [ANSWERS.index(answer)], "scores": [1.0]}
+def question(text: str, answers: Sequence[str], identifier: str) -> dict[str, Any]:
+    """Ten annotators, who give the right answers in turn."""
+    entry = {"question": text, "question_id": identifier, "answers": [answers[n % len(answers)] for n in range(10)]}
+    return entry | {"labels": [ANSWERS.index(answer) for answer in answers], "scores": [1.0] * len(answers)}
 
 
 def recoloured(data: bytes, colours: Sequence[str]) -> bytes:
@@ -143,42 +146,48 @@ def scene(annotation: Sequence[Sequence[Item]]) -> tuple[bool, list[Box]]:
     return all(item["x_loc"] == 40 and item["size"] == 20 for box in boxes for item in box), boxes
 
 
-def made_up(examples: Sequence[dict[str, Any]], seed: int) -> dict[str, dict[str, list]]:
-    """identifier -> captions that describe its boxes, and questions about them as (text, answer).
+def made_up(examples: Sequence[dict[str, Any]], number: int) -> dict[str, dict[str, list]]:
+    """identifier -> captions of an example's picture of this number, and questions about it as (text, answers).
 
-    A question is how many there are of something, or a statement. Each statement is true of one example and false of
-    another of the same sort and is given to both: no statement is more often true than false. The easier ones are what
-    training gets a hold on: with the others alone it stays where it is for a long time.
+    Captions go through the boxes from left to right. A question is which of the boxes are of some sort, how many there
+    are of something, or a statement. A statement is true of one example and false of another and is given to both: none
+    is more often true than false. As with the sentences by people, the other one holds the same items in other places
+    where there is such an example, so that to count them does not help.
     """
-    sorts: dict[bool, list[tuple[str, list[Box]]]] = {True: [], False: []}
-    for example in examples:
-        towers, boxes = scene(example["structured_rep"])
-        sorts[towers].append((example["identifier"], boxes))
-    out: dict[str, dict[str, list]] = {e["identifier"]: {"captions": [], "questions": []} for e in examples}
-    for towers, found in sorts.items():
-        rng, easy = generator(20, seed, int(towers)), generator(21, seed, int(towers))
-        templates = TOWERS if towers else SCATTERED
-        order = rng.permutation(len(found))
-        for this, other in zip(order, np.roll(order, 1), strict=True):
-            (name, boxes), (other_name, others) = found[this], found[other]
-            out[name]["captions"] += [description(boxes, towers, rng) for _ in range(DESCRIPTIONS)]
-            counts: dict[str, str] = {}
-            while len(counts) < COUNTS:
-                text, answer = how_many(pick(rng, templates), boxes, rng)
-                if answer != "0" or rng.random() < 0.1:  # of most things there are none
-                    counts[text] = answer
-            out[name]["questions"] += counts.items()
-            told: dict[str, None] = {}  # a set that keeps its order
-            for _ in range(200):
-                text, holds = statement(pick(rng, templates), rng)
-                if holds(boxes) and not holds(others):
-                    told[text] = None
-                if len(told) == STATEMENTS:
-                    break
-            for text in told | dict.fromkeys(easier(boxes, others, towers, easy)):
-                out[name]["questions"].append((text, "true"))
-                out[other_name]["questions"].append((text, "false"))
+    rng = generator(20, number)
+    scenes = {e["identifier"]: scene(e["structured_rep"]) for e in examples}
+    out: dict[str, dict[str, list]] = {name: {"captions": [], "questions": []} for name in scenes}
+    for name, (towers, boxes) in scenes.items():
+        shown = [boxes[place] for place in ORDERS[number]]
+        out[name]["captions"] = [in_order(partial(say, towers=towers), shown) for say in (contents, features)]
+        out[name]["questions"] = [which(towers, shown, rng) for _ in range(WHICH)]
+        out[name]["questions"] += [how_many(towers, shown, rng) for _ in range(COUNTS)]
+    for name, other in counterparts(scenes, rng):
+        towers, boxes = scenes[name]
+        told: set[str] = set()
+        for _ in range(200):
+            text, holds = statement(pick(rng, TOWERS if towers else SCATTERED), rng)
+            if holds(boxes) and not holds(scenes[other][1]) and text not in told and len(told) < STATEMENTS:
+                told.add(text)
+                out[name]["questions"].append((text, ["true"]))
+                out[other]["questions"].append((text, ["false"]))
     return out
+
+
+def counterparts(scenes: Mapping[str, tuple[bool, list[Box]]], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Each example with another one: of its sentence and of the same items, else of any sentence and the same sort."""
+    alike = defaultdict(list)
+    for name, (_, boxes) in scenes.items():
+        alike[name.split("-")[0], tuple(sorted((i["type"], i["color"], i["size"]) for b in boxes for i in b))].append(
+            name
+        )
+    alone: dict[bool, list[str]] = {True: [], False: []}
+    for names in alike.values():
+        if len(names) == 1:
+            alone[scenes[names[0]][0]] += names
+    for names in [*(n for n in alike.values() if len(n) > 1), *alone.values()]:
+        order = [names[place] for place in rng.permutation(len(names))]
+        yield from zip(order, order[1:] + order[:1], strict=True)
 
 
 def statement(template: Callable[..., Countable], rng: np.random.Generator) -> tuple[str, Callable[[list[Box]], bool]]:
@@ -193,63 +202,53 @@ def statement(template: Callable[..., Countable], rng: np.random.Generator) -> t
     return f"there {be} {how} {words(be)}", lambda boxes: compare(count(boxes), n)
 
 
-def easier(boxes: list[Box], others: list[Box], towers: bool, rng: np.random.Generator) -> list[str]:
-    """Statements true of `boxes` and false of `others`: of all boxes, of a box, of something that is there."""
-    out: list[str] = []
-    described, templates = (described_tower, TOWERS) if towers else (described_items, SCATTERED)
-    there = [contents(box, towers) for box in others]
-    unlike = [described(box) for box in boxes if contents(box, towers) not in there]
-    for _ in range(EASIER):
-        everything = description(boxes, towers, rng)
-        if set(unlike) & set(everything.split(" ; ")):
-            out += [everything, f"there is {pick(rng, unlike)}"]
-        for _ in range(50):
-            _, words, count = pick(rng, templates)(rng)
-            if count(boxes) and not count(others):
-                out.append(f"there is a {words('is')}")
-                break
-    return out
+def how_many(towers: bool, boxes: list[Box], rng: np.random.Generator) -> tuple[str, list[str]]:
+    for _ in range(20):
+        _, words, count = pick(rng, TOWERS if towers else SCATTERED)(rng)
+        if (found := count(boxes)) or rng.random() < 0.1:  # of most things there are none
+            break
+    return f"how many {words('are')} are there", [str(min(found, MOST))]
 
 
-def contents(box: Box, towers: bool) -> tuple:
-    """What a description of a box says, in one order."""
-    return tuple(upwards(box) if towers else sorted(Counter(map(group, box)).items()))
+def which(towers: bool, boxes: list[Box], rng: np.random.Generator) -> tuple[str, list[str]]:
+    """Of simple sorts as often as of all: without them training does not get a hold on the others."""
+    about = pick(rng, (simple_tower, about_tower) if towers else (simple_box, about_box))
+    for _ in range(20):
+        text, test = about(rng)
+        if (found := [side for side, box in zip(SIDES, boxes, strict=True) if test(box)]) or rng.random() < 0.2:
+            break
+    return f"which is a {'tower' if towers else 'box'} with {text}", found or ["none"]
 
 
-def how_many(template: Callable[..., Countable], boxes: list[Box], rng: np.random.Generator) -> tuple[str, str]:
-    _, words, count = template(rng)
-    return f"how many {words('are')} are there", str(min(count(boxes), MOST))
-
-
-def description(boxes: list[Box], towers: bool, rng: np.random.Generator) -> str:
-    """Boxes one after the other in any order, as many as 40 words hold, one at least."""
-    parts: list[str] = []
-    for number in rng.permutation(len(boxes)):
-        part = (described_tower if towers else described_items)(boxes[number])
-        if parts and sum(len(p.split()) for p in (*parts, part)) > 40:
+def in_order(say: Callable[[Box], str], boxes: Sequence[Box]) -> str:
+    """What is said of boxes from left to right, of as many as 40 words hold, one at least."""
+    parts = [say(boxes[0])]
+    for box in boxes[1:]:
+        if len(" ".join((*parts, part := say(box))).split()) > 40:
             break
         parts.append(part)
     return " ; ".join(parts)
 
 
-def described_tower(box: Box) -> str:
-    colours = upwards(box)
-    if len(colours) == 1:
-        return f"a tower with one {colours[0]} block"
-    first, *middle, last = colours
-    return " ".join(["a tower with", first, "at the base", *(f"then {c}" for c in middle), "and", last, "at the top"])
+def contents(box: Box, towers: bool) -> str:
+    """A tower's colours from base to top, or the items from left to right."""
+    if towers:
+        return " ".join(upwards(box))
+    items = sorted(box, key=lambda item: item["x_loc"])
+    return " ".join(f"{i['color']} {i['type']}{' touching' if any(touches(i)) else ''}" for i in items)
 
 
-def described_items(box: Box) -> str:
-    parts = []
-    for (colour, shape, touching), n in Counter(map(group, box)).items():
-        what = f"{NUMBERS[n]} {colour} {plural(shape, 'is' if n == 1 else 'are')}"
-        parts.append(f"{what} touching the wall" if touching else what)
-    return f"a box with {' , '.join(parts)}"
+def features(box: Box, towers: bool) -> str:
+    if towers:
+        colours = upwards(box)
+        return f"{several(len(box), 'block')} {colours[-1]} at the top {colours[0]} at the base"
+    colours, shapes = (Counter(item[what] for item in box) for what in ("color", "type"))
+    parts = [several(len(box), "item"), *(f"{NUMBERS[n]} {colour}" for colour, n in colours.items())]
+    return " ".join([*parts, *(several(n, shape) for shape, n in shapes.items())])
 
 
-def group(item: Item) -> tuple[str, str, bool]:
-    return item["color"], item["type"], any(touches(item))
+def several(n: int, noun: str) -> str:
+    return f"{NUMBERS[n]} {plural(noun, 'is' if n == 1 else 'are')}"
 
 
 def pick(rng: np.random.Generator, choices: Sequence) -> Any:
@@ -343,6 +342,13 @@ def about_box(rng: np.random.Generator) -> tuple[str, Test]:
     return number_of(rng, 4, second, lambda box: sum(map(also, box)))
 
 
+def simple_box(rng: np.random.Generator) -> tuple[str, Test]:
+    if rng.random() < 0.3:
+        return number_of(rng, 7, "item", len)
+    what, where, test = sort_of_item(rng, rng.random() < 0.3)
+    return f"a {what} {where}".strip(), lambda box: any(map(test, box))
+
+
 def at_end(rng: np.random.Generator) -> tuple[str, str, Test]:
     colour, end = pick(rng, list(COLOURS)), pick(rng, ["base", "top"])
     return colour, end, lambda box: upwards(box)[0 if end == "base" else -1] == colour
@@ -366,6 +372,19 @@ def about_tower(rng: np.random.Generator) -> tuple[str, Test]:
         text = f"{height} {pick(rng, ['and', 'with', 'having'])} a {colour} block at the {end}"
         return text, lambda box: high(box) and ends(box)
     return number_of(rng, 3, f"{colour} block", lambda box: upwards(box).count(colour))
+
+
+def simple_tower(rng: np.random.Generator) -> tuple[str, Test]:
+    colour, end, ends = at_end(rng)
+    number = int(rng.integers(1, 5))
+    return pick(
+        rng,
+        [
+            (f"a {colour} block at the {end}", ends),
+            (several(number, "block"), lambda box: len(box) == number),
+            (f"a {colour} block", lambda box: colour in upwards(box)),
+        ],
+    )
 
 
 def ends_of_towers(rng: np.random.Generator) -> Countable:
