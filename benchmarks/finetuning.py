@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from common import write_results
 
+from vlmo_ds.data.prepare.nlvr1 import scene
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-m"]
 RECIPES = "launch/recipes"
@@ -83,13 +85,27 @@ def nlvr1(root: Path) -> list[dict]:
         prepare("nlvr1", root, "hidden", f"data/nlvr1/{kind}-hidden", "--kind", kind)
     train("nlvr1")
     lines = (root / "nlvr1" / "hidden.json").read_text().splitlines()
-    labels = {e["identifier"]: e["label"] for e in map(json.loads, lines)}
+    examples = {e["identifier"]: e for e in map(json.loads, lines)}
+    labels = {name: e["label"] for name, e in examples.items()}
+    towers = {name: scene(e["structured_rep"])[0] for name, e in examples.items()}
 
     def example(identifier: str) -> str:
         return "-".join(identifier.split("-")[1:3])  # hidden-<presentation>-<example>-<order of the boxes>
 
     def presentation(identifier: str) -> str:
         return identifier.split("-")[1]
+
+    def row(right: Mapping[str, bool], **run: str) -> dict:
+        consistent = defaultdict(lambda: True)
+        for identifier, value in right.items():
+            consistent[presentation(identifier)] &= value
+        return {
+            **run,
+            **summary(right, presentation),
+            "consistency": round(100 * sum(consistent.values()) / len(consistent), 2),
+            "towers": summary({i: value for i, value in right.items() if towers[example(i)]}, presentation),
+            "scattered": summary({i: value for i, value in right.items() if not towers[example(i)]}, presentation),
+        }
 
     rows = []
     for start, overrides in (("pretrained", []), ("from scratch", ["init.weights=fresh"])):
@@ -103,13 +119,8 @@ def nlvr1(root: Path) -> list[dict]:
                 run(*PYTHON, "vlmo_ds.evaluation.nlvr2", f"runs/{name}", "--predictions", out)
                 answers = dict(line.lower().split(",") for line in out.read_text().split())
             right = {i: answer == labels[example(i)] for i, answer in answers.items()}
-            consistent = defaultdict(lambda: True)
-            for identifier, value in right.items():
-                consistent[presentation(identifier)] &= value
-            share = round(100 * sum(consistent.values()) / len(consistent), 2)
-            rows.append({"run": name, "start": start, **summary(right, presentation), "consistency": share})
-    majority = {i: labels[example(i)] == "true" for i in right}
-    return [*rows, {"run": "always true", **summary(majority, presentation)}]
+            rows.append(row(right, run=name, start=start))
+    return [*rows, row({i: labels[example(i)] == "true" for i in right}, run="always true")]
 
 
 def main() -> None:
