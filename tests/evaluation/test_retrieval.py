@@ -46,12 +46,13 @@ def test_recall_equals_a_straightforward_count(levels):
 
 def test_reranking_moves_only_the_best_candidates():
     model, data = tiny_model(dtype=torch.float32).eval(), small_set()
-    logits = torch.randn(22, 11, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    logits = 50 + 2.0**-17 * torch.randint(0, 8, (22, 11), generator=g)  # neighbours of each other, and ties
     again = rerank(model, data, logits, True, 4, 8, Collector())
-    for before, after in zip(logits, again, strict=True):
-        order_before, order_after = before.argsort(descending=True), after.argsort(descending=True)
-        assert set(order_before[:4].tolist()) == set(order_after[:4].tolist())
-        assert torch.equal(order_before[4:], order_after[4:])
+    for before, after in zip(logits.tolist(), again.tolist(), strict=True):
+        order_before, order_after = (sorted(range(11), key=lambda i: (-row[i], i)) for row in (before, after))
+        assert set(order_before[:4]) == set(order_after[:4])
+        assert order_before[4:] == order_after[4:]
     pair = {"image": data.images[3:4], "text_ids": data.text_ids[5:6], "text_masks": (data.text_ids[5:6] != 0).long()}
     top = logits[5].argmax()
     expected = logits[5, top] + model({**pair, "image": data.images[top][None]}, "match")[0]
@@ -124,6 +125,23 @@ def test_parts_are_evaluated_alone_and_averaged():
     for direction, found in expected.items():
         means = [np.mean([hit for where, hit in found if where == part]) for part in range(3)]
         assert metrics[direction]["itc, mean of 3 parts"]["R@1"] == pytest.approx(100 * np.mean(means))
+
+
+def test_parts_are_reranked_among_their_own_candidates():
+    model, data = tiny_model(dtype=torch.float32), small_set(images=12, per_image=5)
+    config = {"shards": ["x"], "rerank": 2, "batch_size": 7}
+    whole = evaluate(model, data, RetrievalConfig(**config, folds=2), Collector()).metrics
+    halves = []
+    for first in (0, 6):
+        texts = slice(5 * first, 5 * first + 30)
+        half = RetrievalSet(
+            data.images[first : first + 6], [], [], data.text_ids[texts], data.image_of_text[texts] - first
+        )
+        halves.append(evaluate(model, half, RetrievalConfig(**config), Collector()).metrics)
+    for direction in whole:
+        for k in ("R@1", "R@5"):
+            mean = np.mean([half[direction]["itc+itm"][k] for half in halves])
+            assert whole[direction]["itc+itm, mean of 2 parts"][k] == pytest.approx(mean)
 
 
 def pick(batch, call, data, features):

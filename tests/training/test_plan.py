@@ -48,7 +48,7 @@ def planned(folder, stage, config, ranks) -> plan.Plan:
     return plan.plan(recipe, next(s for s in recipe.stages if s.name == stage), config, ranks, plan.Machine())
 
 
-LONG = ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3))  # as their neighbours
+LONG = ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2), (4, 3))  # as their neighbours
 
 
 @pytest.mark.parametrize(

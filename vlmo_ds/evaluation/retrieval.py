@@ -36,6 +36,16 @@ class RetrievalSet:
     text_ids: Tensor  # [T, L]
     image_of_text: Tensor  # [T] int64
 
+    def part(self, images: Tensor, captions: Tensor) -> RetrievalSet:
+        """These of its images, by ascending indices, and their captions."""
+        return RetrievalSet(
+            self.images[images],
+            [self.encoded[i] for i in images.tolist()],
+            [self.captions[i] for i in captions.tolist()],
+            self.text_ids[captions],
+            torch.searchsorted(images, self.image_of_text[captions]),
+        )
+
 
 def load_set(
     config: RetrievalConfig, image_size: int, max_text_len: int, tokenizer: PreTrainedTokenizerBase
@@ -103,7 +113,7 @@ def rerank(
     more likely a pair is than that softmax says: the sum is the better estimate of the two together.
     """
     device = next(model.parameters()).device
-    top = logits_QC.topk(min(k, logits_QC.shape[1]), dim=1).indices
+    top = logits_QC.argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: lower index first
     query = torch.arange(len(top), device=top.device).repeat_interleave(top.shape[1])
     candidate = top.flatten()
     text, image = (query, candidate) if queries_are_texts else (candidate, query)
@@ -114,8 +124,9 @@ def rerank(
         return model({k: v.to(device) for k, v in inputs.items()}, "match")
 
     log_odds = share(len(query), batch, collector, compute)
-    scores = logits_QC - 1e4  # every candidate past the k best stays behind them
-    return scores.scatter(1, top, logits_QC.gather(1, top) + log_odds.view_as(top).to(logits_QC.dtype))
+    scores = logits_QC.double()
+    again = scores.gather(1, top) + log_odds.view_as(top).double()
+    return (scores - 1e4).scatter(1, top, again)  # every candidate past the k best stays behind them
 
 
 @dataclass
@@ -129,28 +140,40 @@ class RetrievalResult:
 
 def evaluate(model: VLMo, data: RetrievalSet, config: RetrievalConfig, collector: Collector) -> RetrievalResult:
     """All ranks call; all get the result."""
+    parts = parts_of(data, config.folds)
     model.eval()
     image_ID, text_TD = features(model, data, config.batch_size, collector)
     logits_TI = float(model.logit_scale.detach().float().exp()) * text_TD @ image_ID.t()
-    owner = data.image_of_text.to(logits_TI.device)
-    correct_TI = F.one_hot(owner, len(data.images)).bool()
+    metrics, best = directions(model, data, logits_TI, config, collector)
+    if config.folds > 1:
+        found = [
+            directions(model, data.part(images, captions), logits_TI[captions][:, images], config, collector)[0]
+            for images, captions in parts
+        ]
+        for direction, methods in found[0].items():
+            for method, values in methods.items():
+                mean = {name: sum(part[direction][method][name] for part in found) / len(found) for name in values}
+                metrics[direction][f"{method}, mean of {len(found)} parts"] = mean
+    return RetrievalResult(metrics, **best)
+
+
+def directions(
+    model: VLMo, data: RetrievalSet, logits_TI: Tensor, config: RetrievalConfig, collector: Collector
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, Tensor]]:
+    """(the metrics of both directions, each one's scores by its best method)."""
+    correct_TI = F.one_hot(data.image_of_text.to(logits_TI.device), len(data.images)).bool()
     best = {"text_to_image": logits_TI, "image_to_text": logits_TI.t().contiguous()}
     correct = {"text_to_image": correct_TI, "image_to_text": correct_TI.t()}
-    parts = parts_of(data, config.folds)
-    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    metrics = {}
     for direction in best:
-        texts = direction == "text_to_image"
         found = {"itc": best[direction]}
         if config.rerank and "itm" in model.tasks:
+            texts = direction == "text_to_image"
             found["itc+itm"] = best[direction] = rerank(
                 model, data, best[direction], texts, config.rerank, config.batch_size, collector
             )
         metrics[direction] = {method: recalls(score, correct[direction]) for method, score in found.items()}
-        if config.folds > 1:
-            for method, score in found.items():
-                name = f"{method}, mean of {config.folds} parts"
-                metrics[direction][name] = mean_over_parts(score, correct[direction], parts, texts)
-    return RetrievalResult(metrics, **best)
+    return metrics, best
 
 
 def parts_of(data: RetrievalSet, folds: int) -> list[tuple[Tensor, Tensor]]:
@@ -159,18 +182,6 @@ def parts_of(data: RetrievalSet, folds: int) -> list[tuple[Tensor, Tensor]]:
         raise RecipeError(f"retrieval.folds is {folds}, which does not divide {len(data.images)} images")
     rows = torch.arange(len(data.images)).chunk(folds)
     return [(images, torch.isin(data.image_of_text, images).nonzero().squeeze(1)) for images in rows]
-
-
-def mean_over_parts(
-    score_QC: Tensor, correct_QC: Tensor, parts: list[tuple[Tensor, Tensor]], texts: bool
-) -> dict[str, float]:
-    """Recalls within each part alone, averaged."""
-    found = []
-    for images, captions in parts:
-        query, candidate = (captions, images) if texts else (images, captions)
-        query, candidate = query.to(score_QC.device)[:, None], candidate.to(score_QC.device)[None]
-        found.append(recalls(score_QC[query, candidate], correct_QC[query, candidate]))
-    return {name: sum(part[name] for part in found) / len(found) for name in found[0]}
 
 
 def table(metrics: dict, images: int, captions: int) -> str:
