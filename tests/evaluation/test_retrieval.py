@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_ranks
 from models.tiny import tiny_model
 
@@ -129,6 +130,19 @@ def test_parts_are_evaluated_alone_and_averaged():
 
 def test_parts_are_reranked_among_their_own_candidates():
     model, data = tiny_model(dtype=torch.float32), small_set(images=12, per_image=5)
+    g = torch.Generator().manual_seed(2)
+    project = {"image": torch.randn(3 * 32 * 32, 8, generator=g), "text": torch.randn(50, 8, generator=g)}
+
+    def scattered(batch, call):
+        """Stands for a model: features and matches as good as random, but the same for the same inputs."""
+        found = {}
+        if "image" in batch:
+            found["image"] = torch.sin(batch["image"].flatten(1).float() @ project["image"])
+        if "text_ids" in batch:
+            found["text"] = torch.sin(F.one_hot(batch["text_ids"], 50)[..., 1:].sum(1).float() @ project["text"][1:])
+        return 9 * (found["image"] * found["text"].flip(1)).sum(1) if call == "match" else found
+
+    model.forward = scattered
     config = {"shards": ["x"], "rerank": 2, "batch_size": 7}
     whole = evaluate(model, data, RetrievalConfig(**config, folds=2), Collector()).metrics
     halves = []
