@@ -21,6 +21,7 @@ import numpy as np
 from common import write_results
 
 from vlmo_ds.data.prepare.nlvr1 import scene
+from vlmo_ds.evaluation.nlvr2 import scores
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-m"]
@@ -84,10 +85,9 @@ def nlvr1(root: Path) -> list[dict]:
     for kind in ("questions", "pairs"):
         prepare("nlvr1", root, "hidden", f"data/nlvr1/{kind}-hidden", "--kind", kind)
     train("nlvr1")
-    lines = (root / "nlvr1" / "hidden.json").read_text().splitlines()
-    examples = {e["identifier"]: e for e in map(json.loads, lines)}
-    labels = {name: e["label"] for name, e in examples.items()}
-    towers = {name: scene(e["structured_rep"])[0] for name, e in examples.items()}
+    examples = [json.loads(line) for line in (root / "nlvr1" / "hidden.json").read_text().splitlines()]
+    labels = {e["identifier"]: e["label"] for e in examples}
+    towers = {e["identifier"]: scene(e["structured_rep"])[0] for e in examples}
 
     def example(identifier: str) -> str:
         return "-".join(identifier.split("-")[1:3])  # hidden-<presentation>-<example>-<order of the boxes>
@@ -96,13 +96,11 @@ def nlvr1(root: Path) -> list[dict]:
         return identifier.split("-")[1]
 
     def row(right: Mapping[str, bool], **run: str) -> dict:
-        consistent = defaultdict(lambda: True)
-        for identifier, value in right.items():
-            consistent[presentation(identifier)] &= value
+        judged = [{"sentence_id": presentation(i), "label": True, "predicted": value} for i, value in right.items()]
         return {
             **run,
             **summary(right, presentation),
-            "consistency": round(100 * sum(consistent.values()) / len(consistent), 2),
+            "consistency": round(scores(judged)["consistency"], 2),
             "towers": summary({i: value for i, value in right.items() if towers[example(i)]}, presentation),
             "scattered": summary({i: value for i, value in right.items() if not towers[example(i)]}, presentation),
         }

@@ -28,11 +28,10 @@ def pretrained(tmp_path_factory, synthetic):
     run_ranks(["train_ds.py", "--recipe", str(file), "--output_dir", str(folder / "run")], 1)
     weights = read_weights(folder / "run/checkpoints/joint/final")
     weights["relative_position_index"] = torch.zeros(17, 17, dtype=torch.long)
-    write_official(weights, folder / "official.pt", half=True)
-    released = torch.load(folder / "official.pt", weights_only=True)["state_dict"]
-    for key in ("state_dict", "module", "model"):
-        prefix = "module." if key == "module" else ""
-        torch.save({key: {prefix + name: value for name, value in released.items()}}, folder / f"{key}.pt")
+    write_official(weights, folder / "state_dict.pt", half=True)
+    released = torch.load(folder / "state_dict.pt", weights_only=True)["state_dict"]
+    torch.save({"module": {f"module.{name}": value for name, value in released.items()}}, folder / "module.pt")
+    torch.save({"model": released}, folder / "model.pt")
     return folder
 
 

@@ -254,9 +254,7 @@ def test_memory_is_back_to_its_baseline_after_each_stage(tmp_path, synthetic, st
         assert int(after) - baseline < weights / 2, rows
 
 
-@pytest.mark.parametrize(
-    "launcher", ["python", *(pytest.param(n, marks=pytest.mark.long) for n in ("deepspeed", "torchrun"))]
-)
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_every_launcher_starts_the_same_program(tmp_path, synthetic, launcher):
     command = arguments(tmp_path, synthetic, 1, BF16, retrieval=None)
     binaries = os.path.dirname(sys.executable)

@@ -90,10 +90,14 @@ def features(model: VLMo, data: RetrievalSet, batch: int, collector: Collector) 
     return images, texts
 
 
+def best_first(score_QC: Tensor, k: int) -> Tensor:
+    """Indices of each query's k best candidates, [Q, min(k, C)] int64. Ties: lower index first."""
+    return score_QC.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
 def recalls(score_QC: Tensor, correct_QC: Tensor) -> dict[str, float]:
-    """Share of queries (in percent) that have a correct candidate among the best 1, 5, 10. Ties: lower index first."""
-    order = score_QC.argsort(dim=1, descending=True, stable=True)
-    hit = correct_QC.gather(1, order)
+    """Share of queries (in percent) that have a correct candidate among the best 1, 5, 10."""
+    hit = correct_QC.gather(1, best_first(score_QC, max(RANKS)))
     return {f"R@{k}": 100.0 * float(hit[:, :k].any(1).float().mean()) for k in RANKS}
 
 
@@ -113,7 +117,7 @@ def rerank(
     more likely a pair is than that softmax says: the sum is the better estimate of the two together.
     """
     device = next(model.parameters()).device
-    top = logits_QC.argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: lower index first
+    top = best_first(logits_QC, k)
     query = torch.arange(len(top), device=top.device).repeat_interleave(top.shape[1])
     candidate = top.flatten()
     text, image = (query, candidate) if queries_are_texts else (candidate, query)
@@ -126,7 +130,7 @@ def rerank(
     log_odds = share(len(query), batch, collector, compute)
     scores = logits_QC.double()
     again = scores.gather(1, top) + log_odds.view_as(top).double()
-    return (scores - 1e4).scatter(1, top, again)  # every candidate past the k best stays behind them
+    return (scores - 1e4).scatter_(1, top, again)  # every candidate past the k best stays behind them
 
 
 @dataclass
