@@ -2,7 +2,7 @@
 
 import sys
 
-from vlmo_ds.training.run import main
+from vlmo_ds.training.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 stamp=.venv/.installed-$(cat setup.py "$0" | cksum | cut -d' ' -f1)
 [ -f "$stamp" ] && exit 0
+echo "installing into $PWD/.venv: PyTorch, DeepSpeed and what else vlmo_ds needs (once, some minutes)"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 pip install --upgrade pip setuptools wheel

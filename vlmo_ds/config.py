@@ -15,7 +15,10 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vlmo_ds import shipped
+
 QUICKSTART = "launch/recipes/quickstart.yaml"  # the recipe of commands that name none
+LARGEST_YAML, MOST_YAML_VALUES, DEEPEST_YAML = 1 << 20, 50_000, 50  # bytes, values, levels
 FINE_TUNING = ("irtr", "vqa", "nlvr2")
 TASKS = ("mim", "textmlm", "mlm", "itc", "itm", *FINE_TUNING)
 ONE_MODALITY = dict.fromkeys(("mim", "textmlm"), "trains on one modality")
@@ -446,13 +449,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's settings. One that `extends` another (a file beside it) has that one's, but for its name, and for what
     it lists under `settings`, dotted names and values."""
+    path = shipped.find("recipes", path)
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in Path("launch/recipes").glob("*.yaml"))) or "none found"
-        raise RecipeError(f"recipe {path} does not exist; in launch/recipes: {known}")
+        known = shipped.names("recipes")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RecipeError(f"recipe {path} {what}{nearest(path.stem, known)}; in launch/recipes: {', '.join(known)}")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
+        data = read_yaml(path.read_bytes(), f"recipe {path}")
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
     if not isinstance(data, dict):
         raise RecipeError(
             f"recipe {path} holds {type(data).__name__}, expected settings such as 'model:' and 'stages:'"
@@ -474,6 +479,67 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     return whole
 
 
+def read_yaml(content: bytes, source: str) -> Any:
+    """What a YAML file holds: plain values, lists and dictionaries. RecipeError, which begins with `source`, for what is no
+    YAML, for keys that are given twice, and for what would take more time or memory than any recipe."""
+    try:
+        if len(content) > LARGEST_YAML:
+            raise RecipeError(f"{source} has {len(content):,} bytes, at most {LARGEST_YAML:,} are read")
+        text = content.decode()
+        look_through(text, source)
+        return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{source} is not UTF-8 text (byte {error.start})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{source} is not valid YAML: {error}") from None
+
+
+class OpenNode:
+    """A list or dictionary that is being read: its anchor, the values in it, and a dictionary's keys so far."""
+
+    def __init__(self, event: yaml.Event):
+        self.anchor = getattr(event, "anchor", None)
+        self.values, self.children = 1, 0
+        self.keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
+
+
+def look_through(text: str, source: str) -> None:
+    """Reads YAML event by event, which needs neither time nor memory for what aliases and brackets would unfold to."""
+    sizes: dict[str, int] = {}  # anchor -> values that it stands for
+    nodes: list[OpenNode] = []
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        key, line = None, event.start_mark.line + 1
+        if isinstance(event, (yaml.DocumentStartEvent, yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            nodes.append(OpenNode(event))
+            if len(nodes) > DEEPEST_YAML:
+                raise RecipeError(f"{source} has more than {DEEPEST_YAML} lists or settings inside one another")
+            continue
+        if isinstance(event, yaml.ScalarEvent):
+            anchor, size, key = event.anchor, 1, event.value
+        elif isinstance(event, yaml.AliasEvent):
+            if any(node.anchor == event.anchor for node in nodes):
+                raise RecipeError(f"{source}: line {line}: '*{event.anchor}' is inside of what it stands for")
+            anchor, size = None, sizes.get(event.anchor, 1)
+        elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            ended = nodes.pop()
+            anchor, size = ended.anchor, ended.values
+        else:
+            continue
+        if anchor:
+            sizes[anchor] = size
+        outer = nodes[-1]
+        outer.values += size
+        if outer.values > MOST_YAML_VALUES:
+            raise RecipeError(f"{source} stands for more than {MOST_YAML_VALUES:,} values")
+        if outer.keys is not None and outer.children % 2 == 0 and key is not None and key != "<<":
+            if key in outer.keys:
+                raise RecipeError(f"{source} has the setting '{key}' twice (line {line})")
+            outer.keys.add(key)
+        outer.children += 1
+
+
 def parse_recipe(data: dict, source: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
@@ -487,10 +553,7 @@ def apply_override(data: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override '{override}' is not of the form key=value, such as stages.joint.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': the value is not valid YAML: {error}") from None
+    value = read_yaml(text.encode(), f"override '{override}': the value")
     set_value(data, key, value, f"override '{override}'")
 
 

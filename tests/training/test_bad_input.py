@@ -11,7 +11,7 @@ from conftest import ROOT, run_ranks, start_ranks, tiny_recipe, write_yaml
 from data.files import jpeg, write_tar
 
 from vlmo_ds.config import RecipeError, load_recipe, parse_recipe
-from vlmo_ds.training.ds_config import merge, micro_batch, read_config
+from vlmo_ds.training.ds_config import merge, micro_batch, read_config, refuse_by_device
 from vlmo_ds.training.weights import hand_over
 
 
@@ -180,7 +180,7 @@ def test_fp16_on_a_cpu_names_the_config_to_use():
         RecipeError,
         match=r"zero2_fp16.json:\s+'fp16.enabled' is true, which this cpu device cannot do: use ds_configs/zero2.json",
     ):
-        read_config(ROOT / "ds_configs" / "zero2_fp16.json")
+        refuse_by_device(read_config("zero2_fp16"), "ds_configs/zero2_fp16.json")
 
 
 def test_every_config_file_can_be_read():

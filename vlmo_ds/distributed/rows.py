@@ -58,7 +58,8 @@ def contrastive_rows(
     q_BD: features of this rank; k_GD: features of all ranks; scale: 0-d; label_B: column of each row's own pair.
     Returns (sum of the row losses, number of rows whose largest logit is their own pair). Memory: O(B*chunk + G*D).
     """
-    return _ContrastiveRows.apply(q_BD, k_GD, scale, label_B, chunk)
+    with torch.autocast(q_BD.device.type, enabled=False):  # in 16 bits the logits of close pairs are all the same
+        return _ContrastiveRows.apply(q_BD, k_GD, scale, label_B, chunk)
 
 
 _MASK = (1 << 64) - 1

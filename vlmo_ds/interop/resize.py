@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 from vlmo_ds.config import ModelConfig, RecipeError
@@ -90,6 +89,8 @@ def resize_relative(table: Tensor, before: int, after: int, text_len: int, own: 
 
 def resample_distances(grid: Tensor, before: int, after: int) -> Tensor:
     """[before^2, C] -> [after^2, C]."""
+    from scipy.interpolate import RectBivariateSpline  # a second, for those few that change the resolution
+
     ratio = geometric_ratio(before // 2, after // 2)
     steps = np.cumsum([ratio**i for i in range(before // 2)])
     known = np.concatenate((-steps[::-1], [0.0], steps))

@@ -332,6 +332,7 @@ def about_run(stage: str, recipe: dict[str, Any], shapes: Mapping[str, torch.Siz
         "recipe": recipe,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "world_size": engine.world_size,
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "float32",
         "zero_stage": int(engine.zero_optimization_stage()),
         "deepspeed": deepspeed.__version__,
         "torch": torch.__version__,

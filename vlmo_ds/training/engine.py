@@ -21,36 +21,11 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from vlmo_ds.config import RecipeError, StageConfig
+from vlmo_ds.config import StageConfig
 from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
 from vlmo_ds.training.state import layout_of, set_weights
-
-LAUNCHERS = {  # what they call a rank, its number on its machine, and how many there are
-    "srun": {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"},
-    "mpirun": {
-        "RANK": "OMPI_COMM_WORLD_RANK",
-        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-    },
-}
-
-
-def name_ranks() -> None:
-    """Gives the ranks that srun and mpirun have started the names that torchrun and deepspeed use.
-
-    Raises RecipeError if nobody says where rank 0 is.
-    """
-    for prefix, names in LAUNCHERS.items():
-        if "RANK" in os.environ or int(os.environ.get(names["WORLD_SIZE"], "1")) == 1:
-            continue
-        if "MASTER_ADDR" not in os.environ:
-            raise RecipeError(
-                f"{prefix} has started several ranks, but MASTER_ADDR, the address of rank 0's machine, is not set"
-            )
-        os.environ.update({name: os.environ[source] for name, source in names.items()})
-        os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def agreed_name(store: dist.Store, rank: int, ranks: int, timeout: float) -> str:
@@ -131,6 +106,8 @@ def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     compile_ops(merged)
     optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
+    if offloaded or not torch.cuda.is_available():  # whether DeepSpeed insists on its compiled CPU Adam
+        merged.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
     exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if is_half(merged) else {}
     engine, *_ = deepspeed.initialize(
         model=model,

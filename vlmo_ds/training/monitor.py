@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.data.storage import write_atomically
@@ -71,6 +70,8 @@ class Monitor:
                 if record["step_of_run"] <= offset + step:
                     kept.append(line + "\n")
             write_atomically(path, "".join(kept).encode())
+        from torch.utils.tensorboard import SummaryWriter  # a second, on rank 0 alone
+
         self.file = path.open("a")
         self.tensorboard = SummaryWriter(self.run / "tensorboard", purge_step=offset + step + 1)
 

@@ -26,7 +26,17 @@ from vlmo_ds.config import QUICKSTART, ModelConfig, Recipe, RecipeError, StageCo
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.training.ds_config import check_recipe, is_half, merge, micro_batch, read_config
+from vlmo_ds.training.ds_config import (
+    PRECISIONS,
+    check_recipe,
+    is_half,
+    merge,
+    micro_batch,
+    precision_of,
+    read_config,
+    refuse_by_models,
+    with_precision,
+)
 from vlmo_ds.training.optim import parameter_groups, set_trainable
 
 VOCABULARIES = {"bert-base-uncased": 30522}  # known without the hub
@@ -432,22 +442,32 @@ def main(argv: list[str] | None = None) -> int:
         metavar="GB/s",
         help="received by one GPU (default: %(default)s)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="bf16",
+        help="what 'auto' in the DeepSpeed config becomes on these GPUs: fp16 before compute capability 8.0 (default: %(default)s)",
+    )
     parser.add_argument("--price", type=number(float, 0), default=0, help="per GPU and hour")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the stages to this file")
     parser.add_argument("--check", action="store_true", help="only check the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     ranks = args.nodes * args.gpus_per_node
     machine = Machine(args.gpu_memory, args.gpu_tflops, args.efficiency, args.network, args.price)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         config = read_config(args.deepspeed_config)
         check_recipe(config, recipe)
+        refuse_by_models(config, args.deepspeed_config)
+        wanted = precision_of(config)
+        config = with_precision(config, args.precision if wanted == "auto" else wanted)
         for stage in recipe.stages:
             merge(config, stage, ranks)
         if args.check:
-            print(f"{args.recipe} with {args.deepspeed_config} on {ranks} ranks: no mistakes found")
+            print(f"{args.recipe} with {args.deepspeed_config} on {ranks} ranks: precision {wanted}, no mistakes found")
             return 0
+        print(f"precision: {precision_of(config)}{' (auto; --precision names another)' if wanted == 'auto' else ''}\n")
         plans = [plan(recipe, stage, config, ranks, machine) for stage in recipe.stages]
         if args.json:
             rows = [{**asdict(p), "device_bytes": p.memory.device, "days": p.days} for p in plans]

@@ -1,4 +1,4 @@
-"""A whole run: command line, checks before anything is trained, the stages, the evaluation."""
+"""A whole run: checks before anything is trained, the stages, the evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, StageConfig, load_recipe, nearest, number, parse_recipe
+from vlmo_ds.config import Recipe, RecipeError, StageConfig, parse_recipe, read_yaml
 from vlmo_ds.data.loader import check_samples, source_shards
 from vlmo_ds.data.shards import ANSWERS, answer_list, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
@@ -26,12 +26,15 @@ from vlmo_ds.evaluation import nlvr2, retrieval, vqa
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
 from vlmo_ds.training import checkpoint
-from vlmo_ds.training.ds_config import check_recipe, merge, read_config
-from vlmo_ds.training.engine import device, name_ranks, start_distributed
+from vlmo_ds.training.command import Command
+from vlmo_ds.training.command import main as main
+from vlmo_ds.training.ds_config import merge, refuse_by_device, refuse_by_models
+from vlmo_ds.training.engine import device, start_distributed
 from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, UNUSABLE
 from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.loop import Run, build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
+from vlmo_ds.training.precision import begun_in, settle
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.watch import Watch
 
@@ -51,53 +54,19 @@ FREE_SETTINGS = (
 )
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_ds.py",
-        description="Pretrains a vision-language mixture-of-modality-experts transformer in stages under DeepSpeed.",
-        epilog="Start it with deepspeed, torchrun, srun or plain python. Settings: key=value, such as stages.joint.steps=100.",
-    )
-    parser.add_argument(
-        "--deepspeed_config", default="ds_configs/zero2.json", help="how the run is spread (default: %(default)s)"
-    )
-    parser.add_argument("--recipe", default=QUICKSTART, help="what is trained (default: %(default)s)")
-    parser.add_argument("--stages", help="only these stages, separated by commas (default: all)")
-    parser.add_argument("--output_dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
-    parser.add_argument(
-        "--resume", default="auto", help="auto (continue if there is something), never, or a checkpoint folder"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=number(float),
-        default=600,
-        metavar="SECONDS",
-        help="a rank that takes longer to join, to read a batch or to make a step ends the run (default: %(default)s)",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done; UNUSABLE, DIVERGED, LOST_A_RANK, ASKED_TO_STOP as docs/resuming.md says; 1 anything else."""
-    args = parse_arguments(argv)
+def run(command: Command) -> int:
+    """Trains what the command line says; the exit status, as `command.main`'s."""
+    args = command.args
     stop = StopRequest()
     status = DONE
-    rank = 0
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        name_ranks()
-        rank = int(os.environ.get("RANK", "0"))
-        recipe = load_recipe(args.recipe, args.overrides)
-        ds_config = read_config(args.deepspeed_config)
-        check_recipe(ds_config, recipe)
-        stages = chosen_stages(recipe, args.stages)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        for stage in stages:
-            merge(ds_config, stage, world_size)
+        refuse_by_models(command.ds_config, args.deepspeed_config)
+        refuse_by_device(command.ds_config, args.deepspeed_config)
         start_distributed(args.timeout)
         stop.listen()
         with Watch(args.timeout, stop) as watch:
-            run_stages(args, recipe, ds_config, stages, stop, watch)
+            run_stages(command, stop, watch)
     except (RecipeError, DataError, Diverged) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -127,19 +96,6 @@ def leave(status: int) -> int:
     return status
 
 
-def chosen_stages(recipe: Recipe, names: str | None) -> list[StageConfig]:
-    if names is None:
-        return recipe.stages
-    known = [stage.name for stage in recipe.stages]
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name not in known:
-            raise RecipeError(
-                f"--stages: the recipe has no stage '{name}'{nearest(name, known)}; accepted: {', '.join(known)}"
-            )
-    return [stage for stage in recipe.stages if stage.name in wanted]
-
-
 def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
     """Runs a check on rank 0; its result, or its error, reaches every rank, so that all go on or all stop."""
     result, message = collector.attempt_on_rank0(function, RecipeError, DataError)
@@ -148,16 +104,12 @@ def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
     return result
 
 
-def run_stages(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    ds_config: dict,
-    stages: list[StageConfig],
-    stop: StopRequest,
-    watch: Watch,
-) -> None:
+def run_stages(command: Command, stop: StopRequest, watch: Watch) -> None:
     collector = Collector()
-    folder = args.output_dir or Path("runs") / recipe.name
+    args, recipe, stages, folder = command.args, command.recipe, command.stages, command.folder
+    ds_config, line = settle(command.ds_config, collector.from_rank0(begun_in(folder)), collector)
+    if collector.rank == 0:
+        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     on_rank0(collector, lambda: check_before_start(args, recipe, stages, folder))
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
@@ -213,8 +165,8 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
         compare_recipes(recipe, checkpoint.Reader(path).state["recipe"], f"{path} was written by")
     if begun:
         try:
-            old = yaml.safe_load((run / "recipe.yaml").read_text())
-        except (OSError, yaml.YAMLError):
+            old = read_yaml((run / "recipe.yaml").read_bytes(), f"{run}/recipe.yaml")
+        except (OSError, RecipeError):
             raise RecipeError(f"{run}/recipe.yaml cannot be read: choose another --output_dir") from None
         compare_recipes(recipe, old, f"{run} was begun with")
     first = recipe.stages.index(stages[0])
@@ -227,8 +179,6 @@ def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[St
             )
     for stage in stages:
         source_shards(stage.data)
-        if stage.init.weights not in ("previous", "fresh") and not Path(stage.init.weights).exists():
-            raise RecipeError(f"stages.{stage.name}.init.weights: {stage.init.weights} does not exist")
     for held_out in (recipe.retrieval, recipe.vqa, recipe.nlvr2):
         if held_out:
             list_shards(held_out.shards)
