@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import yaml
@@ -35,9 +36,8 @@ def shared_data() -> Path:
 def synthetic(tmp_path_factory) -> Path:
     """96 training scenes, 24 held-out ones and 96 sentences, 32 pixels a side."""
     folder = tmp_path_factory.mktemp("data") / "synthetic"
-    command = [sys.executable, "-m", "vlmo_ds.data.prepare", "synthetic", "--output", str(folder)]
-    sizes = ["--train", "96", "--test", "24", "--text", "96", "--image_size", "32", "--samples_per_shard", "32"]
-    subprocess.run(command + sizes, check=True, cwd=ROOT, capture_output=True)
+    sizes = ["--train", 96, "--test", 24, "--text", 96, "--image_size", 32, "--samples_per_shard", 32]
+    call("vlmo_ds.data.prepare", "synthetic", "--output", folder, *sizes)
     return folder
 
 
@@ -98,8 +98,9 @@ def write_yaml(path: Path, value: dict) -> Path:
 
 def call(module: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
     """Runs `python -m module`, which has to end with this exit status."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["-m", module, *map(str, arguments)]
+    process = preloaded.Process(command, ROOT, {**os.environ, "PYTHONPATH": str(ROOT)}, together=False)
+    done = subprocess.CompletedProcess(command, process.wait(), *process.communicate())
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -112,8 +113,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(command: list[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
-    """Starts `ranks` processes that find each other as under any launcher."""
+def start_ranks(command: list[str], ranks: int, **environment: str) -> list[preloaded.Process]:
+    """Starts `ranks` processes of `python *command` that find each other as under any launcher."""
     port = str(free_port())
     processes = []
     for rank in range(ranks):
@@ -129,16 +130,7 @@ def start_ranks(command: list[str], ranks: int, **environment: str) -> list[subp
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             **environment,
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
+        processes.append(preloaded.Process([str(word) for word in command], ROOT, env))
     return processes
 
 

@@ -107,7 +107,7 @@ def test_a_run_leaves_what_it_should(finished):
         "data/replaced",
         "data/epoch",
     } <= set(joint)
-    assert joint["loss"] == pytest.approx(sum(joint[f"loss/{t}"] for t in ("mlm", "itc", "itm")))
+    assert joint["loss"] == pytest.approx(0.25 * joint["loss/mlm"] + joint["loss/itc"] + joint["loss/itm"])
     assert {p.name for p in run.iterdir()} == {
         "recipe.yaml",
         "ds_config.json",
@@ -117,6 +117,8 @@ def test_a_run_leaves_what_it_should(finished):
         "report",
         "retrieval.json",
         "tokenizer",
+        "data.json",
+        ".lock",
     }
     assert "text to image   itc+itm" in output and "samples/s" in output
     page = (run / "report" / "index.html").read_text()

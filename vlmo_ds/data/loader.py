@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,9 @@ from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generato
 from vlmo_ds.data.shards import RawSample, Shard, is_true, list_shards
 from vlmo_ds.data.storage import DataError, Storage
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
+from vlmo_ds.distributed import heartbeat
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 REPLACEMENTS = 8  # tries to replace a sample that cannot be read, before giving up
 CHECKED_AT_START = 256  # samples of each source
 
@@ -83,10 +87,15 @@ class BatchDataset(Dataset):
         rank: int,
         world_size: int,
         batch_size: int,
+        known_shards: list[list[str]] | None = None,
     ):
+        """known_shards: for each source the names that its shards had when the run began, where they have moved since."""
         self.data, self.spec, self.tokenizer = data, spec, tokenizer
         self.names = list(data.mixture)
         self.shards = source_shards(data)
+        if known_shards:
+            pairs = zip(self.shards, known_shards, strict=True)
+            self.shards = [[replace(s, known_as=n) for s, n in zip(*pair, strict=True)] for pair in pairs]
         self.transforms = [TRANSFORMS[source.transform or data.transform] for source in data.mixture.values()]
         seeds = [spec.seed, *(stable_seed(spec.seed, number) for number in range(1, len(self.shards)))]
         self.sources = [
@@ -268,13 +277,16 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_signals if workers else None,
+        worker_init_fn=live_with_the_rank if workers else None,
     )
     return iter(loader)
 
 
-def ignore_signals(worker: int) -> None:
-    """Who is asked to stop asks its whole process tree: a loader process goes on until its rank ends."""
+def live_with_the_rank(worker: int) -> None:
+    """Who is asked to stop asks its whole process tree: a loader process goes on until its rank ends, and no longer, even
+    if it stands still (on Linux, where the kernel ends a process with its parent)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -289,6 +301,7 @@ def check_samples(dataset: BatchDataset) -> int:
         chosen = np.unique(np.linspace(0, source.total - 1, min(CHECKED_AT_START, source.total)).astype(np.int64))
         bad = []
         for stored in chosen:
+            heartbeat.beat("looking at samples before training")
             place = Place(number, 0, *source.stored(int(stored)))
             try:
                 dataset.make(dataset.shards[number][place.shard].read(place.row), place)

@@ -29,6 +29,7 @@ class Shard:
     url: str
     index: ShardIndex
     storage: Storage
+    known_as: str = ""  # the name that sample ids are made of, where the shard has moved since a run began
 
     @property
     def samples(self) -> int:
@@ -37,6 +38,8 @@ class Shard:
     @cached_property
     def name(self) -> str:
         """The last three parts of the path: coco/train/000.tar is not cc3m/train/000.tar, on whatever disk they are."""
+        if self.known_as:
+            return self.known_as
         path = urlsplit(self.url).path if is_remote(self.url) else str(Path(self.url).resolve())
         return "/".join(Path(path).parts[-3:])
 

@@ -38,16 +38,27 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file, what it holds and what is accepted."""
 
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def mode_of_umask(path: Path) -> None:
+    """Gives a file the mode that the umask says, where a library has made it for its owner alone."""
+    os.chmod(path, 0o666 & ~UMASK)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name and renames: a reader sees the old file or the new one, never a half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Writes to a temporary name and renames: a reader sees the old file or the new one, never a half, even after a power
+    cut. The mode is what the umask says."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

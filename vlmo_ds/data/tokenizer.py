@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +12,7 @@ from urllib.request import getproxies
 
 from huggingface_hub.constants import ENDPOINT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlmo_ds.data.storage import DataError
 
@@ -101,3 +103,9 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ids.items())
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of which word piece each number means. Weights fit a vocabulary of this digest alone."""
+    pieces = sorted((number, piece) for piece, number in tokenizer.get_vocab().items())
+    return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlmo_ds.distributed import heartbeat
+
 
 class _Gather(torch.autograd.Function):
     """All-gather along the first dimension; backward is the reduce-scatter that sums every rank's gradient."""
@@ -79,7 +81,9 @@ class Collector:
     def attempt_on_rank0(self, action: Callable[[], object], *errors: type[Exception]) -> tuple[object, str | None]:
         """(rank 0's result, or the message of one of these errors), on every rank, so that all go on or all stop."""
         outcome: tuple[object, str | None] = (None, None)
+        heartbeat.rest("waiting for rank 0")
         if self.rank == 0:
+            heartbeat.beat("what rank 0 does for all")
             try:
                 outcome = (action(), None)
             except errors as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlmo_ds import metrics
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
 
@@ -69,8 +69,8 @@ def thin(values: Sequence[tuple[int, float]], most: int = 200) -> list[tuple[int
 
 def read_metrics(run: Path) -> dict[str, list[dict]]:
     stages: dict[str, list[dict]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    file = run / metrics.FILE
+    for record in metrics.records(file) if file.exists() else ():
         stages.setdefault(record["stage"], []).append(record)
     return stages
 
@@ -88,8 +88,8 @@ def curves(run: Path) -> str:
 
 
 def points(records: list[dict], name: str) -> list[tuple[int, float]]:
-    """A metric by step; null, where it was not finite, is left out."""
-    return [(r["step"], r[name]) for r in records if r[name] is not None]
+    """A metric by step; steps where it was not finite, or is not there, are left out."""
+    return [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
 
 
 def picture(data: bytes, hit: bool = False) -> str:
@@ -153,7 +153,7 @@ def write_report(
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
     if result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
-    body += [numbers_table(title, metrics) for title, metrics in (tables or {}).items()]
+    body += [numbers_table(title, values) for title, values in (tables or {}).items()]
     body.append("<h2>Training</h2>" + curves(run))
     if result is not None and queries:
         body.append(gallery(data, result, queries))

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.config import RecipeError, RetrievalConfig, number
 from vlmo_ds.data.shards import list_shards
 from vlmo_ds.data.storage import write_atomically
+from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
 from vlmo_ds.evaluation.runs import share, square_pixels, text_batch, token_ids
@@ -62,6 +63,7 @@ def load_set(
                 index[raw.image_id] = len(index)
                 encoded.append(raw.image)
                 images.append(square_pixels(raw.image, image_size, raw.name))
+            heartbeat.beat("reading the held-out set")
             for caption in raw.captions:
                 captions.append(caption)
                 owner.append(index[raw.image_id])

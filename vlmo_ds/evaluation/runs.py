@@ -26,6 +26,7 @@ from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage, pixels, square
+from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.interop.official import read_weights
 from vlmo_ds.models.vlmo import VLMo
@@ -91,7 +92,12 @@ def share(total: int, batch: int, collector: Collector, compute: Callable[[Tenso
     per_rank = -(-total // collector.world_size)
     mine = torch.arange(per_rank) + collector.rank * per_rank
     mine = mine.clamp(max=total - 1)  # every rank computes as many rows; those past the end are thrown away
-    local = torch.cat([compute(rows) for rows in mine.split(batch)])
+    parts = []
+    for rows in mine.split(batch):
+        heartbeat.beat("evaluation")
+        parts.append(compute(rows))
+    local = torch.cat(parts)
+    heartbeat.rest("waiting in the evaluation")
     return collector.gather(local)[:total]
 
 
@@ -115,13 +121,16 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
     """The examples of all samples in order, `size` at a time."""
     loader = DataLoader(samples, batch_size=None, num_workers=workers)
     waiting: list[dict] = []
+    heartbeat.beat(f"evaluation: {about}")
     for examples in tqdm(loader, desc=about, unit="sample", disable=samples.silent or None):
         waiting += examples
         while len(waiting) >= size:
+            heartbeat.beat(f"evaluation: {about}")
             yield waiting[:size]
             waiting = waiting[size:]
     if waiting:
         yield waiting
+    heartbeat.rest("waiting in the evaluation")
 
 
 @torch.no_grad()

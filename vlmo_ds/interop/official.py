@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.interop.resize import TABLE
+from vlmo_ds.manifest import MANIFEST, fault_of
 from vlmo_ds.models.position import num_distances, num_image_distances
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, STAGE = "model.safetensors", "stage.json"  # in a stage's final folder
 NESTED = ("state_dict", "module", "model")  # where the official releases keep the weights
 INDEX_BUFFERS = re.compile(r"(.*\.)?(text_|text_imag_)?relative_position_index")
 BEIT_ONLY = ("fc_norm.", "head.", "lm_head.")
@@ -35,6 +37,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RecipeError(
             f"initial weights: {file} does not exist; accepted: a stage's final folder, a .safetensors or .pt file"
         )
+    if path.is_dir() and (path / MANIFEST).exists() and (fault := fault_of(path, (0, 1))):
+        raise RecipeError(f"initial weights: {path} is damaged: {fault}")
     try:
         found: Any = (
             load_file(file)
@@ -50,6 +54,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise RecipeError(f"initial weights: {file} holds no state dict (names and tensors)")
     return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def vocabulary_of(path: Path) -> str | None:
+    """The digest of the vocabulary that a stage's result was trained with; None where nothing says."""
+    try:
+        return json.loads((path / STAGE).read_bytes()).get("vocabulary")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def to_vlmo(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:

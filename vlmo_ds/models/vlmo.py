@@ -36,7 +36,8 @@ class StepOutput(NamedTuple):
     """What one forward pass gives back (a tuple, in which DeepSpeed finds the tensors).
 
     loss: this rank's weighted sum, to be averaged over ranks; losses: the same per task, weights included, gradients
-    attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: equal on all ranks.
+    attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: to be averaged over ranks, among
+    them loss/<task> without its weight.
     """
 
     loss: Tensor
@@ -247,6 +248,7 @@ class VLMo(nn.Module):
     def record(self, out: StepOutput, task: str, result: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]) -> None:
         loss, ratios = result
         out.losses[task] = loss * self.tasks[task]
+        out.values[f"loss/{task}"] = loss.detach()
         out.ratios.update({f"{task}/{name}": ratio for name, ratio in ratios.items()})
 
     def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, types_2D: Tensor, contrast) -> Tensor:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
 import threading
-import zlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmo_ds.config import RecipeError
-from vlmo_ds.data.storage import write_atomically
+from vlmo_ds.data.storage import mode_of_umask
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.manifest import MANIFEST, crc32, fault_of, listed, write_manifest
 from vlmo_ds.training.state import MOMENTS, aliases, fragments, layout_of, progress, set_progress
-from vlmo_ds.training.weights import write_weights
+from vlmo_ds.training.weights import sync, write_weights
 
-MANIFEST, STATE = "manifest.json", "state.json"
+STATE = "state.json"
+PARTS = re.compile(r"rank-\d{5,}\.safetensors")
 FORMAT = 1
 DISK_ERRORS = (OSError, SafetensorError)
+PAUSE = 5.0  # seconds before what could not be written is tried again
 
 
 # ---- on disk ----
@@ -54,40 +56,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints of a stage, oldest first."""
     found = folder.glob("step-*") if folder.is_dir() else []
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), key=step_of)
-
-
-def rank_files(path: Path) -> list[Path]:
-    return sorted(path.glob("rank-*.safetensors"))
-
-
-def crc32(file: Path) -> int:
-    value = 0
-    with file.open("rb") as data:
-        while block := data.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def fault_of(path: Path, share: tuple[int, int] | None = None) -> str:
-    """What is wrong with a published checkpoint by its manifest; "" if it is whole.
-
-    Sizes are looked at always, contents where share = (i, n) is given: those of every n-th file from the i-th.
-    """
-    try:
-        written = json.loads((path / MANIFEST).read_text())["files"]
-        entries = [(name, entry["bytes"], entry["crc32"]) for name, entry in written.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    for name, size, _ in entries:
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found is None:
-            return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes, {size} were written"
-    for name, _, checksum in entries[share[0] :: share[1]] if share else ():
-        if crc32(path / name) != checksum:
-            return f"{name} does not hold what was written (its CRC-32 differs)"
-    return ""
 
 
 def shared_fault(path: Path, collector: Collector) -> str:
@@ -112,23 +80,36 @@ def on_disk(collector: Collector, action: Callable[[], None]) -> str:
     return collector.attempt_on_rank0(action, *DISK_ERRORS)[1] or ""
 
 
+def tried_again(collector: Collector, action: Callable[[], None], times: int, what: str) -> str:
+    """on_disk, tried again so many times with pauses between; `what` begins the warning."""
+    for left in range(times, -1, -1):
+        problem = on_disk(collector, action)
+        if not problem or not left:
+            break
+        if collector.rank == 0:
+            print(
+                f"warning: {what}: {problem}; tried again in {PAUSE:.0f} s, {left} times more",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(PAUSE)
+    return problem
+
+
 def clear_leftovers(folder: Path) -> None:
-    """Makes the folder, and removes from all of it what a killed process was writing."""
+    """Makes a stage's folder, and removes from it what a killed process was writing; nothing that anybody else has put there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in sorted(folder.rglob("*.tmp")):
-        if leftover.is_dir():
+    for leftover in folder.glob("*.tmp"):
+        if re.fullmatch(r"(step-\d+|final)\.tmp", leftover.name) and leftover.is_dir():
             shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Onto the disk itself, so that a power cut leaves what the names promise."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def set_aside(path: Path, why: str) -> Path:
+    """Gives a folder another name, under which nothing looks for it."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.{why}-{number}")).exists():
+        number += 1
+    return path.rename(target)
 
 
 # ---- writing ----
@@ -185,6 +166,7 @@ class CheckpointWriter:
         file = self.temporary / f"rank-{self.collector.rank:05d}.safetensors"
         try:
             save_file(tensors, file)
+            mode_of_umask(file)
             sync(file)
             self.checksum = crc32(file)
             if self.collector.rank == 0:
@@ -217,9 +199,7 @@ class CheckpointWriter:
 
     def publish(self, checksums: dict[str, int]) -> None:
         temporary = self.temporary
-        checksums = {**checksums, STATE: crc32(temporary / STATE)}
-        files = {name: {"bytes": (temporary / name).stat().st_size, "crc32": crc} for name, crc in checksums.items()}
-        write_atomically(temporary / MANIFEST, json.dumps({"files": files}, indent=1).encode())
+        write_manifest(temporary, {**checksums, STATE: crc32(temporary / STATE)})
         target = temporary.with_suffix("")
         if target.exists():
             shutil.rmtree(target)
@@ -282,19 +262,21 @@ class Reader:
         self.path = path
         try:
             self.state = json.loads((path / STATE).read_text())
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"checkpoint {path} cannot be read: {STATE}: {error}") from None
-        if self.state.get("format") != FORMAT:
+            names = sorted(name for name in listed(path) if PARTS.fullmatch(name))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"checkpoint {path} cannot be read: {error}") from None
+        if not isinstance(self.state, dict) or self.state.get("format") != FORMAT:
+            found = self.state.get("format") if isinstance(self.state, dict) else self.state
             raise RecipeError(
-                f"checkpoint {path} has format {self.state.get('format')!r}, this version reads {FORMAT}: "
+                f"checkpoint {path} has format {found!r}, this version reads {FORMAT}: "
                 "go on with the version that wrote it"
             )
         self.parts: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for file in rank_files(path):
+        for name in names:  # not what else lies there
             try:
-                data = safe_open(file, "pt")
+                data = safe_open(path / name, "pt")
             except DISK_ERRORS as error:
-                raise RecipeError(f"checkpoint {path} cannot be read: {file.name}: {error}") from None
+                raise RecipeError(f"checkpoint {path} cannot be read: {name}: {error}") from None
             for key in data.keys():  # noqa: SIM118 (not a dict)
                 kind, start, name = key.split("/", 2)
                 length = data.get_slice(key).get_shape()[0]

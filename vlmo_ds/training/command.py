@@ -86,6 +86,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SECONDS",
         help="a rank that takes longer to join, to read a batch or to make a step ends the run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--accept_data",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="stages that go on although their shards have changed since they began",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     return parser.parse_intermixed_args(argv)
@@ -131,6 +137,12 @@ def check(args: argparse.Namespace) -> Command:
         weights = stage.init.weights
         if weights not in ("previous", "fresh") and not Path(weights).exists():
             raise RecipeError(f"stages.{stage.name}.init.weights: {weights} does not exist")
+    for name in args.accept_data or ():
+        if name not in [stage.name for stage in recipe.stages]:
+            known = [stage.name for stage in recipe.stages]
+            raise RecipeError(
+                f"--accept_data: the recipe has no stage '{name}'{nearest(name, known)}; accepted: {', '.join(known)}"
+            )
     command = Command(args, recipe, ds_config, stages)
     if command.folder.exists() and not command.folder.is_dir():
         raise RecipeError(f"--output_dir: {command.folder} is a file; accepted: the run's directory, or a new name")

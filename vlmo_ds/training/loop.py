@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import InitConfig, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
+from vlmo_ds.data.tokenizer import vocabulary_digest
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.interop.official import read_weights
+from vlmo_ds.interop.official import read_weights, vocabulary_of
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
@@ -25,10 +26,10 @@ from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
 from vlmo_ds.training.guard import ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
 from vlmo_ds.training.monitor import Monitor, global_metrics
-from vlmo_ds.training.optim import optimizer_step, set_trainable
+from vlmo_ds.training.optim import matches, optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.state import full_state, layout_of, set_weights
-from vlmo_ds.training.watch import Watch
+from vlmo_ds.training.watch import BUILDING, GATHERING, Watch
 from vlmo_ds.training.weights import frozen_state, hand_over, write_final
 
 NEAR_MAX_SCALE = 90.0
@@ -46,6 +47,7 @@ class Run(NamedTuple):
     monitor: Monitor
     stop: StopRequest
     watch: Watch
+    known_shards: dict[str, list[list[str]]]  # resume.check_shards
 
     def folder_of(self, stage: StageConfig) -> Path:
         """Where a stage's checkpoints and its result are."""
@@ -60,20 +62,41 @@ class Run(NamedTuple):
         return read_weights(path), str(path)
 
 
+def refuse_other_words(ours: str, theirs: str | None, stage: StageConfig, origin: str) -> None:
+    """RecipeError if weights were trained with other word pieces under the same numbers: the shapes would not tell."""
+    if theirs in (None, ours) or matches("text_embeddings.word_embeddings.weight", stage.init.fresh):
+        return
+    raise RecipeError(
+        f"stages.{stage.name}: weights from {origin} were trained with another vocabulary, whose numbers mean other word "
+        "pieces: set tokenizer.name to the tokenizer folder of the run that trained them, or name text_embeddings.* and "
+        "mlm_score.* in init.fresh"
+    )
+
+
 def stage_seed(recipe: Recipe, stage: StageConfig) -> int:
     """Every stage has its own stream of randomness."""
     return recipe.seed * 1_000_003 + next(i for i, s in enumerate(recipe.stages) if s.name == stage.name)
 
 
 def build_dataset(
-    recipe: Recipe, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
+    recipe: Recipe,
+    stage: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+    known_shards: list[list[str]] | None = None,
 ) -> BatchDataset:
     model = recipe.model
     micro, _ = micro_batch(stage, collector.world_size)
     seed = stage_seed(recipe, stage)
     spec = spec_for(stage.tasks, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
     return BatchDataset(
-        stage.data, spec, tokenizer, rank=collector.rank, world_size=collector.world_size, batch_size=micro
+        stage.data,
+        spec,
+        tokenizer,
+        rank=collector.rank,
+        world_size=collector.world_size,
+        batch_size=micro,
+        known_shards=known_shards,
     )
 
 
@@ -125,7 +148,6 @@ def train_stage(run: Run, stage: StageConfig, resume_from: Path | None, skip: in
     """
     training = StageTraining(run, stage, resume_from, skip)
     rollback = training.train()
-    run.watch.unlimited(f"ending {stage.name}")
     if not rollback:
         training.write_final()
     release(training.engine)
@@ -141,12 +163,20 @@ class StageTraining:
 
     def __init__(self, run: Run, stage: StageConfig, resume_from: Path | None, skip: int | None):
         self.run, self.stage = run, stage
+        run.watch.beat(f"{BUILDING} {stage.name}")
         recipe, collector = run.recipe, run.collector
         self.seed = stage_seed(recipe, stage)
         _, self.accumulation = micro_batch(stage, collector.world_size)
-        self.dataset = build_dataset(recipe, stage, run.tokenizer, collector)
+        known_shards = run.known_shards.get(stage.name)
+        self.dataset = build_dataset(recipe, stage, run.tokenizer, collector, known_shards)
         reader = checkpoint.Reader(resume_from) if resume_from else None
-        source, origin = (reader.weights(), str(resume_from)) if reader else run.initial_weights(stage)
+        vocabulary = vocabulary_digest(run.tokenizer)
+        if reader:
+            source, origin = reader.weights(), str(resume_from)
+            refuse_other_words(vocabulary, reader.state.get("vocabulary"), stage, origin)
+        else:
+            source, origin = run.initial_weights(stage)
+            refuse_other_words(vocabulary, vocabulary_of(Path(origin)), stage, origin)
         model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
         del source
         self.frozen = frozen_state(model)
@@ -158,6 +188,8 @@ class StageTraining:
         self.skip = saved.get("skip", 0) if skip is None else skip
         if reader and collector.rank == 0:
             print(f"{stage.name}: resumed at step {self.first} from {resume_from}", flush=True)
+        if reader:
+            self.follow_schedule(reader.state["recipe"])
         self.compare = self.engine.zero_optimization_stage() == 3 if recipe.check_ranks is None else recipe.check_ranks
         self.guard = SpikeGuard(recipe.loss_spike, saved.get("guard")) if recipe.loss_spike else None
         self.nonfinite = SkippedSteps(recipe, stage.name, run.folder, collector)
@@ -169,11 +201,30 @@ class StageTraining:
         self.failures = checkpoint.FailedCheckpoints(recipe.checkpoint_failures, folder, collector.rank == 0)
         shapes = {**self.shapes, **buffer_shapes}
         self.about = checkpoint.about_run(stage.name, recipe.model_dump(mode="json"), shapes, self.engine)
+        self.about["vocabulary"] = vocabulary
+
+    def follow_schedule(self, recipe: dict) -> None:
+        """Of a stage that has been made longer the learning rate goes on along the new schedule. recipe: the checkpoint's."""
+        before = next((s["steps"] for s in recipe["stages"] if s["name"] == self.stage.name), self.stage.steps)
+        if before == self.stage.steps:
+            return
+        scheduler, groups = self.engine.lr_scheduler, self.engine.optimizer.param_groups
+        old = groups[0]["lr"]
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)
+        if self.run.collector.rank == 0:
+            print(
+                f"{self.stage.name}: {self.stage.steps} steps instead of {before}: the learning rate goes on at "
+                f"{groups[0]['lr']:.2e}, where the schedule of {before} steps had {old:.2e}",
+                flush=True,
+            )
 
     def train(self) -> Rollback | None:
         stage, collector = self.stage, self.run.collector
-        before = self.run.recipe.stages[: self.run.recipe.stages.index(stage)]
-        self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before))
+        number = self.run.recipe.stages.index(stage)
+        before, after = self.run.recipe.stages[:number], self.run.recipe.stages[number + 1 :]
+        samples_ahead = sum(s.steps * s.global_batch_size for s in after)
+        self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before), samples_ahead)
         begin, end = ((step + self.skip) * self.accumulation for step in (self.first, stage.steps))
         stream = batches(self.dataset, begin, end, stage.data.workers, stage.data.prefetch)
         self.engine.train()
@@ -185,10 +236,11 @@ class StageTraining:
                 self.failures.count(self.writer.finish())
                 rollback = roll_back(spike, self.skip, self.writer.folder, collector)
                 break
-            due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
-            if (due or asked) and step + 1 < stage.steps:
+            last = step + 1 == stage.steps  # a stage can be made longer from there
+            due = stage.checkpoint_every and ((step + 1) % stage.checkpoint_every == 0 or last)
+            if due or asked:
                 self.checkpoint(step + 1, wait=asked)
-            if asked and step + 1 < stage.steps:
+            if asked and not last:
                 raise Stopped(
                     f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
                 )
@@ -199,6 +251,7 @@ class StageTraining:
         """One optimiser step: (its metrics, whether a rank was asked to stop)."""
         stage, engine, run = self.stage, self.engine, self.run
         skipped_before = engine.skipped_steps
+        lr = engine.get_lr()[0]  # this step's; afterwards it is the next one's
         taken: list[dict[str, Tensor]] = []
         passes = (self.next_pass(step, part, stream, taken) for part in range(self.accumulation))
         if stage.gradient_cache:
@@ -210,7 +263,7 @@ class StageTraining:
         metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags}, run.collector)
         asked = bool(counts.pop(ASKED))
         self.failures.count(self.writer.settle(counts.pop(WRITING)))
-        metrics["lr"] = engine.get_lr()[0] if step + 1 < stage.steps else 0.0
+        metrics["lr"] = lr
         norm = engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = math.nan if skipped else float(norm)
@@ -269,12 +322,21 @@ class StageTraining:
             self.failures.count(self.writer.finish())
 
     def write_final(self) -> None:
+        """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""
+        run = self.run
+        run.watch.beat(f"{GATHERING} {self.stage.name}")
         state = full_state(self.engine, self.frozen, self.shapes)
         meta = {"stage": self.stage.name, "steps": self.stage.steps, "tasks": self.stage.weights}
+        meta["vocabulary"] = self.about["vocabulary"]
         folder = self.writer.folder / "final"
-        problem = checkpoint.on_disk(self.run.collector, lambda: write_final(folder, state, meta))
+        what = f"the result of stage '{self.stage.name}' cannot be written to {folder}"
+        problem = checkpoint.tried_again(
+            run.collector, lambda: write_final(folder, state, meta), run.recipe.checkpoint_failures, what
+        )
         if problem:
-            raise RecipeError(f"the result of stage '{self.stage.name}' cannot be written to {folder}: {problem}")
+            raise RecipeError(
+                f"{what}: {problem}; once that is mended, the same command goes on from the stage's last checkpoint"
+            )
 
 
 @torch.no_grad()

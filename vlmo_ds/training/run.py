@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -16,11 +15,12 @@ import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe, RecipeError, StageConfig, parse_recipe, read_yaml
+from vlmo_ds.config import Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import check_samples, source_shards
 from vlmo_ds.data.shards import ANSWERS, answer_list, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, vqa
 from vlmo_ds.evaluation.report import write_report
@@ -30,28 +30,24 @@ from vlmo_ds.training.command import Command
 from vlmo_ds.training.command import main as main
 from vlmo_ds.training.ds_config import merge, refuse_by_device, refuse_by_models
 from vlmo_ds.training.engine import device, start_distributed
-from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, UNUSABLE
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, LOST_A_RANK, UNUSABLE
 from vlmo_ds.training.guard import Diverged
+from vlmo_ds.training.lock import RunLock
 from vlmo_ds.training.loop import Run, build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
 from vlmo_ds.training.precision import begun_in, settle
+from vlmo_ds.training.resume import (
+    check_results,
+    check_resume,
+    check_shards,
+    clear_leftovers,
+    is_finished,
+    set_newer_aside,
+)
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.watch import Watch
 
 TOKENIZER_TEXTS = 200_000
-# Settings of a stage that do not change what is trained: a run may go on with other values.
-FREE_SETTINGS = (
-    ".checkpoint_every",
-    ".log_images_every",
-    ".workers",
-    ".prefetch",
-    ".max_bad_fraction",
-    ".index",
-    ".cache",
-    ".cache_size_gb",
-    ".tries",
-    ".stall_seconds",
-)
 
 
 def run(command: Command) -> int:
@@ -78,8 +74,12 @@ def run(command: Command) -> int:
     except Exception:
         traceback.print_exc()
         return leave(1)
-    dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
-    dist.destroy_process_group()
+    try:
+        dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
+        dist.destroy_process_group()
+    except RuntimeError as error:  # a rank that has died since
+        print(f"error: rank {rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return leave(LOST_A_RANK)
     return status
 
 
@@ -98,7 +98,7 @@ def leave(status: int) -> int:
 
 def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
     """Runs a check on rank 0; its result, or its error, reaches every rank, so that all go on or all stop."""
-    result, message = collector.attempt_on_rank0(function, RecipeError, DataError)
+    result, message = collector.attempt_on_rank0(function, RecipeError, DataError, OSError)
     if message is not None:
         raise RecipeError(message)
     return result
@@ -106,30 +106,68 @@ def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
 
 def run_stages(command: Command, stop: StopRequest, watch: Watch) -> None:
     collector = Collector()
-    args, recipe, stages, folder = command.args, command.recipe, command.stages, command.folder
-    ds_config, line = settle(command.ds_config, collector.from_rank0(begun_in(folder)), collector)
-    if collector.rank == 0:
-        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
-    on_rank0(collector, lambda: check_before_start(args, recipe, stages, folder))
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
-    recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
-    on_rank0(collector, lambda: check_data(recipe, stages, tokenizer, collector))
-    on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, stages, collector.world_size))
-
-    monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
-    run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, watch)
+    recipe, folder = command.recipe, command.folder
+    stop.at_once = "stopped before training; the same command starts again"
+    lock = RunLock(folder)
+    on_rank0(collector, lambda: take(lock, folder))
     try:
-        for stage in stages:
-            if (run.folder_of(stage) / "final").is_dir() and args.resume == "auto":
-                if collector.rank == 0:
-                    print(f"{stage.name}: finished already", flush=True)
-                continue
-            train_to_its_end(run, stage, find_checkpoint(args.resume, run.folder_of(stage), collector))
+        ds_config, line = settle(command.ds_config, collector.from_rank0(begun_in(folder)), collector)
+        if collector.rank == 0:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+        known_shards = on_rank0(collector, lambda: check_before_start(command))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
+        recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
+        on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
+        on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
+        monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
+        run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, watch, known_shards)
+        stop.at_once = None
+        try:
+            for stage in command.stages:
+                train_if_needed(run, stage, command)
+        finally:
+            monitor.close()
+        stop.at_once = "stopped in the evaluation; the same command does it again"
+        stop_if_asked(run, "before the evaluation")
+        finish(recipe, folder, tokenizer, collector)
     finally:
-        monitor.close()
-    watch.unlimited("evaluation")
-    finish(recipe, folder, tokenizer, collector)
+        stop.at_once = None
+        lock.release()
+
+
+def take(lock: RunLock, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
+
+
+def train_if_needed(run: Run, stage: StageConfig, command: Command) -> None:
+    """Trains a stage that has not finished, from where --resume says."""
+    resume, collector = command.args.resume, run.collector
+    path = None if resume in ("auto", "never") else Path(resume)
+    names = [stage.name for stage in run.recipe.stages]
+    if is_finished(run.folder, stage):
+        if collector.rank == 0:
+            print(f"{stage.name}: finished already", flush=True)
+        return
+    if path and names.index(stage.name) < names.index(path.parent.name):
+        if collector.rank == 0:
+            print(f"{stage.name}: left out, as --resume names a checkpoint of {path.parent.name}", flush=True)
+        return
+    if path and path.parent.name == stage.name:
+        if fault := checkpoint.shared_fault(path, collector):
+            raise RecipeError(f"--resume: {path} is damaged: {fault}")
+        start = path
+    else:
+        start = checkpoint.latest_whole(run.folder_of(stage), collector) if resume != "never" else None
+    train_to_its_end(run, stage, start)
+    stop_if_asked(run, f"after stage '{stage.name}'")
+
+
+def stop_if_asked(run: Run, where: str) -> None:
+    """Stopped on every rank if any of them was asked to between two steps."""
+    if any(run.collector.each_rank(run.stop.asked())):
+        raise Stopped(f"stopped {where}; the same command goes on from there")
 
 
 def train_to_its_end(run: Run, stage: StageConfig, resume_from: Path | None) -> None:
@@ -149,84 +187,24 @@ def train_to_its_end(run: Run, stage: StageConfig, resume_from: Path | None) -> 
         rollback = train_stage(run, stage, newest, skip=rollback.skip)
 
 
-def check_before_start(args: argparse.Namespace, recipe: Recipe, stages: list[StageConfig], run: Path) -> None:
-    """Everything that can be wrong without reading samples; makes the run's tokenizer."""
-    begun = (run / "recipe.yaml").exists()
-    if args.resume == "never" and begun:
-        raise RecipeError(f"--resume never, but {run} holds a run already: choose another --output_dir")
-    if args.resume not in ("auto", "never"):
-        path = Path(args.resume)
-        if path not in checkpoint.list_checkpoints(path.parent) or path.parent.name not in [s.name for s in stages]:
-            raise RecipeError(
-                f"--resume: {path} is no checkpoint; accepted: auto, never, or {run}/checkpoints/<stage>/step-<number>"
-            )
-        if fault := checkpoint.fault_of(path):
-            raise RecipeError(f"--resume: {path} is damaged: {fault}")
-        compare_recipes(recipe, checkpoint.Reader(path).state["recipe"], f"{path} was written by")
-    if begun:
-        try:
-            old = read_yaml((run / "recipe.yaml").read_bytes(), f"{run}/recipe.yaml")
-        except (OSError, RecipeError):
-            raise RecipeError(f"{run}/recipe.yaml cannot be read: choose another --output_dir") from None
-        compare_recipes(recipe, old, f"{run} was begun with")
-    first = recipe.stages.index(stages[0])
-    if stages[0].init.weights == "previous" and first > 0:
-        before = run / "checkpoints" / recipe.stages[first - 1].name / "final"
-        if not before.is_dir():
-            raise RecipeError(
-                f"stage '{stages[0].name}' starts from stage '{recipe.stages[first - 1].name}', which has not finished in {run}: "
-                f"add it to --stages, or set stages.{stages[0].name}.init.weights to 'fresh' or a file"
-            )
+def check_before_start(command: Command) -> dict[str, list[list[str]]]:
+    """Everything that can be wrong without reading samples; makes the run's tokenizer. Returns what check_shards does."""
+    args, recipe, stages, run = command.args, command.recipe, command.stages, command.folder
+    check_resume(args, recipe, stages, run)
     for stage in stages:
         source_shards(stage.data)
     for held_out in (recipe.retrieval, recipe.vqa, recipe.nlvr2):
         if held_out:
             list_shards(held_out.shards)
-    checkpoint.clear_leftovers(run)
+    known_shards = check_shards(stages, run, args.accept_data or ())
+    check_results(command)
+    clear_leftovers(run, recipe)
+    if args.resume not in ("auto", "never"):
+        set_newer_aside(Path(args.resume))
     if not (run / "tokenizer").is_dir():
         make_tokenizer(recipe).save_pretrained(str(run / "tokenizer.tmp"))
         (run / "tokenizer.tmp").replace(run / "tokenizer")
-
-
-def compare_recipes(recipe: Recipe, old: dict[str, Any], whose: str) -> None:
-    """A run goes on with the recipe it began with. old: as JSON or YAML holds it."""
-    try:
-        earlier = parse_recipe(old, whose)
-    except RecipeError as error:
-        raise RecipeError(f"{whose} a recipe that cannot be read: choose another --output_dir ({error})") from None
-    before, now = flatten(earlier.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-    free = (
-        "retrieval",
-        "vqa",
-        "nlvr2",
-        "keep_checkpoints",
-        "checkpoint_failures",
-        "background_checkpoints",
-        "max_nonfinite_steps",
-        "loss_spike",
-        "check_ranks",
-        "name",
-    )
-    changed = [
-        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not key.startswith(free)
-        and not key.endswith(FREE_SETTINGS)
-        and not (key in ("model.vocab_size", "model.vqav2_label_size") and now[key] == 0)
-    ]
-    if changed:
-        raise RecipeError(
-            f"{whose} another recipe; choose another --output_dir or checkpoint, or undo:\n  "
-            + "\n  ".join(changed[:12])
-        )
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {prefix: value}
-    return {k: v for key, inner in items for k, v in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return known_shards
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -240,6 +218,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         shards = list({s.url: s for data in with_text for source in source_shards(data) for s in source}.values())
         stride = -(-sum(s.samples for s in shards) // TOKENIZER_TEXTS)
         for shard in tqdm(shards, desc="training the tokenizer", unit="shard"):
+            heartbeat.beat("training the tokenizer")
             for row in range(0, shard.samples, stride):
                 try:
                     yield from shard.read(row).texts
@@ -285,17 +264,6 @@ def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[Stag
     write_atomically(run / "ds_config.json", json.dumps(resolved, indent=1).encode())
 
 
-def find_checkpoint(resume: str, folder: Path, collector: Collector) -> Path | None:
-    """The checkpoint that a stage goes on from (every rank has to call)."""
-    if resume in ("auto", "never"):
-        return checkpoint.latest_whole(folder, collector) if resume == "auto" else None
-    if Path(resume).parent.name != folder.name:
-        return None
-    if fault := checkpoint.shared_fault(Path(resume), collector):
-        raise RecipeError(f"--resume: {resume} is damaged: {fault}")
-    return Path(resume)
-
-
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
     """Evaluation after the last stage, and the report."""
     last = recipe.stages[-1]
@@ -315,15 +283,24 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
         if recipe.nlvr2 and "nlvr2" in last.tasks:
             model = load_model(recipe, final).to(device())
             tables["nlvr2"] = nlvr2.scores(nlvr2.evaluate(model, recipe.nlvr2, tokenizer, collector))
-    if collector.rank == 0:
+
+    def publish() -> None:
         if result is not None:
             write_atomically(run / "retrieval.json", as_json(result.metrics))
-            print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
-        for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
-            if name in tables:
-                write_atomically(run / f"{name}.json", as_json(tables[name]))
-                print(module.table(tables[name]))
+        for name, values in tables.items():
+            write_atomically(run / f"{name}.json", as_json(values))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
         path = write_report(run, recipe.name, data, result, queries, tables)
         print(f"report: {path}", flush=True)
-    collector.barrier()
+
+    if collector.rank == 0:
+        if result is not None:
+            print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
+        for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
+            if name in tables:
+                print(module.table(tables[name]))
+    what = "the results of the evaluation"
+    if problem := checkpoint.tried_again(collector, publish, recipe.checkpoint_failures, f"{what} cannot be written"):
+        raise RecipeError(
+            f"{what} cannot be written: {problem}; once that is mended, the same command makes them again"
+        )

@@ -1,14 +1,18 @@
-"""Signals that ask a run to stop: SIGTERM (schedulers, launchers) and SIGUSR1 (Slurm's warning before the time limit)."""
+"""Signals that ask a run to stop: SIGTERM (schedulers, launchers), SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning before the time
+limit)."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from types import FrameType
 
 import psutil
 
 LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py")
+AGAIN = 1.0  # seconds after a SIGINT from which on another one is a second Ctrl-C, and not a launcher that passes it on
 
 
 class Stopped(Exception):
@@ -16,14 +20,16 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The ranks agree at the end of a step."""
+    """Whether this process was asked to stop. The ranks agree at the end of a step; a second Ctrl-C ends this one at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.launcher: tuple[int, int] | None = None
+        self.interrupted_at: float | None = None
+        self.at_once: str | None = None  # what to say on leaving, where nothing is lost by leaving in the middle
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.remember)
         # SIGTERM ends DeepSpeed's runner and nothing else: its launcher and the ranks would go on unseen.
         if any(part.endswith(LAUNCHERS) for part in psutil.Process(os.getppid()).cmdline()):
@@ -43,4 +49,15 @@ class StopRequest:
             return parent, 0
 
     def remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.interrupted_at is not None and time.monotonic() - self.interrupted_at > AGAIN:
+                os._exit(128 + signal.SIGINT)
+            if self.interrupted_at is None and os.environ.get("LOCAL_RANK", "0") == "0":
+                # not print: the signal may have come within one
+                os.write(
+                    sys.stderr.fileno(), b"stopping; a stage writes a checkpoint first; Ctrl-C again ends at once\n"
+                )
+            self.interrupted_at = self.interrupted_at or time.monotonic()
         self.received = signal.Signals(number).name
+        if self.at_once and os.environ.get("WORLD_SIZE", "1") == "1":  # several ranks leave together, through Watch
+            raise Stopped(self.at_once)

@@ -19,13 +19,17 @@ import uuid
 
 import torch.distributed as dist
 
-from vlmo_ds.training.exit_status import LOST_A_RANK
+from vlmo_ds.distributed import heartbeat
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, LOST_A_RANK
 from vlmo_ds.training.signals import Stopped, StopRequest
 
 MOST_SILENCE = 60.0  # seconds without a report after which a process counts as dead; less with a short limit
 MOST_INTERVAL = 1.0  # seconds between two reports
 AT_FAULT = 5  # missing reports after which a process counts as dead once a collective has failed
-FAILURE = "failure"
+FAILURE, STOP = "failure", "stop"  # keys of the store
+# What ranks do together: who takes long over it may be held up by another, which is the one to be named.
+BUILDING, GATHERING = "building the model of", "gathering the weights of"
+TOGETHER = ("step", "starting", BUILDING, GATHERING)
 
 
 class Watch:
@@ -39,13 +43,18 @@ class Watch:
         self.rank = dist.get_rank() if self.active else 0
         self.ranks = dist.get_world_size() if self.active else 1
         self.host = socket.gethostname()
-        self.state: tuple[str, float | None] = ("starting", None)  # what the rank does, since when if that is limited
+        self.state = (
+            "starting",
+            time.monotonic(),
+            False,
+        )  # what the rank does, since when, whether it waits for others
         self.ended = threading.Event()
         self.failed = False  # a collective has failed on this rank
         self.round_began = time.monotonic()
         self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
+        heartbeat.listen(self.beat, self.rest)
         if self.active:
             name = [uuid.uuid4().hex]  # torchrun's store outlives the ranks
             dist.broadcast_object_list(name)
@@ -59,17 +68,18 @@ class Watch:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        heartbeat.listen()
         if not self.active or self.thread is None:
             return
         if kind is None or kind is Stopped:
-            self.state = ("done", None)
+            self.state = ("done", time.monotonic(), True)
             with contextlib.suppress(RuntimeError):
                 self.report()
         elif is_of_communication(error) and not self.stop.received:  # a launcher stops the ranks that are left itself
             print(
                 f"rank {self.rank} on {self.host}: {error}; looking for the rank at fault", file=sys.stderr, flush=True
             )
-            self.state = ("waiting for the rank at fault", None)
+            self.state = ("waiting for the rank at fault", time.monotonic(), True)
             self.failed = True
             self.thread.join(3 * self.silence)  # ends the process when it is found
         self.ended.set()
@@ -91,11 +101,11 @@ class Watch:
 
     def beat(self, doing: str) -> None:
         """Says what this rank does next, which may take `limit` seconds."""
-        self.state = (doing, time.monotonic())
+        self.state = (doing, time.monotonic(), False)
 
-    def unlimited(self, doing: str) -> None:
-        """Until the next `beat` this rank may take any time: only the end of its process is noticed."""
-        self.state = (doing, None)
+    def rest(self, doing: str) -> None:
+        """This rank waits for others, for as long as one of them gives signs of life."""
+        self.state = (doing, time.monotonic(), True)
 
     def tell(self, error: BaseException) -> None:
         """Tells all ranks why this one ends."""
@@ -125,6 +135,7 @@ class Watch:
                 failure = self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else ""
                 if failure and not self.ended.is_set():
                     self.leave(failure)
+                self.leave_if_asked()
                 found = json.loads(self.store.get(f"rank-{right}"))
             except (RuntimeError, ValueError) as error:
                 if self.ended.is_set():
@@ -138,21 +149,39 @@ class Watch:
                 continue
             if silent > (AT_FAULT * self.interval if self.failed else self.silence):
                 self.accuse(f"{who} has not been heard of for {silent:.0f} s; its last words: {found['doing']}")
-            elif found["for"] is not None and found["for"] > self.limit and not self.waiting(found["doing"]):
+            elif found["for"] > self.limit and not found["rests"] and not found["doing"].startswith(TOGETHER):
                 self.accuse(f"{who} hangs: {found['for']:.0f} s in '{found['doing']}', the limit is {self.limit:.0f} s")
-            elif found["for"] is not None and found["for"] > self.limit + 2 * self.silence:
+            elif found["for"] > self.limit + 2 * self.silence and (not found["rests"] or self.all_stand_still()):
                 self.accuse(f"no rank goes on: {who} has been {found['for']:.0f} s in '{found['doing']}'")
 
-    def waiting(self, doing: str) -> bool:
-        """Whether a rank that does this may be held up by another: the one at fault is to be named, not this one."""
-        return doing.startswith("step")
+    def all_stand_still(self) -> bool:
+        """Whether no rank has begun anything for `limit` seconds. Rank 0 alone asks all of them."""
+        if self.rank:
+            return False
+        entries = [json.loads(self.store.get(f"rank-{rank}")) for rank in range(self.ranks)]
+        return all(entry["for"] > self.limit for entry in entries)
+
+    def leave_if_asked(self) -> None:
+        """Where nothing is lost by it, the ranks leave as soon as one of them is asked to stop."""
+        message = self.stop.at_once
+        if message is None:
+            return
+        if self.stop.asked():
+            self.store.set(STOP, "asked")
+        if self.store.check([STOP]):
+            if self.rank == 0:
+                print(message, flush=True)
+            time.sleep(3 * self.interval)  # the store is in rank 0's process, and the others have yet to ask it
+            sys.stdout.flush()
+            os._exit(ASKED_TO_STOP)
 
     def report(self) -> None:
-        doing, since = self.state
+        doing, since, rests = self.state
         entry = {
             "host": self.host,
             "doing": doing,
-            "for": None if since is None else round(time.monotonic() - since, 1),
+            "for": round(time.monotonic() - since, 1),
+            "rests": rests,
             "at": time.time(),
         }
         self.store.set(f"rank-{self.rank}", json.dumps(entry))

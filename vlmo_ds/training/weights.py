@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmo_ds.config import InitConfig, RecipeError
-from vlmo_ds.interop.official import WEIGHTS, to_vlmo
+from vlmo_ds.data.storage import mode_of_umask, write_atomically
+from vlmo_ds.interop.official import STAGE, WEIGHTS, to_vlmo
 from vlmo_ds.interop.resize import fit
+from vlmo_ds.manifest import crc32, write_manifest
 from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.optim import matches
 
@@ -77,8 +80,21 @@ def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, ob
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(dict(state), temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / "stage.json").write_text(json.dumps(meta, indent=1))
+    mode_of_umask(temporary / WEIGHTS)
+    write_atomically(temporary / STAGE, json.dumps(meta, indent=1).encode())
+    write_manifest(temporary, {name: crc32(temporary / name) for name in (WEIGHTS, STAGE)})
+    sync(temporary / WEIGHTS)
     temporary.replace(folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Onto the disk itself, so that a power cut leaves what the names promise."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_weights(output: Path, weights: dict[str, Tensor]) -> None:
@@ -87,6 +103,7 @@ def write_weights(output: Path, weights: dict[str, Tensor]) -> None:
     temporary = output.with_name(output.name + ".tmp")
     try:
         save_file(weights, temporary, metadata={"format": "pt"})
+        mode_of_umask(temporary)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
