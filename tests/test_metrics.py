@@ -32,7 +32,16 @@ def test_lines_past_a_step_of_the_stage_are_cut_and_no_others(tmp_path):
 
 @pytest.mark.parametrize(
     "rest",
-    [b'{"stage": "b", "step": 3, "st', b"\0" * 512, b"\n", b"\xff\xfe\n", b'{"stage": "b"}\n', b"[1]\n", b"null\n", b"{" * 9999],
+    [
+        b'{"stage": "b", "step": 3, "st',
+        b"\0" * 512,
+        b"\n",
+        b"\xff\xfe\n",
+        b'{"stage": "b"}\n',
+        b"[1]\n",
+        b"null\n",
+        b"{" * 9999,
+    ],
 )
 def test_what_is_no_record_is_taken_out(tmp_path, rest):
     path = tmp_path / "metrics.jsonl"
