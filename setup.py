@@ -4,14 +4,25 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Recipes and DeepSpeed configs lie where a clone shows them, and are data of the package where it is installed.
+SHIPPED = {"vlmo_ds.recipes": "launch/recipes", "vlmo_ds.ds_configs": "ds_configs"}
+
 setup(
     name="vlmo_ds",
-    version="0.1.0",
+    version="0.2.0",
     description="Pretraining of vision-language mixture-of-modality-experts transformers under DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["vlmo_ds", "vlmo_ds.*"]),
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["vlmo_ds", "vlmo_ds.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "vlmo_ds": ["py.typed"],
+        "vlmo_ds.recipes": ["*.yaml", "finetune/*.yaml"],
+        "vlmo_ds.ds_configs": ["*.json"],
+    },
+    entry_points={"console_scripts": ["vlmo = vlmo_ds.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -32,5 +43,8 @@ setup(
         "pydantic>=2",
         "tqdm",
     ],
-    extras_require={"arrow": ["pyarrow"], "test": ["pytest", "ruff", "pyarrow"]},
+    extras_require={
+        "arrow": ["pyarrow"],
+        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "pyarrow"],
+    },
 )

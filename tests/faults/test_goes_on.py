@@ -129,11 +129,10 @@ def test_ctrl_c_outside_of_the_stages(tmp_path, synthetic, doing, said, ranks):
     code = f"from faults.test_goes_on import slow; slow({doing!r}, {arguments!r})"
     processes = start_ranks(["-c", code], ranks, SLOW="0")
     if doing == "evaluation":
-        wait_for(tmp_path / "run" / "metrics.jsonl", 1, processes)
+        wait_for(tmp_path / "run/checkpoints/joint/final/manifest.json", 1, processes)
     else:
-        wait_for(tmp_path / "run" / ".lock", 0, processes)
-        time.sleep(2)
-    time.sleep(1.5)
+        wait_for(tmp_path / "run/tokenizer/tokenizer.json", 0, processes)
+    time.sleep(3)
     processes[-1].send_signal(signal.SIGINT)  # one rank alone
     outputs = [p.communicate(timeout=60)[0] for p in processes]
     assert [p.returncode for p in processes] == [75] * ranks, outputs[0][-2000:]

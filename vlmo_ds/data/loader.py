@@ -287,6 +287,7 @@ def live_with_the_rank(worker: int) -> None:
     if it stands still (on Linux, where the kernel ends a process with its parent)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.set_wakeup_fd(-1)  # the rank's, which would take this process's signals for its own
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -81,20 +81,21 @@ class Collector:
     def attempt_on_rank0(self, action: Callable[[], object], *errors: type[Exception]) -> tuple[object, str | None]:
         """(rank 0's result, or the message of one of these errors), on every rank, so that all go on or all stop."""
         outcome: tuple[object, str | None] = (None, None)
-        heartbeat.rest("waiting for rank 0")
         if self.rank == 0:
             heartbeat.beat("what rank 0 does for all")
             try:
                 outcome = (action(), None)
             except errors as error:
                 outcome = (None, str(error))
-        return self.from_rank0(outcome)
+        with heartbeat.waiting("waiting for rank 0"):
+            return self.from_rank0(outcome)
 
     def each_rank(self, value: object) -> list:
         """Every rank's Python object, in rank order, on every rank."""
         found: list = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(found, value, group=self.group)
+            with heartbeat.waiting():
+                dist.all_gather_object(found, value, group=self.group)
         return found
 
     def first_row(self, local_rows: int) -> int:

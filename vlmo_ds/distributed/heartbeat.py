@@ -1,34 +1,41 @@
-"""Signs of life from long work outside of training steps, for who watches over the ranks (training/watch.py).
+"""Signs of life, for who watches over the ranks (training/watch.py).
 
-Who reads data or evaluates calls `beat` for each piece of work, and `rest` before it waits for other ranks. Nobody has to
+Who reads data, trains or evaluates calls `beat` for each piece of work; what waits for other ranks is `waiting`. Nobody has to
 listen: in a command of one process both do nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
-Listener = Callable[[str], None]
+Listener = Callable[[str, bool], None]
 
 
-def nobody(doing: str) -> None:
+def nobody(doing: str, waits: bool) -> None:
     pass
 
 
-_on_beat: Listener = nobody
-_on_rest: Listener = nobody
+_listener: Listener = nobody
+_doing = "starting"
 
 
-def listen(on_beat: Listener = nobody, on_rest: Listener = nobody) -> None:
-    global _on_beat, _on_rest
-    _on_beat, _on_rest = on_beat, on_rest
+def listen(listener: Listener = nobody) -> None:
+    """listener: called with what this rank does, and whether it only waits for others."""
+    global _listener
+    _listener = listener
 
 
 def beat(doing: str) -> None:
     """This rank begins a piece of work, which may take as long as a training step may."""
-    _on_beat(doing)
+    global _doing
+    _doing = doing
+    _listener(doing, False)
 
 
-def rest(doing: str) -> None:
-    """This rank waits for others, for as long as one of them gives signs of life."""
-    _on_rest(doing)
+@contextlib.contextmanager
+def waiting(for_what: str = "waiting for the other ranks") -> Iterator[None]:
+    """This rank waits, for as long as another one gives signs of life; then it goes on with what it did."""
+    _listener(for_what, True)
+    yield
+    _listener(_doing, False)

@@ -97,8 +97,8 @@ def share(total: int, batch: int, collector: Collector, compute: Callable[[Tenso
         heartbeat.beat("evaluation")
         parts.append(compute(rows))
     local = torch.cat(parts)
-    heartbeat.rest("waiting in the evaluation")
-    return collector.gather(local)[:total]
+    with heartbeat.waiting():
+        return collector.gather(local)[:total]
 
 
 class Samples(Dataset):
@@ -130,7 +130,6 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
             waiting = waiting[size:]
     if waiting:
         yield waiting
-    heartbeat.rest("waiting in the evaluation")
 
 
 @torch.no_grad()

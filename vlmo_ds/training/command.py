@@ -163,8 +163,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return UNUSABLE
-    from vlmo_ds.training.run import run
-
+    try:
+        from vlmo_ds.training.run import run
+    except KeyboardInterrupt:
+        return 130
     return run(command)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.config import InitConfig, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.data.tokenizer import vocabulary_digest
+from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.interop.official import read_weights, vocabulary_of
 from vlmo_ds.models.vlmo import StepOutput, VLMo
@@ -29,7 +30,7 @@ from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import matches, optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.state import full_state, layout_of, set_weights
-from vlmo_ds.training.watch import BUILDING, GATHERING, Watch
+from vlmo_ds.training.watch import BUILDING, GATHERING
 from vlmo_ds.training.weights import frozen_state, hand_over, write_final
 
 NEAR_MAX_SCALE = 90.0
@@ -46,7 +47,6 @@ class Run(NamedTuple):
     collector: Collector
     monitor: Monitor
     stop: StopRequest
-    watch: Watch
     known_shards: dict[str, list[list[str]]]  # resume.check_shards
 
     def folder_of(self, stage: StageConfig) -> Path:
@@ -163,7 +163,7 @@ class StageTraining:
 
     def __init__(self, run: Run, stage: StageConfig, resume_from: Path | None, skip: int | None):
         self.run, self.stage = run, stage
-        run.watch.beat(f"{BUILDING} {stage.name}")
+        heartbeat.beat(f"{BUILDING} {stage.name}")
         recipe, collector = run.recipe, run.collector
         self.seed = stage_seed(recipe, stage)
         _, self.accumulation = micro_batch(stage, collector.world_size)
@@ -279,12 +279,12 @@ class StageTraining:
         """Reads a micro-batch, notes its samples in `taken`, and moves it to its device."""
         stage, run = self.stage, self.run
         number = (step + self.skip) * self.accumulation + part
-        run.watch.beat(f"reading the data of step {step + 1} of {stage.name}")
+        heartbeat.beat(f"reading the data of step {step + 1} of {stage.name}")
         batch = self.replaced.take(next(stream))
         taken.append({key: batch[key] for key in ("sample_id", "image_id")})
         if stage.log_images_every and part == 0 and step % stage.log_images_every == 0:
             run.monitor.images(step + 1, batch, run.tokenizer)
-        run.watch.beat(f"step {step + 1} of {stage.name}")
+        heartbeat.beat(f"step {step + 1} of {stage.name}")
         if self.compare:
             check_ranks(run.collector, number, stage, batch)
         batch = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
@@ -324,7 +324,7 @@ class StageTraining:
     def write_final(self) -> None:
         """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""
         run = self.run
-        run.watch.beat(f"{GATHERING} {self.stage.name}")
+        heartbeat.beat(f"{GATHERING} {self.stage.name}")
         state = full_state(self.engine, self.frozen, self.shapes)
         meta = {"stage": self.stage.name, "steps": self.stage.steps, "tasks": self.stage.weights}
         meta["vocabulary"] = self.about["vocabulary"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -59,10 +61,10 @@ def run(command: Command) -> int:
     try:
         refuse_by_models(command.ds_config, args.deepspeed_config)
         refuse_by_device(command.ds_config, args.deepspeed_config)
-        start_distributed(args.timeout)
+        join(args.timeout)
         stop.listen()
-        with Watch(args.timeout, stop) as watch:
-            run_stages(command, stop, watch)
+        with Watch(args.timeout, stop):
+            run_stages(command, stop)
     except (RecipeError, DataError, Diverged) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -71,6 +73,11 @@ def run(command: Command) -> int:
         if rank == 0:
             print(stopped, flush=True)
         status = ASKED_TO_STOP
+    except NotJoined as error:
+        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return leave(LOST_A_RANK)
+    except KeyboardInterrupt:
+        return leave(128 + signal.SIGINT)
     except Exception:
         traceback.print_exc()
         return leave(1)
@@ -81,6 +88,26 @@ def run(command: Command) -> int:
         print(f"error: rank {rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return leave(LOST_A_RANK)
     return status
+
+
+class NotJoined(RuntimeError):
+    """The ranks have not found each other."""
+
+
+def join(timeout: float) -> None:
+    """start_distributed, with errors in words. RecipeError for a port that is taken: another start would fail as well."""
+    try:
+        start_distributed(timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise RecipeError(
+                f"port {os.environ.get('MASTER_PORT')} of this machine, over which the ranks are to meet, is in use by another "
+                "process, another run perhaps: name a free one (deepspeed --master_port, torchrun --master-port, or MASTER_PORT)"
+            ) from None
+        raise NotJoined(
+            f"the ranks have not met at {where} within {timeout:.0f} s ({str(error).splitlines()[0][:200]})"
+        ) from None
 
 
 def leave(status: int) -> int:
@@ -104,7 +131,7 @@ def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
     return result
 
 
-def run_stages(command: Command, stop: StopRequest, watch: Watch) -> None:
+def run_stages(command: Command, stop: StopRequest) -> None:
     collector = Collector()
     recipe, folder = command.recipe, command.folder
     stop.at_once = "stopped before training; the same command starts again"
@@ -121,7 +148,7 @@ def run_stages(command: Command, stop: StopRequest, watch: Watch) -> None:
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
         monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
-        run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, watch, known_shards)
+        run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards)
         stop.at_once = None
         try:
             for stage in command.stages:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -29,11 +30,22 @@ class StopRequest:
         self.at_once: str | None = None  # what to say on leaving, where nothing is lost by leaving in the middle
 
     def listen(self) -> None:
+        # A rank that waits in a collective runs no Python, and so no handler: the signals reach a thread through a pipe.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self.read, args=(reader,), daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.remember)
+            signal.signal(number, self.leave_at_once)
         # SIGTERM ends DeepSpeed's runner and nothing else: its launcher and the ranks would go on unseen.
         if any(part.endswith(LAUNCHERS) for part in psutil.Process(os.getppid()).cmdline()):
             self.launcher = self.ancestors()
+
+    def read(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 16):
+            for number in numbers:
+                if number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                    self.remember(number)
 
     def asked(self) -> bool:
         if self.launcher and self.ancestors() != self.launcher:
@@ -48,16 +60,21 @@ class StopRequest:
         except psutil.Error:
             return parent, 0
 
-    def remember(self, number: int, frame: FrameType | None) -> None:
+    def remember(self, number: int) -> None:
         if number == signal.SIGINT:
             if self.interrupted_at is not None and time.monotonic() - self.interrupted_at > AGAIN:
                 os._exit(128 + signal.SIGINT)
             if self.interrupted_at is None and os.environ.get("LOCAL_RANK", "0") == "0":
-                # not print: the signal may have come within one
-                os.write(
-                    sys.stderr.fileno(), b"stopping; a stage writes a checkpoint first; Ctrl-C again ends at once\n"
+                print(
+                    "stopping; a stage writes a checkpoint first; Ctrl-C again ends at once",
+                    file=sys.stderr,
+                    flush=True,
                 )
             self.interrupted_at = self.interrupted_at or time.monotonic()
         self.received = signal.Signals(number).name
-        if self.at_once and os.environ.get("WORLD_SIZE", "1") == "1":  # several ranks leave together, through Watch
+
+    def leave_at_once(self, number: int, frame: FrameType | None) -> None:
+        """The handler, in the main thread. Several ranks leave together instead, through Watch."""
+        self.received = signal.Signals(number).name
+        if self.at_once and os.environ.get("WORLD_SIZE", "1") == "1":
             raise Stopped(self.at_once)

@@ -33,7 +33,7 @@ TOGETHER = ("step", "starting", BUILDING, GATHERING)
 
 
 class Watch:
-    """Used as a context around training. limit: seconds that a rank may take between two calls of `beat`."""
+    """Used as a context around training. limit: seconds that a rank may take between two signs of life."""
 
     def __init__(self, limit: float, stop: StopRequest):
         self.limit, self.stop = limit, stop
@@ -54,7 +54,7 @@ class Watch:
         self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
-        heartbeat.listen(self.beat, self.rest)
+        heartbeat.listen(self.note)
         if self.active:
             name = [uuid.uuid4().hex]  # torchrun's store outlives the ranks
             dist.broadcast_object_list(name)
@@ -99,13 +99,10 @@ class Watch:
 
     # ---- called by the main thread ----
 
-    def beat(self, doing: str) -> None:
-        """Says what this rank does next, which may take `limit` seconds."""
-        self.state = (doing, time.monotonic(), False)
-
-    def rest(self, doing: str) -> None:
-        """This rank waits for others, for as long as one of them gives signs of life."""
-        self.state = (doing, time.monotonic(), True)
+    def note(self, doing: str, waits: bool) -> None:
+        """What this rank does next, which may take `limit` seconds; a rank that waits for others may do so for as long as one
+        of them gives signs of life (heartbeat's listener)."""
+        self.state = (doing, time.monotonic(), waits)
 
     def tell(self, error: BaseException) -> None:
         """Tells all ranks why this one ends."""
