@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import TASKS, EvaluationConfig, Recipe, RecipeError, load_recipe
@@ -30,6 +29,7 @@ from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.interop.official import read_weights
 from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.progress import progress
 
 
 def find_stage(path: Path, tasks: set[str]) -> tuple[Path, Recipe, Path]:
@@ -122,7 +122,7 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
     loader = DataLoader(samples, batch_size=None, num_workers=workers)
     waiting: list[dict] = []
     heartbeat.beat(f"evaluation: {about}")
-    for examples in tqdm(loader, desc=about, unit="sample", disable=samples.silent or None):
+    for examples in progress(loader, about, len(samples), "samples", samples.silent):
         waiting += examples
         while len(waiting) >= size:
             heartbeat.beat(f"evaluation: {about}")

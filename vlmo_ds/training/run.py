@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import Recipe, RecipeError, StageConfig
@@ -27,6 +26,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, vqa
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
+from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.command import Command
 from vlmo_ds.training.command import main as main
@@ -244,7 +244,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     def texts():
         shards = list({s.url: s for data in with_text for source in source_shards(data) for s in source}.values())
         stride = -(-sum(s.samples for s in shards) // TOKENIZER_TEXTS)
-        for shard in tqdm(shards, desc="training the tokenizer", unit="shard"):
+        for shard in progress(shards, "training the tokenizer", unit="shards"):
             heartbeat.beat("training the tokenizer")
             for row in range(0, shard.samples, stride):
                 try:
