@@ -1,0 +1,317 @@
+"""From shards to batches: what a stage's tasks need, as tensors, in the order that order.py says."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import DataConfig
+from vlmo_ds.data.masking import mask_blocks, mask_tokens
+from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
+from vlmo_ds.data.shards import RawSample, Shard, is_true, list_shards
+from vlmo_ds.data.storage import DataError, Storage
+from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
+from vlmo_ds.distributed import heartbeat
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+REPLACEMENTS = 8  # tries to replace a sample that cannot be read, before giving up
+CHECKED_AT_START = 256  # samples of each source
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What is made of a sample."""
+
+    image: bool
+    text: bool
+    mask_text: bool
+    mask_image: bool
+    questions: bool
+    image_pair: bool
+    answers: int
+    image_size: int
+    window: int
+    max_text_len: int
+    seed: int
+
+
+def spec_for(
+    tasks: Mapping[str, float], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
+) -> SampleSpec:
+    """answers: those that vqa chooses among."""
+    return SampleSpec(
+        image=not tasks.keys() <= {"textmlm", "nlvr2"},
+        text=not tasks.keys() <= {"mim"},
+        mask_text=bool({"mlm", "textmlm"} & tasks.keys()),
+        mask_image="mim" in tasks,
+        questions="vqa" in tasks,
+        image_pair="nlvr2" in tasks,
+        answers=answers,
+        image_size=image_size,
+        window=image_size // patch_size,
+        max_text_len=max_text_len,
+        seed=seed,
+    )
+
+
+def source_shards(data: DataConfig) -> list[list[Shard]]:
+    """The shards of each source."""
+    settings = {"cache_bytes": int(data.cache_size_gb * 1e9), "tries": data.tries, "stall_seconds": data.stall_seconds}
+    storage = Storage(**settings, **({"cache": Path(data.cache)} if data.cache else {}))
+    return [list_shards(source.shards, storage, source.index) for source in data.mixture.values()]
+
+
+class BatchDataset(Dataset):
+    """Item i is this rank's part of global micro-batch i. Whatever is random is a function of (seed, epoch, sample id).
+
+    A sample that cannot be used is replaced by another of its source, chosen by its place; a batch's "replaced" holds
+    (source, reason) for each.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        spec: SampleSpec,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        known_shards: list[list[str]] | None = None,
+    ):
+        """known_shards: for each source the names that its shards had when the run began, where they have moved since."""
+        self.data, self.spec, self.tokenizer = data, spec, tokenizer
+        self.names = list(data.mixture)
+        self.shards = source_shards(data)
+        if known_shards:
+            pairs = zip(self.shards, known_shards, strict=True)
+            self.shards = [[replace(s, known_as=n) for s, n in zip(*pair, strict=True)] for pair in pairs]
+        self.transforms = [TRANSFORMS[source.transform or data.transform] for source in data.mixture.values()]
+        seeds = [spec.seed, *(stable_seed(spec.seed, number) for number in range(1, len(self.shards)))]
+        self.sources = [
+            SourceOrder([s.samples for s in shards], lanes=data.lanes, window=data.shuffle, seed=seed)
+            for shards, seed in zip(self.shards, seeds, strict=True)
+        ]
+        mixture = Mixture([s.weight for s in data.mixture.values()], exact=data.mixing == "exact", seed=spec.seed)
+        self.order = BatchOrder(
+            self.sources, mixture, seed=spec.seed, bucket=data.length_bucketing, length=self.text_length
+        )
+        self.batch_size, self.global_size = batch_size, batch_size * world_size
+        self.first = rank * batch_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | list]:
+        places = self.order.batch(index, self.global_size)[self.first : self.first + self.batch_size]
+        samples: list[dict[str, np.ndarray | int]] = []
+        replaced: list[tuple[str, str]] = []
+        for place in places:
+            sample, errors = self.load(place)
+            samples.append(sample)
+            replaced += [(self.names[place.source], error) for error in errors]
+        return {**collate(samples, self.spec.max_text_len), "replaced": replaced}
+
+    def text_length(self, place: Place) -> int:
+        """Bytes of text as the index knows them; 0 where it does not."""
+        lengths = self.shards[place.source][place.shard].text_lengths
+        return int(lengths[place.row]) if place.row < len(lengths) else 0
+
+    def load(self, place: Place) -> tuple[dict[str, np.ndarray | int], list[str]]:
+        """The sample of a place or its replacement, and why the ones before it could not be used."""
+        errors: list[str] = []
+        first = place
+        for attempt in range(REPLACEMENTS):
+            try:
+                raw = self.shards[place.source][place.shard].read(place.row)
+                return self.make(raw, place) | self.false_partners(raw, place), errors
+            except DataError as error:
+                errors.append(str(error))
+                place = self.drawn(first, 4, stable_seed(*first), attempt)
+        raise DataError(f"{REPLACEMENTS} samples in a row cannot be used; the first: {errors[0]}")
+
+    def drawn(self, place: Place, *key: int) -> Place:
+        """A place of the same source and epoch, drawn by a key."""
+        source = self.sources[place.source]
+        number = int(generator(self.spec.seed, *key).integers(source.total))
+        return Place(place.source, place.epoch, *source.stored(number))
+
+    def make(self, raw: RawSample, place: Place) -> dict[str, np.ndarray | int]:
+        spec, sample_id = self.spec, raw.sample_id
+        rng = generator(spec.seed, 3, place.epoch, sample_id)
+        out: dict[str, np.ndarray | int] = {"sample_id": sample_id, "image_id": raw.image_id}
+        if spec.image:
+            out["image"] = self.image(raw.image, raw, place.source, rng)
+        if spec.mask_image:
+            out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
+        if spec.questions:
+            question = self.turn(raw.entries("questions", ("question", "labels", "scores")), raw, place)
+            out["vqa_targets"] = self.targets(question, raw)
+            out["text_ids"] = self.token_ids(self.encode(str(question["question"]), raw))
+        elif spec.image_pair:
+            sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
+            out["image_0"], out["image_1"] = (
+                self.image(raw.picture(f"{number}."), raw, place.source, rng) for number in (0, 1)
+            )
+            out["answers"] = int(is_true(sentence["label"]))
+            out["text_ids"] = self.token_ids(self.encode(str(sentence["sentence"]), raw))
+        elif spec.text:
+            encoding = self.encoded_text(raw, rng)
+            ids = out["text_ids"] = self.token_ids(encoding)
+            if spec.mask_text:
+                out["text_ids_mlm"], out["text_labels_mlm"] = mask_tokens(
+                    ids,
+                    encoding.word_ids(),
+                    probability=self.data.mlm_probability,
+                    whole_word=self.data.whole_word_masking,
+                    mask_id=self.tokenizer.mask_token_id,
+                    vocab_size=len(self.tokenizer),
+                    rng=rng,
+                )
+        return out
+
+    def turn(self, entries: list[dict], raw: RawSample, place: Place) -> dict:
+        """The one of a sample's questions or sentences whose turn it is: in as many epochs each comes once."""
+        first = int(generator(self.spec.seed, 10, raw.sample_id).integers(len(entries)))
+        return entries[(first + place.epoch) % len(entries)]
+
+    def targets(self, question: dict, raw: RawSample) -> np.ndarray:
+        """[answers] float32: the scores of the question's labels, zero elsewhere."""
+        scores = np.zeros(self.spec.answers, dtype=np.float32)
+        try:
+            scores[question["labels"]] = question["scores"]
+        except (IndexError, ValueError, TypeError):
+            raise DataError(
+                f"{raw.name}: labels {question['labels']} and scores {question['scores']} of '{question['question']}' do "
+                f"not fit {self.spec.answers} answers (model.vqav2_label_size)"
+            ) from None
+        return scores
+
+    def image(self, data: bytes, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
+        try:
+            return pixels(self.transforms[source](EncodedImage(data), self.spec.image_size, rng))
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{raw.name}: {error}") from None
+
+    def encoded_text(self, raw: RawSample, rng: np.random.Generator):
+        captions = raw.captions
+        return self.encode(captions[int(rng.integers(len(captions)))], raw)
+
+    def encode(self, text: str, raw: RawSample):
+        encoding = self.tokenizer(text, truncation=True, max_length=self.spec.max_text_len)
+        if len(encoding["input_ids"]) < 3:
+            raise DataError(f"{raw.name} has an empty text after tokenisation")
+        return encoding
+
+    def token_ids(self, encoding) -> np.ndarray:
+        return np.asarray(encoding["input_ids"], dtype=np.int64)
+
+    def false_partners(self, raw: RawSample, place: Place) -> dict[str, np.ndarray]:
+        """Images and texts of other samples of the source, as the reference's draw_false_image and draw_false_text."""
+        out: dict[str, np.ndarray] = {}
+        for kind, count in (("image", self.data.draw_false_image), ("text", self.data.draw_false_text)):
+            for number in range(count):
+                name = f"false_{kind}_{number}"
+                key = (8 if kind == "image" else 9, place.epoch, raw.sample_id, number)
+                other = self.other_sample(raw, place, key)
+                rng = generator(self.spec.seed, 3, *key)
+                if kind == "image":
+                    out[name] = self.image(other.image, other, place.source, rng)
+                else:
+                    out[f"{name}_ids"] = self.token_ids(self.encoded_text(other, rng))
+        return out
+
+    def other_sample(self, raw: RawSample, place: Place, key: tuple[int, ...]) -> RawSample:
+        """A sample of the source that does not show the same picture."""
+        for attempt in range(REPLACEMENTS):
+            drawn = self.drawn(place, *key, attempt)
+            other = self.shards[drawn.source][drawn.shard].read(drawn.row)
+            if other.image_id != raw.image_id:
+                return other
+        raise DataError(f"{raw.name}: {REPLACEMENTS} draws of another sample gave none with another picture")
+
+
+def stable_seed(*key: int) -> int:
+    return int(generator(*key).integers(1 << 62))
+
+
+def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int) -> dict[str, Tensor]:
+    """Stacks samples; texts are padded to the longest, rounded up to a multiple of 8 (at most max_text_len)."""
+    batch: dict[str, Tensor] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if key.startswith(("text_", "false_text_")):
+            fill = -100 if key == "text_labels_mlm" else 0
+            length = min(-(-max(len(v) for v in values) // 8) * 8, max_text_len)
+            stacked = np.full((len(values), length), fill, dtype=np.int64)
+            for row, value in zip(stacked, values, strict=True):
+                row[: len(value)] = value
+            batch[key] = torch.from_numpy(stacked)
+        elif isinstance(values[0], int):
+            batch[key] = torch.tensor(values, dtype=torch.int64)
+        else:
+            batch[key] = torch.from_numpy(np.stack(values))
+    for key in [k for k in batch if k.endswith("_ids")]:
+        batch[key.replace("_ids", "_masks")] = (batch[key] != 0).long()
+    return batch
+
+
+def batches(
+    dataset: BatchDataset, start: int, stop: int, workers: int, prefetch: int = 4
+) -> Iterator[dict[str, Tensor | list]]:
+    """Batches start .. stop-1 in order, whatever the number of workers."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=prefetch if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=live_with_the_rank if workers else None,
+    )
+    return iter(loader)
+
+
+def live_with_the_rank(worker: int) -> None:
+    """Who is asked to stop asks its whole process tree: a loader process goes on until its rank ends, and no longer, even
+    if it stands still (on Linux, where the kernel ends a process with its parent)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.set_wakeup_fd(-1)  # the rank's, which would take this process's signals for its own
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_samples(dataset: BatchDataset) -> int:
+    """Reads samples from all over the shards before training; returns how many were read.
+
+    Raises DataError naming the first bad sample when more than max_bad_fraction of a source's are bad.
+    """
+    checked = 0
+    for number, source in enumerate(dataset.sources):
+        chosen = np.unique(np.linspace(0, source.total - 1, min(CHECKED_AT_START, source.total)).astype(np.int64))
+        bad = []
+        for stored in chosen:
+            heartbeat.beat("looking at samples before training")
+            place = Place(number, 0, *source.stored(int(stored)))
+            try:
+                dataset.make(dataset.shards[number][place.shard].read(place.row), place)
+            except DataError as error:
+                bad.append(str(error))
+        if len(bad) > dataset.data.max_bad_fraction * len(chosen):
+            raise DataError(
+                f"{len(bad)} of {len(chosen)} samples looked at in source '{dataset.names[number]}' cannot be used "
+                f"(max_bad_fraction is {dataset.data.max_bad_fraction}); the first: {bad[0]}"
+            )
+        checked += len(chosen)
+    return checked

@@ -1,0 +1,222 @@
+"""Turns datasets into shards: python -m vlmo_ds.data.prepare NAME --help"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from vlmo_ds.data.prepare import nlvr1, sources
+from vlmo_ds.data.prepare.writer import Plan, write_set
+from vlmo_ds.data.storage import DataError
+
+Plans = Callable[[argparse.Namespace], dict[Path, Plan]]
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m vlmo_ds.data.prepare", description=__doc__)
+    names = top.add_subparsers(dest="name", required=True, metavar="NAME")
+
+    def dataset(
+        name: str, about: str, plan: Callable[[argparse.Namespace], Plan], root: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = names.add_parser(name, help=about, description=about)
+        sub.add_argument("--output", type=Path, required=True, help="folder for the shards")
+        if root:
+            sub.add_argument("--root", type=Path, required=True, help=root)
+        sub.add_argument("--samples_per_shard", type=positive, default=1000, help="default: %(default)s")
+        cores = len(os.sched_getaffinity(0))
+        sub.add_argument(
+            "--processes", type=positive, default=cores, help="default: the cores of this machine, %(default)s"
+        )
+        sub.add_argument("--overwrite", action="store_true", help="replace a finished shard set")
+        sub.set_defaults(plans=lambda args: {args.output: plan(args)})
+        return sub
+
+    def with_images(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument(
+            "--resize", type=positive, default=0, help="shorter side at most so many pixels; default: bytes as they are"
+        )
+        return sub
+
+    def splits(sub: argparse.ArgumentParser, about: str, default: str | None = None) -> argparse.ArgumentParser:
+        sub.add_argument("--split", required=default is None, default=default, help=about)
+        return sub
+
+    sub = with_images(
+        dataset(
+            "karpathy",
+            "COCO or Flickr30k captions with Karpathy's split file",
+            lambda a: sources.karpathy(a.root, a.dataset, a.split.split("+"), a.resize),
+            "the download: images and karpathy/dataset_<name>.json",
+        )
+    )
+    sub.add_argument("--dataset", choices=["coco", "flickr30k"], required=True)
+    splits(sub, "train, restval, val, test, or several joined by +")
+    with_images(
+        dataset(
+            "vg",
+            "Visual Genome region descriptions",
+            lambda a: sources.visual_genome(a.root, a.resize),
+            "the download: annotations/region_descriptions.json, images/VG_100K and images/VG_100K_2",
+        )
+    )
+    with_images(
+        dataset(
+            "sbu",
+            "SBU captions in ViLT's layout",
+            lambda a: sources.annotated(a.root, Path("annot.json"), "images_train", "sbu", a.resize),
+            "annot.json and images_train/*/*",
+        )
+    )
+    sub = with_images(
+        dataset(
+            "conceptual",
+            "Conceptual Captions 3M or 12M in ViLT's layout",
+            lambda a: sources.annotated(
+                a.root, Path(f"{a.split}_annot.json"), f"images_{a.split}", f"conceptual-{a.split}", a.resize
+            ),
+            "<split>_annot.json and images_<split>/*/*",
+        )
+    )
+    splits(sub, "train or val (default: %(default)s)", "train")
+    sub = with_images(
+        dataset(
+            "img2dataset",
+            "img2dataset's output (LAION, CC3M, CC12M, SBU) without what cannot be used",
+            lambda a: sources.img2dataset(a.input, a.resize, a.prefix, a.samples_per_shard),
+        )
+    )
+    sub.add_argument("--input", nargs="+", required=True, help="folders or tar files; {000..009} and * are expanded")
+    sub.add_argument("--prefix", default="pairs", help="beginning of the shards' names (default: %(default)s)")
+    sub = with_images(
+        dataset(
+            "vqav2",
+            "VQAv2: questions with soft scores over the answers that occur often",
+            lambda a: sources.vqav2(a.root, a.split, a.least, a.resize),
+            "the downloads: train2014/, val2014/, test2015/, v2_OpenEnded_*_questions.json, v2_mscoco_*_annotations.json",
+        )
+    )
+    splits(sub, "train, val, test or test-dev")
+    sub.add_argument("--least", type=positive, default=9, help="times an answer occurs to count (9: 3,129 answers)")
+    sub = with_images(
+        dataset(
+            "easy_vqa",
+            "easy-VQA: rendered shapes with questions",
+            lambda a: sources.easy_vqa(a.root, a.split, a.resize),
+            "<split>_questions.json, <split>_images.tar or <split>/images/, answers.txt",
+        )
+    )
+    splits(sub, "train or test")
+    sub = with_images(
+        dataset(
+            "nlvr1",
+            "Cornell NLVR v1, sentences that are true or false of rendered pictures",
+            lambda a: nlvr1.nlvr1(a.root, a.split.split("+"), a.kind, a.augment, a.resize),
+            "<split>.json and <split>_images.tar",
+        )
+    )
+    splits(sub, "dev, hidden, or several joined by + (default: %(default)s)", "dev")
+    sub.add_argument(
+        "--kind",
+        choices=nlvr1.KINDS,
+        default="captions",
+        help="captions: the true sentences; questions: all, for task vqa; pairs: all, for task nlvr2; annotations: made "
+        "of the annotations, both captions and questions (default: captions)",
+    )
+    sub.add_argument(
+        "--augment",
+        action="store_true",
+        help="for training: each sample in all six exchanges of its three colours, in pictures and words alike, and "
+        "captions of all six pictures instead of the first",
+    )
+    sub = with_images(
+        dataset(
+            "nlvr2",
+            "NLVR2: pairs of photographs with sentences that are true or false of them",
+            lambda a: sources.nlvr2(a.root, a.split, a.resize),
+            "the repository with nlvr2/data/, and images/train/*, dev/, test1/",
+        )
+    )
+    splits(sub, f"one of {', '.join(sources.NLVR2_SPLITS)}")
+    with_images(
+        dataset(
+            "image_folder",
+            "images in one folder for each class (ImageNet)",
+            lambda a: sources.image_folder(a.root, a.resize),
+            "folder of folders",
+        )
+    )
+    sub = with_images(
+        dataset(
+            "arrow",
+            "the pyarrow files of ViLT and VLMo",
+            lambda a: sources.arrow(a.input, a.resize, a.samples_per_shard),
+        )
+    )
+    sub.add_argument("--input", type=Path, nargs="+", required=True, help=".arrow files")
+    sub = dataset(
+        "text",
+        "plain text files, one paragraph a line",
+        lambda a: sources.text(a.input, a.words, a.tokenizer, a.max_text_len, a.samples_per_shard),
+    )
+    sub.add_argument("--input", type=Path, nargs="+", required=True, help="text files")
+    sub.add_argument("--words", type=positive, default=32, help="words per sample at most (default: %(default)s)")
+    sub.add_argument("--tokenizer", help="fill samples by word pieces: a Hugging Face name, a folder or a vocab.txt")
+    sub.add_argument("--max_text_len", type=positive, default=40, help="word pieces per sample, with --tokenizer")
+    sub = dataset(
+        "synthetic",
+        "the built-in world: folders train, test and text under --output",
+        lambda a: None,
+    )
+    sub.add_argument("--train", type=positive, default=16000, help="training scenes (default: %(default)s)")
+    sub.add_argument("--test", type=positive, default=256, help="held-out scenes (default: %(default)s)")
+    sub.add_argument("--text", type=positive, default=16000, help="sentences of the text corpus (default: %(default)s)")
+    sub.add_argument("--image_size", type=positive, default=96, help="pixels per side (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sub.set_defaults(plans=synthetic)
+    return top
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return int(text)
+
+
+def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
+    pairs = partial(sources.synthetic_pairs, train=args.train, held_out=args.test, seed=args.seed, size=args.image_size)
+    return {
+        args.output / "train": pairs("train"),
+        args.output / "test": pairs("test"),
+        args.output / "text": sources.synthetic_text(args.text, args.seed),
+    }
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        for folder, plan in args.plans(args).items():
+            print(
+                write_set(
+                    plan,
+                    folder,
+                    samples_per_shard=args.samples_per_shard,
+                    processes=args.processes,
+                    overwrite=args.overwrite,
+                )
+            )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the shards that are finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

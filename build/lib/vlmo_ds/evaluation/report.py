@@ -1,0 +1,166 @@
+"""The report of a run: one self-contained HTML file with loss curves, the retrieval table and a gallery."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vlmo_ds import metrics
+from vlmo_ds.data.storage import write_atomically
+from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1c2733; padding: 0 1rem }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem } .note { color: #5b6876 }
+table { border-collapse: collapse } td, th { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde3ea }
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left }
+.curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } figcaption { font-weight: 600 }
+small { font-weight: 400; margin-left: .4rem }
+.query { display: flex; gap: .6rem; align-items: flex-start; margin: 1rem 0; flex-wrap: wrap }
+.query > p { width: 17rem; margin: 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover }
+ol { margin: 0; padding-left: 1.4rem } li.hit { outline: none; color: #1a7f37; font-weight: 600 }
+svg text { font: 11px system-ui, sans-serif; fill: #5b6876 }
+"""
+COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")
+
+
+def curve(title: str, series: dict[str, list[tuple[int, float]]], width: int = 340, height: int = 200) -> str:
+    """An SVG line chart."""
+    left, bottom, top, right = 42, 22, 8, 6
+    points = [p for values in series.values() for p in values]
+    if not points:
+        return ""
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    y0, y1 = 0.0, max(p[1] for p in points) * 1.05 or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        px = left + (x - x0) / max(x1 - x0, 1) * (width - left - right)
+        return px, height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
+
+    parts = [f'<svg width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}">']
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        _, py = place(x0, y)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#e6ebf0"/>')
+        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.2g}</text>')
+    for x in (x0, x1):
+        px, _ = place(x, y0)
+        parts.append(f'<text x="{px:.1f}" y="{height - 6}" text-anchor="{"start" if x == x0 else "end"}">{x}</text>')
+    for values, colour in zip(series.values(), COLOURS, strict=False):
+        line = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in thin(values))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
+    parts.append("</svg>")
+    legend = "".join(
+        f' <span style="color:{colour}">{html.escape(name)}</span>'
+        for name, colour in zip(series, COLOURS, strict=False)
+        if len(series) > 1
+    )
+    return f"<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption>{''.join(parts)}</figure>"
+
+
+def thin(values: Sequence[tuple[int, float]], most: int = 200) -> list[tuple[int, float]]:
+    """Means over equal stretches, at most `most` points."""
+    size = -(-len(values) // most)
+    groups = [values[i : i + size] for i in range(0, len(values), size)]
+    return [(group[-1][0], sum(v for _, v in group) / len(group)) for group in groups]
+
+
+def read_metrics(run: Path) -> dict[str, list[dict]]:
+    stages: dict[str, list[dict]] = {}
+    file = run / metrics.FILE
+    for record in metrics.records(file) if file.exists() else ():
+        stages.setdefault(record["stage"], []).append(record)
+    return stages
+
+
+def curves(run: Path) -> str:
+    figures = []
+    for stage, records in read_metrics(run).items():
+        names = [k for k in records[0] if k.startswith("loss/")]
+        losses = {n.removeprefix("loss/"): points(records, n) for n in names}
+        figures.append(curve(f"{stage}: loss by step", losses))
+        ratios = [k for k in records[0] if k.endswith(("accuracy", "/score")) and "vl_" not in k]
+        if ratios:
+            figures.append(curve(f"{stage}: accuracy by step", {n: points(records, n) for n in ratios}))
+    return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def points(records: list[dict], name: str) -> list[tuple[int, float]]:
+    """A metric by step; steps where it was not finite, or is not there, are left out."""
+    return [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
+
+
+def picture(data: bytes, hit: bool = False) -> str:
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    mark = ' class="hit"' if hit else ""
+    return f'<img{mark} alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def spread(total: int, count: int) -> list[int]:
+    return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(min(count, total))})
+
+
+def gallery(data: RetrievalSet, result: RetrievalResult, count: int) -> str:
+    """Held-out queries, spread evenly over the set, with their best results; right ones are marked."""
+    owner = data.image_of_text.tolist()
+    parts = ["<h2>Text to image</h2><p class='note'>The five best images for a caption; the right one is outlined.</p>"]
+    for t in spread(len(data.captions), count):
+        order = result.text_to_image[t].argsort(descending=True, stable=True)[:5].tolist()
+        found = "".join(picture(data.encoded[i], i == owner[t]) for i in order)
+        parts.append(f'<div class="query"><p>{html.escape(data.captions[t])}</p>{found}</div>')
+    parts.append(
+        "<h2>Image to text</h2><p class='note'>The three best captions for an image; right ones are green.</p>"
+    )
+    for i in spread(len(data.images), count):
+        order = result.image_to_text[i].argsort(descending=True, stable=True)[:3].tolist()
+        items = "".join(
+            f"<li{' class=hit' if owner[t] == i else ''}>{html.escape(data.captions[t])}</li>" for t in order
+        )
+        parts.append(f'<div class="query">{picture(data.encoded[i])}<ol>{items}</ol></div>')
+    return "".join(parts)
+
+
+def retrieval_table(result: RetrievalResult, images: int, captions: int) -> str:
+    rows = []
+    for direction, methods in result.metrics.items():
+        for method, values in methods.items():
+            cells = "".join(f"<td>{values[f'R@{k}']:.1f}</td>" for k in RANKS)
+            rows.append(f"<tr><td>{direction.replace('_', ' ')}</td><td>{method}</td>{cells}</tr>")
+    head = "".join(f"<th>R@{k}</th>" for k in RANKS)
+    note = (
+        f"{images} held-out images, {captions} captions; percent of queries with a right answer among the first k. "
+        f"Chance at R@1 is {100 / images:.2f} for images. itc: contrastive features; itc+itm: the best candidates re-ranked."
+    )
+    return f"<table><tr><th>direction</th><th>method</th>{head}</tr>{''.join(rows)}</table><p class='note'>{note}</p>"
+
+
+def numbers_table(name: str, metrics: Mapping[str, float]) -> str:
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{value:.10g}</td></tr>" for key, value in metrics.items())
+    return f"<h2>{html.escape(name)}</h2><table>{rows}</table>"
+
+
+def write_report(
+    run: Path,
+    name: str,
+    data: RetrievalSet | None,
+    result: RetrievalResult | None,
+    queries: int,
+    tables: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
+    """Writes <run>/report/index.html and returns its path. tables: further numbers, by evaluation."""
+    body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
+    if result is not None:
+        body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
+    body += [numbers_table(title, values) for title, values in (tables or {}).items()]
+    body.append("<h2>Training</h2>" + curves(run))
+    if result is not None and queries:
+        body.append(gallery(data, result, queries))
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"
+    )
+    path = run / "report" / "index.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (page + "".join(body) + "</html>").encode())
+    return path

@@ -1,0 +1,187 @@
+"""What evaluations share: a run's weights in a plain module, and samples split over ranks.
+
+Weights are whole on every rank, whatever ZeRO stage trained them, and no forward pass has a collective in it: the numbers
+do not depend on how a run was or is spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import TASKS, EvaluationConfig, Recipe, RecipeError, load_recipe
+from vlmo_ds.data.loader import collate
+from vlmo_ds.data.shards import RawSample, Shard, list_shards
+from vlmo_ds.data.storage import DataError
+from vlmo_ds.data.tokenizer import load_tokenizer
+from vlmo_ds.data.transforms import EncodedImage, pixels, square
+from vlmo_ds.distributed import heartbeat
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.interop.official import read_weights
+from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.progress import progress
+
+
+def find_stage(path: Path, tasks: set[str]) -> tuple[Path, Recipe, Path]:
+    """(run, recipe, final folder) of a run's directory, whose last finished stage with one of these tasks is taken, or of
+    checkpoints/<stage>/final inside it."""
+    run = path.resolve().parents[2] if path.name == "final" else path
+    recipe = load_recipe(run / "recipe.yaml")
+    if path.name == "final":
+        if path.parent.name not in [stage.name for stage in recipe.stages]:
+            raise RecipeError(f"{path} is no stage of its run's recipe ({', '.join(s.name for s in recipe.stages)})")
+        return run, recipe, path
+    for stage in reversed(recipe.stages):
+        folder = run / "checkpoints" / stage.name / "final"
+        if tasks & stage.tasks.keys() and folder.is_dir():
+            return run, recipe, folder
+    stages = "; ".join(f"{stage.name}: {', '.join(stage.tasks)}" for stage in recipe.stages)
+    wanted = "" if tasks >= set(TASKS) else f" with the task {' or '.join(sorted(tasks))}"
+    raise RecipeError(f"{run} has no finished stage{wanted}; its recipe has {stages}")
+
+
+def load_model(recipe: Recipe, folder: Path) -> VLMo:
+    """A stage's final weights in a plain module."""
+    stage = next(stage for stage in recipe.stages if stage.name == folder.parent.name)
+    model = VLMo(recipe.model, stage.weights, Collector())
+    model.load_state_dict(read_weights(folder))
+    return model.eval()
+
+
+def open_run(path: Path, tasks: set[str]) -> tuple[Path, Recipe, VLMo, PreTrainedTokenizerBase]:
+    """(run, recipe, model on this machine's device, tokenizer) of a run's folder, or of a stage's final folder in it."""
+    run, recipe, folder = find_stage(path, tasks)
+    model = load_model(recipe, folder)
+    if torch.cuda.is_available():
+        model.cuda()
+    return run, recipe, model, load_tokenizer(str(run / "tokenizer"))
+
+
+def square_pixels(data: bytes, size: int, name: str) -> Tensor:
+    """[3, S, S] uint8, as in validation: the whole picture, resized to a square."""
+    try:
+        return torch.from_numpy(pixels(square(EncodedImage(data), size, np.random.default_rng(0))).copy())
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_text_len: int) -> Tensor:
+    """[T, L] int64, padded with 0."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_text_len)["input_ids"]
+    return collate([{"text_ids": np.asarray(ids, dtype=np.int64)} for ids in encoded], max_text_len)["text_ids"]
+
+
+def text_batch(ids: Tensor) -> dict[str, Tensor]:
+    """[B, L] with padding -> text_ids and text_masks, trimmed to the longest."""
+    length = int((ids != 0).sum(1).max())
+    return {"text_ids": ids[:, :length], "text_masks": (ids[:, :length] != 0).long()}
+
+
+def share(total: int, batch: int, collector: Collector, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """compute(rows) for all rows 0 .. total-1, split over ranks and put together in order on every rank."""
+    per_rank = -(-total // collector.world_size)
+    mine = torch.arange(per_rank) + collector.rank * per_rank
+    mine = mine.clamp(max=total - 1)  # every rank computes as many rows; those past the end are thrown away
+    parts = []
+    for rows in mine.split(batch):
+        heartbeat.beat("evaluation")
+        parts.append(compute(rows))
+    local = torch.cat(parts)
+    with heartbeat.waiting():
+        return collector.gather(local)[:total]
+
+
+class Samples(Dataset):
+    """This rank's samples of some shards, every world_size-th, each made into a list of examples by a function."""
+
+    def __init__(self, shards: Sequence[Shard], make: Callable[[RawSample], list[dict]], collector: Collector):
+        places = [(shard, row) for shard in shards for row in range(shard.samples)]
+        self.places, self.make = places[collector.rank :: collector.world_size], make
+        self.silent = collector.rank > 0  # one rank shows how far it is
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> list[dict]:
+        shard, row = self.places[number]
+        return self.make(shard.read(row))
+
+
+def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -> Iterator[list[dict]]:
+    """The examples of all samples in order, `size` at a time."""
+    loader = DataLoader(samples, batch_size=None, num_workers=workers)
+    waiting: list[dict] = []
+    heartbeat.beat(f"evaluation: {about}")
+    for examples in progress(loader, about, len(samples), "samples", samples.silent):
+        waiting += examples
+        while len(waiting) >= size:
+            heartbeat.beat(f"evaluation: {about}")
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if waiting:
+        yield waiting
+
+
+@torch.no_grad()
+def best_classes(
+    model: VLMo,
+    call: str,
+    read: Callable[[RawSample], tuple[dict[str, bytes], list[dict]]],
+    text: str,
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+) -> Iterator[tuple[dict, int]]:
+    """(entry, number of the class with the highest logit) of this rank's share of the questions or sentences.
+
+    call: the model's call that gives logits; read: a sample's pictures by their names in its batch, and its entries;
+    text: the field of an entry that holds its text.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    size, length = model.config.image_size, model.config.max_text_len
+
+    def make(raw: RawSample) -> list[dict]:
+        pictures, entries = read(raw)
+        images = {name: square_pixels(data, size, raw.name) for name, data in pictures.items()}
+        ids = token_ids([str(entry[text]) for entry in entries], tokenizer, length)
+        return [{"images": images, "ids": row, "entry": entry} for row, entry in zip(ids, entries, strict=True)]
+
+    samples = Samples(list_shards(config.shards), make, collector)
+    for batch in examples_in_batches(samples, config.batch_size, config.workers, call):
+        inputs = text_batch(torch.nn.utils.rnn.pad_sequence([e["ids"] for e in batch], batch_first=True))
+        inputs |= {name: torch.stack([e["images"][name] for e in batch]) for name in batch[0]["images"]}
+        best = model({name: value.to(device) for name, value in inputs.items()}, call).argmax(1).tolist()
+        yield from zip((example["entry"] for example in batch), best, strict=True)
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
+    made.add_argument("--shards", nargs="+", help="held-out shards (default: the recipe's)")
+    made.add_argument("--output", type=Path, help="write the metrics to this JSON file")
+    return made
+
+
+def command(main: Callable[[], None]) -> int:
+    """Exit status of an evaluation's command line; settings and files at fault are told in one line."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def as_json(metrics: Any) -> bytes:
+    return json.dumps(metrics, indent=1, ensure_ascii=False).encode()

@@ -1,0 +1,129 @@
+"""Zero-shot classification: an image's class is the one whose name, in sentences, is nearest (CLIP, arXiv:2103.00020).
+
+    python -m vlmo_ds.evaluation.zero_shot RUN --shards PATTERN ... --classes FILE [--templates FILE] [--output FILE]
+
+Shards hold images with a class in .json ("label": a number from 0, or "class": one of the names), as
+`python -m vlmo_ds.data.prepare image_folder` writes them. FILE: one class name, or one template with {} in it, a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import EvaluationConfig, RecipeError, number
+from vlmo_ds.data.shards import RawSample, list_shards
+from vlmo_ds.data.storage import DataError, write_atomically
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import runs
+from vlmo_ds.models.vlmo import VLMo
+
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}.")
+BEST = (1, 5)
+
+
+@torch.no_grad()
+def class_features(
+    model: VLMo,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch: int,
+    collector: Collector,
+) -> Tensor:
+    """[classes, D]: the mean of the unit-length features of a class's sentences, of unit length again."""
+    device = next(model.parameters()).device
+    sentences = [template.replace("{}", name) for name in classes for template in templates]
+    ids = runs.token_ids(sentences, tokenizer, model.config.max_text_len)
+
+    def compute(rows: Tensor) -> Tensor:
+        return model({k: v.to(device) for k, v in runs.text_batch(ids[rows]).items()}, "encode_text")["text"]
+
+    found = runs.share(len(sentences), batch, collector, compute).view(len(classes), len(templates), -1)
+    return F.normalize(found.mean(1), dim=-1)
+
+
+def label_of(raw: RawSample, classes: Sequence[str]) -> int:
+    meta = raw.meta
+    label = meta.get("label")
+    if isinstance(label, int) and 0 <= label < len(classes):
+        return label
+    if meta.get("class") in classes:
+        return classes.index(meta["class"])
+    raise DataError(
+        f"{raw.name}: its .json has label {label!r} and class {meta.get('class')!r}; accepted: a label from 0 to "
+        f"{len(classes) - 1}, or one of the class names"
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: VLMo,
+    config: EvaluationConfig,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+) -> dict[str, float]:
+    """Percent of images whose class is among the best 1 and 5, on every rank. Of equally near classes the first counts."""
+    model.eval()
+    device = next(model.parameters()).device
+    class_CD = class_features(model, classes, templates, tokenizer, config.batch_size, collector)
+
+    def make(raw: RawSample) -> list[dict]:
+        image = runs.square_pixels(raw.image, model.config.image_size, raw.name)
+        return [{"image": image, "label": label_of(raw, classes)}]
+
+    counts = torch.zeros(1 + len(BEST), dtype=torch.float64)
+    samples = runs.Samples(list_shards(config.shards), make, collector)
+    for batch in runs.examples_in_batches(samples, config.batch_size, config.workers, "zero-shot"):
+        images = torch.stack([example["image"] for example in batch]).to(device)
+        scores_BC = model({"image": images}, "encode_image")["image"] @ class_CD.t()
+        order = scores_BC.argsort(dim=1, descending=True, stable=True).cpu()
+        hits = order == torch.tensor([example["label"] for example in batch])[:, None]
+        counts += torch.tensor([len(batch), *(float(hits[:, :k].any(1).sum()) for k in BEST)], dtype=torch.float64)
+    total, *right = collector.sum(counts.to(device)).tolist()
+    return {f"top-{k}": 100 * n / total for k, n in zip(BEST, right, strict=True)} | {"images": total}
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise RecipeError(f"{path}, the {what}: {error.strerror}") from None
+    if not found:
+        raise RecipeError(f"{path}, the {what}, is empty")
+    return found
+
+
+def main() -> None:
+    parser = runs.parser(__doc__)
+    parser.add_argument(
+        "--classes", type=Path, required=True, help="class names, one a line, in the order of the labels"
+    )
+    parser.add_argument("--templates", type=Path, help=f"sentences with {{}} (default: {'; '.join(TEMPLATES)})")
+    parser.add_argument(
+        "--batch_size", type=number(int), default=64, help="images per forward pass (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    _, _, model, tokenizer = runs.open_run(args.run, {"itc", "irtr"})
+    templates = read_lines(args.templates, "templates") if args.templates else TEMPLATES
+    if without := next((t for t in templates if "{}" not in t), None):
+        raise RecipeError(f"{args.templates}: '{without}' has no {{}} for the name of a class")
+    config = EvaluationConfig.of(None, "zero_shot", shards=args.shards, batch_size=args.batch_size)
+    metrics = evaluate(model, config, read_lines(args.classes, "class names"), templates, tokenizer, model.collector)
+    print(
+        f"zero-shot: {int(metrics['images'])} images, " + ", ".join(f"top-{k} {metrics[f'top-{k}']:.2f}" for k in BEST)
+    )
+    if args.output:
+        write_atomically(args.output, runs.as_json(metrics))
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(main))

@@ -1,0 +1,106 @@
+"""Text embeddings and task heads, with the official parameter names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TextEmbeddings(nn.Module):
+    """BERT's embeddings (arXiv:1810.04805): word + token type 0 (+ position), LayerNorm, dropout.
+
+    `position_embeddings` is used only with absolute positions; it is always there, as in the official checkpoints.
+    """
+
+    def __init__(self, vocab_size: int, embed_dim: int, max_text_len: int, absolute_positions: bool, dropout: float):
+        super().__init__()
+        self.absolute_positions = absolute_positions
+        self.word_embeddings = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
+        self.position_embeddings = nn.Embedding(max_text_len, embed_dim)
+        self.token_type_embeddings = nn.Embedding(2, embed_dim)
+        self.LayerNorm = nn.LayerNorm(embed_dim, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("position_ids", torch.arange(max_text_len)[None])
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """[B, L] int64 -> [B, L, D]; L at most max_text_len."""
+        if ids_BL.shape[1] > self.position_ids.shape[1]:
+            raise ValueError(f"text of {ids_BL.shape[1]} tokens, the model takes at most {self.position_ids.shape[1]}")
+        x_BLD = self.word_embeddings(ids_BL) + self.token_type_embeddings(ids_BL.new_zeros(1))
+        if self.absolute_positions:
+            x_BLD = x_BLD + self.position_embeddings(self.position_ids[:, : ids_BL.shape[1]])
+        return self.dropout(self.LayerNorm(x_BLD))
+
+
+class Pooler(nn.Module):
+    """Linear and tanh on the class token."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+
+    def forward(self, cls_BD: Tensor) -> Tensor:
+        return torch.tanh(self.dense(cls_BD))
+
+
+class ITMHead(nn.Module):
+    """Image-text matching: [B, D] pooled -> [B, 2] logits, index 1 = matched."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc = nn.Linear(dim, 2)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return self.fc(x_BD)
+
+
+class ITCHead(nn.Module):
+    """Contrastive projection: [B, D] class token -> [B, D] features of unit length, float32 at least."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, cls_BD: Tensor) -> Tensor:
+        feature = self.fc(cls_BD)
+        return F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1)
+
+
+class MLMTransform(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(x)))
+
+
+class MLMHead(nn.Module):
+    """BERT's masked-language-modelling head: [M, D] -> [M, vocab_size] logits."""
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__()
+        self.transform = MLMTransform(dim)
+        self.decoder = nn.Linear(dim, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return self.decoder(self.transform(x_MD)) + self.bias
+
+
+class MIMHead(nn.Module):
+    """Masked-image-modelling head: [M, D] -> [M, target_dim], one linear layer (BEiT, SimMIM arXiv:2111.09886)."""
+
+    def __init__(self, dim: int, target_dim: int):
+        super().__init__()
+        self.fc = nn.Linear(dim, target_dim)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return self.fc(x_MD)
+
+
+def classifier(dim: int, hidden: int, classes: int) -> nn.Sequential:
+    """The heads of VQA and NLVR2: [B, dim] pooled -> [B, classes] logits; members 0, 1 and 3 have weights."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))

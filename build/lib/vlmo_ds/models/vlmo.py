@@ -1,0 +1,374 @@
+"""VLMo: the MultiWayTransformer, its embeddings and its heads; one training step as the engine runs it.
+
+Everything goes through `VLMo.forward`, because under ZeRO-3 the parameters that VLMo holds itself (the relative
+position table, the logit scales) are there only inside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo_ds.config import ModelConfig
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.models.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
+from vlmo_ds.models.multiway import Encoded, MultiWayTransformer, Stream
+from vlmo_ds.models.position import num_distances
+from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
+from vlmo_ds.objectives.itm import itm_loss, mine_negatives
+from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
+from vlmo_ds.objectives.mlm import mlm_loss
+from vlmo_ds.objectives.nlvr2 import nlvr2_loss
+from vlmo_ds.objectives.vqa import vqa_loss
+
+IMAGE_MEAN = IMAGE_STD = 0.5  # VLMo's normalisation to [-1, 1]
+
+Batch = Mapping[str, Tensor]
+
+
+class StepOutput(NamedTuple):
+    """What one forward pass gives back (a tuple, in which DeepSpeed finds the tensors).
+
+    loss: this rank's weighted sum, to be averaged over ranks; losses: the same per task, weights included, gradients
+    attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: to be averaged over ranks, among
+    them loss/<task> without its weight.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    ratios: dict[str, tuple[Tensor, Tensor]]
+    values: dict[str, Tensor]
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Truncated normal for linear layers and embeddings, zeros for biases and the padding word."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+class VLMo(nn.Module):
+    """VLMo (arXiv:2111.02358) with the heads that its tasks need.
+
+    tasks: task name -> loss weight. Names: mim, textmlm, mlm, itc, itm; irtr, vqa, nlvr2 go alone.
+    Parameter names and shapes are those of the official checkpoints.
+    """
+
+    def __init__(self, config: ModelConfig, tasks: Mapping[str, float], collector: Collector | None = None):
+        super().__init__()
+        self.config = config
+        self.tasks = dict(tasks)
+        self.collector = collector or Collector()
+        dim = config.embed_dim
+        self.transformer = MultiWayTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            vlffn_start_layer_index=config.vlffn_start_layer_index,
+            use_abs_pos_emb=config.use_abs_pos_emb,
+            layer_scale_init_values=config.layer_scale_init_values,
+            max_text_len_of_initckpt=config.max_text_len_of_initckpt,
+            drop_path_rate=config.drop_path_rate,
+            with_mask_token="mim" in tasks,
+            attention=config.attention,
+            checkpoint_every=config.activation_checkpoint_every,
+        )
+        self.text_embeddings = TextEmbeddings(
+            config.vocab_size,
+            dim,
+            config.max_text_len,
+            not config.need_relative_position_embed,
+            config.text_dropout_rate,
+        )
+        self.token_type_embeddings = nn.Embedding(3 if "nlvr2" in tasks else 2, dim)
+        self.pooler = Pooler(dim)
+        if config.need_relative_position_embed:
+            rows = num_distances(config.image_size // config.patch_size, config.max_text_len_of_initckpt)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, config.num_heads * config.depth))
+        else:
+            self.relative_position_bias_table = None
+        if "mim" in tasks:
+            self.mim_target = NormalizedPixels(config.patch_size)
+            self.mim_score = MIMHead(dim, self.mim_target.dim)
+        if "mlm" in tasks or "textmlm" in tasks:
+            self.mlm_score = MLMHead(dim, config.vocab_size)
+        if "itm" in tasks:
+            self.itm_score = ITMHead(dim)
+        if {"itc", "irtr"} & tasks.keys():
+            self.itc_text_proj, self.itc_image_proj = ITCHead(dim), ITCHead(dim)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if "itc" in tasks:
+            self.itc_vl_text_proj, self.itc_vl_image_proj = ITCHead(dim), ITCHead(dim)
+            self.logit_vl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if "vqa" in tasks:
+            self.vqa_classifier = classifier(dim, 2 * dim, config.vqav2_label_size)
+        if "nlvr2" in tasks:
+            self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
+        self.apply(partial(init_weights, std=config.init_std))
+        for token in (self.transformer.cls_token, self.transformer.mask_token, self.transformer.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=config.init_std)
+
+    def forward(self, batch: Batch, call: str = "step"):
+        """Runs one of: step (all tasks, gives StepOutput); contrast_features (of a gradient-cached step); encode_image,
+        encode_text, match, answer, compare (for evaluation)."""
+        return {
+            "step": self.step,
+            "contrast_features": self.contrast_features,
+            "encode_image": self.encode_image,
+            "encode_text": self.encode_text,
+            "match": self.match,
+            "answer": self.answer,
+            "compare": self.compare,
+        }[call](batch)
+
+    # ---- one training step ----
+
+    def step(self, batch: Batch) -> StepOutput:
+        """The weighted losses of all tasks.
+
+        batch: image [B, 3, S, S] uint8 (or float, already normalised), text_ids, text_masks, text_ids_mlm,
+        text_labels_mlm [B, L] int64, image_id, sample_id [B] int64, image_mask [B, P] bool (mim),
+        negative_seed 0-d int64 (itm), vqa_targets [B, A] float, image_0, image_1 as image and answers [B] int64
+        (nlvr2): as far as the tasks need them.
+        """
+        out = StepOutput(torch.zeros(()), {}, {}, {})
+        if "irtr" in self.tasks:
+            self.add_contrast(out, self.contrast_features(batch))
+        elif "vqa" in self.tasks:
+            self.record(out, "vqa", vqa_loss(self.answer(batch), batch["vqa_targets"], self.collector))
+        elif "nlvr2" in self.tasks:
+            self.record(out, "nlvr2", nlvr2_loss(self.compare(batch), batch["answers"], self.collector))
+        else:
+            self.pretraining_step(batch, out)
+        return out._replace(loss=sum(out.losses.values()))
+
+    def pretraining_step(self, batch: Batch, out: StepOutput) -> None:
+        """Two walks of the block stack: wave 1 encodes all that needs no mined negatives, wave 2 the mined pairs."""
+        tasks, streams = self.tasks, {}
+        texts: dict[str, Tensor] = {}
+        if "mlm" in tasks or "textmlm" in tasks:
+            texts["masked"] = batch["text_ids_mlm"]
+        if "itc" in tasks or "itm" in tasks:
+            texts["clean"] = batch["text_ids"]
+        images = normalize(batch["image"], self.transformer.cls_token.dtype) if self.needs_image else None
+        types = self.token_types()
+        text = self.embed_texts(texts, types)
+        mask = batch.get("text_masks")
+        rows = torch.arange(len(images), device=images.device) if images is not None else None
+        joint = [name for name, task in (("masked", "mlm"), ("clean", "itm")) if task in tasks]
+        if joint:  # pairs of equal shape are one stream
+            streams["joint"] = Stream(
+                torch.cat([text[name] for name in joint]), mask.repeat(len(joint), 1), rows.repeat(len(joint))
+            )
+        if "textmlm" in tasks:
+            streams["textmlm"] = Stream(text["masked"], mask)
+        if "itc" in tasks:
+            streams["text"] = Stream(text["clean"], mask, vl_twin=True)
+            streams["image"] = Stream(image_rows_B=rows, vl_twin=True)
+        if "mim" in tasks:
+            streams["mim"] = Stream(image_rows_B=rows)
+        wave1 = self.encode(streams, images, types[1], batch["image_mask"] if "mim" in tasks else None)
+
+        if "mim" in tasks:
+            out_mim = mim_loss(
+                wave1["mim"].tokens_BLD, images, batch["image_mask"], self.mim_score, self.mim_target, self.collector
+            )
+            self.record(out, "mim", out_mim)
+        if "textmlm" in tasks:
+            labels = batch["text_labels_mlm"]
+            self.record(out, "textmlm", mlm_loss(wave1["textmlm"].tokens_BLD, labels, self.mlm_score, self.collector))
+        if joint:
+            pairs = dict(zip(joint, wave1["joint"].tokens_BLD.chunk(len(joint)), strict=True))
+        if "mlm" in tasks:
+            labels = batch["text_labels_mlm"]
+            tokens = pairs["masked"][:, : labels.shape[1]]
+            self.record(out, "mlm", mlm_loss(tokens, labels, self.mlm_score, self.collector))
+        if "itc" in tasks:
+            main = self.add_contrast(out, self.itc_features(wave1["image"], wave1["text"]) | self.log_scales())
+        if "itm" in tasks:
+            cls = torch.cat((pairs["clean"][:, 0], self.mined_pairs(batch, images, text["clean"], types, main)))
+            self.record(out, "itm", itm_loss(self.itm_score(self.pooler(cls)), self.collector))
+
+    # ---- image-text contrast ----
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether contrast is also taken through the VL experts (in pretraining; not in fine-tuning for retrieval)."""
+        return "itc" in self.tasks
+
+    def log_scales(self) -> dict[str, Tensor]:
+        scales = {"logit_scale": self.logit_scale}
+        return scales | {"logit_vl_scale": self.logit_vl_scale} if self.has_twin else scales
+
+    def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
+        """image, text_ids, text_masks -> what add_contrast needs, from one walk: features [B, D], logit scales."""
+        images = normalize(batch["image"], self.transformer.cls_token.dtype)
+        types = self.token_types()
+        text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
+        streams = {
+            "text": Stream(text, batch["text_masks"], vl_twin=self.has_twin),
+            "image": Stream(image_rows_B=torch.arange(len(images), device=images.device), vl_twin=self.has_twin),
+        }
+        encoded = self.encode(streams, images, types[1])
+        scales = {name: scale.clone() for name, scale in self.log_scales().items()}
+        return self.itc_features(encoded["image"], encoded["text"]) | scales
+
+    def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> Contrast:
+        """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter."""
+        main = gather_features(found["image"], found["text"], found["logit_scale"], self.collector)
+        loss, ratios = itc_loss(main, self.collector)
+        out.values["itc/logit_scale"] = main.scale.detach()
+        if self.has_twin:
+            twin = gather_features(found["vl_image"], found["vl_text"], found["logit_vl_scale"], self.collector)
+            vl_loss, vl_ratios = itc_loss(twin, self.collector)
+            loss = (loss + vl_loss) / 2
+            ratios |= {f"vl_{name}": ratio for name, ratio in vl_ratios.items()}
+            out.values["itc/vl_logit_scale"] = twin.scale.detach()
+        self.record(out, "itc" if self.has_twin else "irtr", (loss, ratios))
+        return main
+
+    @property
+    def needs_image(self) -> bool:
+        return not self.tasks.keys() <= {"textmlm"}
+
+    def record(self, out: StepOutput, task: str, result: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]) -> None:
+        loss, ratios = result
+        out.losses[task] = loss * self.tasks[task]
+        out.values[f"loss/{task}"] = loss.detach()
+        out.ratios.update({f"{task}/{name}": ratio for name, ratio in ratios.items()})
+
+    def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, types_2D: Tensor, contrast) -> Tensor:
+        """Wave 2: class tokens of (text, wrong image), then of (wrong text, image), [2B, D]."""
+        negatives = mine_negatives(
+            contrast, batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector
+        )
+        if "negative_image_index" in batch:  # recorded negatives, for parity checks
+            negatives.image_B, negatives.text_B = batch["negative_image_index"], batch["negative_text_index"]
+        length = self.config.max_text_len  # ranks trim their text differently; rows that travel have one shape
+        ids, masks = (F.pad(batch[k], (0, length - batch[k].shape[1])) for k in ("text_ids", "text_masks"))
+        wrong_image, wrong_ids, wrong_masks = self.collector.exchange(
+            [batch["image"], ids, masks], [negatives.image_B, negatives.text_B, negatives.text_B]
+        )
+        keep = max(int(wrong_masks.sum(1).max()), text_BLD.shape[1])
+        mask = torch.cat((masks, wrong_masks))[:, :keep]
+        wrong_text_BLD = self.embed_texts({"wrong": wrong_ids[:, :keep]}, types_2D)["wrong"]
+        padded_text_BLD = F.pad(text_BLD, (0, 0, 0, keep - text_BLD.shape[1]))
+        pairs = Stream(
+            torch.cat((padded_text_BLD, wrong_text_BLD)), mask, torch.arange(2 * len(ids), device=mask.device)
+        )
+        pixels = torch.cat((normalize(wrong_image, images.dtype), images))
+        return self.encode({"pairs": pairs}, pixels, types_2D[1])["pairs"].tokens_BLD[:, 0]
+
+    # ---- encodings ----
+
+    def encode(
+        self,
+        streams: Mapping[str, Stream],
+        images: Tensor | None,
+        image_type: Tensor,
+        image_mask: Tensor | None = None,
+    ) -> dict[str, Encoded]:
+        """Walks the block stack once for all streams.
+
+        images: normalised, what the streams' image_rows_B point to; image_type: their token type's embedding, [D] or
+        [B, 1, D].
+        """
+        encoded = self.transformer(
+            list(streams.values()), self.relative_position_bias_table, images, image_type, image_mask
+        )
+        return dict(zip(streams, encoded, strict=True))
+
+    def token_types(self) -> Tensor:
+        """The embeddings that mark text (0), image (1) and second image (2) tokens, [2 or 3, D]: read once a step."""
+        types = self.token_type_embeddings
+        return types(torch.arange(types.num_embeddings, device=types.weight.device))
+
+    def embed_texts(self, texts: Mapping[str, Tensor], types_2D: Tensor) -> dict[str, Tensor]:
+        """Word (and position) embeddings plus VLMo's token type 0, one call for all texts of equal length."""
+        if not texts:
+            return {}
+        embedded = self.text_embeddings(torch.cat(list(texts.values()))) + types_2D[0]
+        return dict(zip(texts, embedded.split([len(t) for t in texts.values()]), strict=True))
+
+    def itc_features(self, image: Encoded | None, text: Encoded | None) -> dict[str, Tensor]:
+        """Unit-length contrastive features of the class tokens, and of their vl twins."""
+        features = {}
+        if image is not None:
+            features["image"] = self.itc_image_proj(image.tokens_BLD[:, 0])
+            if self.has_twin:
+                features["vl_image"] = self.itc_vl_image_proj(image.twin_BLD[:, 0])
+        if text is not None:
+            features["text"] = self.itc_text_proj(text.tokens_BLD[:, 0])
+            if self.has_twin:
+                features["vl_text"] = self.itc_vl_text_proj(text.twin_BLD[:, 0])
+        return features
+
+    # ---- evaluation, and the steps of fine-tuning ----
+
+    def encode_image(self, batch: Batch) -> dict[str, Tensor]:
+        """image [B, 3, S, S] -> contrastive features image (and vl_image), [B, D]."""
+        images = normalize(batch["image"], self.transformer.cls_token.dtype)
+        stream = Stream(image_rows_B=torch.arange(len(images), device=images.device), vl_twin=self.has_twin)
+        return self.itc_features(self.encode({"image": stream}, images, self.token_types()[1])["image"], None)
+
+    def encode_text(self, batch: Batch) -> dict[str, Tensor]:
+        """text_ids, text_masks [B, L] -> contrastive features text (and vl_text), [B, D]."""
+        types = self.token_types()
+        text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
+        stream = Stream(text, batch["text_masks"], vl_twin=self.has_twin)
+        return self.itc_features(None, self.encode({"text": stream}, None, types[1])["text"])
+
+    def match(self, batch: Batch) -> Tensor:
+        """image, text_ids, text_masks of B pairs -> [B] log-odds that they match."""
+        logits = self.itm_score(self.pooled_pairs(batch["image"], batch, self.token_types())).float()
+        return logits[:, 1] - logits[:, 0]
+
+    def answer(self, batch: Batch) -> Tensor:
+        """image, text_ids, text_masks of B questions -> [B, vqav2_label_size] logits of the answers."""
+        return self.vqa_classifier(self.pooled_pairs(batch["image"], batch, self.token_types()))
+
+    def compare(self, batch: Batch) -> Tensor:
+        """image_0, image_1, text_ids, text_masks of B sentences about two images -> [B, 2] logits, index 1 = true."""
+        types = self.token_types()
+        both = torch.cat((batch["image_0"], batch["image_1"]))
+        image_type = types[1:].repeat_interleave(len(batch["image_0"]), dim=0)[:, None]
+        first, second = self.pooled_pairs(both, batch, types, image_type).chunk(2)
+        return self.nlvr2_classifier(torch.cat((first, second), dim=1))
+
+    def pooled_pairs(self, images: Tensor, batch: Batch, types: Tensor, image_type: Tensor | None = None) -> Tensor:
+        """Pooled class tokens of texts with images, [I, D]; the B texts are repeated where there are more images."""
+        images = normalize(images, self.transformer.cls_token.dtype)
+        text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
+        times = len(images) // len(text)
+        rows = torch.arange(len(images), device=images.device)
+        stream = Stream(text.repeat(times, 1, 1), batch["text_masks"].repeat(times, 1), rows)
+        encoded = self.encode({"pair": stream}, images, types[1] if image_type is None else image_type)
+        return self.pooler(encoded["pair"].tokens_BLD[:, 0])
+
+    @torch.no_grad()
+    def init_vl_experts(self, source: str) -> None:
+        """Copies each layer's text or image expert ("text", "imag") into its VL expert."""
+        for block in self.transformer.blocks[self.config.vlffn_start_layer_index :]:
+            block.mlp_vl.load_state_dict(getattr(block, f"mlp_{source}").state_dict())
+            block.norm2_vl.load_state_dict(getattr(block, f"norm2_{source}").state_dict())
+
+
+def normalize(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 pixels to [-1, 1]; a floating-point image is taken as already normalised."""
+    if image.dtype == torch.uint8:
+        image = (image.float() / 255 - IMAGE_MEAN) / IMAGE_STD
+    return image.to(dtype)

@@ -1,0 +1,48 @@
+"""Image-text matching with hard negatives (ALBEF, arXiv:2107.07651, section 3.3, over the global batch as in VLMo)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.distributed.rows import sample_negatives
+from vlmo_ds.objectives.itc import Contrast
+
+
+@dataclass
+class Negatives:
+    """Global row numbers: the wrong image for each text of this rank, the wrong text for each image."""
+
+    image_B: Tensor
+    text_B: Tensor
+
+
+def mine_negatives(
+    contrast: Contrast, sample_id_B: Tensor, image_id_B: Tensor, seed: int, collector: Collector
+) -> Negatives:
+    """Draws one wrong image per text and one wrong text per image from the contrastive similarities."""
+    ids_G2 = collector.gather(torch.stack((sample_id_B, image_id_B), dim=1))
+    shared = {
+        "query_id_B": sample_id_B,
+        "candidate_id_G": ids_G2[:, 0],
+        "query_image_B": image_id_B,
+        "candidate_image_G": ids_G2[:, 1],
+    }
+    image_B = sample_negatives(contrast.text_BD, contrast.all_image_GD, contrast.scale, seed=2 * seed, **shared)
+    text_B = sample_negatives(contrast.image_BD, contrast.all_text_GD, contrast.scale, seed=2 * seed + 1, **shared)
+    return Negatives(image_B, text_B)
+
+
+def itm_loss(logits_3B2: Tensor, collector: Collector) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Two-way cross-entropy; rows are the matched pairs, then text with wrong image, then wrong text with image."""
+    batch = len(logits_3B2) // 3
+    labels = torch.zeros(3 * batch, dtype=torch.long, device=logits_3B2.device)
+    labels[:batch] = 1
+    logits = logits_3B2.to(torch.promote_types(logits_3B2.dtype, torch.float32))
+    count = logits.new_tensor(3 * batch)
+    loss = collector.global_mean(F.cross_entropy(logits, labels, reduction="sum"), count)
+    return loss, {"accuracy": ((logits.argmax(1) == labels).sum(), count)}

@@ -1,0 +1,54 @@
+"""How far long work is: a bar on a terminal, else a line every half minute, without carriage returns."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LINE_EVERY = 30.0  # seconds
+
+
+class Progress:
+    """Counts work that is done; `advance` may be called any number of times."""
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "", silent: bool = False):
+        self.what, self.total, self.unit, self.silent = what, total, unit, silent
+        self.done = 0
+        self.began = self.told = time.monotonic()
+        on_terminal = sys.stderr.isatty() and not silent
+        self.bar = tqdm(total=total, desc=what, unit=unit) if on_terminal else None
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif not self.silent and time.monotonic() - self.told > LINE_EVERY:
+            self.told = time.monotonic()
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        text = f"{self.what}: {self.done:,}"
+        if self.total:
+            left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+            text += f" of {self.total:,} {self.unit}, {int(left) // 60}:{int(left) % 60:02d} left"
+        return text
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "", silent: bool = False) -> Iterator[T]:
+    """The items, with word of how many have been taken."""
+    shown = Progress(what, total if total is not None else len(items) if hasattr(items, "__len__") else None, unit, silent)
+    try:
+        for item in items:
+            yield item
+            shown.advance()
+    finally:
+        shown.close()

@@ -1,0 +1,349 @@
+"""One stage: from initial weights to the stage's final weights."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import InitConfig, Recipe, RecipeError, StageConfig
+from vlmo_ds.data.loader import BatchDataset, batches, spec_for
+from vlmo_ds.data.tokenizer import vocabulary_digest
+from vlmo_ds.distributed import heartbeat
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.interop.official import read_weights, vocabulary_of
+from vlmo_ds.models.vlmo import StepOutput, VLMo
+from vlmo_ds.objectives.itc import MAX_LOG_SCALE
+from vlmo_ds.training import checkpoint
+from vlmo_ds.training.ds_config import merge, micro_batch
+from vlmo_ds.training.engine import build_engine, device, release
+from vlmo_ds.training.gradient_cache import cached_contrast
+from vlmo_ds.training.guard import ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
+from vlmo_ds.training.monitor import Monitor, global_metrics
+from vlmo_ds.training.optim import matches, optimizer_step, set_trainable
+from vlmo_ds.training.signals import Stopped, StopRequest
+from vlmo_ds.training.state import full_state, layout_of, set_weights
+from vlmo_ds.training.watch import BUILDING, GATHERING
+from vlmo_ds.training.weights import frozen_state, hand_over, write_final
+
+NEAR_MAX_SCALE = 90.0
+ASKED, WRITING = "asked to stop", "writing a checkpoint"  # counts among those that a step sums over ranks
+
+
+class Run(NamedTuple):
+    """What the stages of a run share."""
+
+    recipe: Recipe
+    ds_config: dict
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    collector: Collector
+    monitor: Monitor
+    stop: StopRequest
+    known_shards: dict[str, list[list[str]]]  # resume.check_shards
+
+    def folder_of(self, stage: StageConfig) -> Path:
+        """Where a stage's checkpoints and its result are."""
+        return self.folder / "checkpoints" / stage.name
+
+    def initial_weights(self, stage: StageConfig) -> tuple[dict[str, Tensor] | None, str]:
+        """(state dict, where it is from) for a stage; nothing for a fresh model."""
+        weights, before = stage.init.weights, self.recipe.stages[: self.recipe.stages.index(stage)]
+        if weights == "fresh" or (weights == "previous" and not before):
+            return None, "a fresh initialisation"
+        path = self.folder_of(before[-1]) / "final" if weights == "previous" else Path(weights)
+        return read_weights(path), str(path)
+
+
+def refuse_other_words(ours: str, theirs: str | None, stage: StageConfig, origin: str) -> None:
+    """RecipeError if weights were trained with other word pieces under the same numbers: the shapes would not tell."""
+    if theirs in (None, ours) or matches("text_embeddings.word_embeddings.weight", stage.init.fresh):
+        return
+    raise RecipeError(
+        f"stages.{stage.name}: weights from {origin} were trained with another vocabulary, whose numbers mean other word "
+        "pieces: set tokenizer.name to the tokenizer folder of the run that trained them, or name text_embeddings.* and "
+        "mlm_score.* in init.fresh"
+    )
+
+
+def stage_seed(recipe: Recipe, stage: StageConfig) -> int:
+    """Every stage has its own stream of randomness."""
+    return recipe.seed * 1_000_003 + next(i for i, s in enumerate(recipe.stages) if s.name == stage.name)
+
+
+def build_dataset(
+    recipe: Recipe,
+    stage: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+    known_shards: list[list[str]] | None = None,
+) -> BatchDataset:
+    model = recipe.model
+    micro, _ = micro_batch(stage, collector.world_size)
+    seed = stage_seed(recipe, stage)
+    spec = spec_for(stage.tasks, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
+    return BatchDataset(
+        stage.data,
+        spec,
+        tokenizer,
+        rank=collector.rank,
+        world_size=collector.world_size,
+        batch_size=micro,
+        known_shards=known_shards,
+    )
+
+
+def build_model(
+    recipe: Recipe,
+    stage: StageConfig,
+    source: dict[str, Tensor] | None,
+    origin: str,
+    collector: Collector,
+    resumed: bool = False,
+) -> VLMo:
+    """The stage's model with its initial weights, the same on every rank; what it does not train is frozen.
+
+    source: weights from elsewhere, handed over as the stage's `init` says; resumed: from a checkpoint of the stage itself.
+    """
+    torch.manual_seed(stage_seed(recipe, stage))
+    model = VLMo(recipe.model, stage.weights, collector)
+    if source is not None:
+        report = hand_over(model, source, InitConfig() if resumed else stage.init, origin)
+        if collector.rank == 0:
+            counts = ", ".join(f"{len(names)} {what}" for what, names in report.items() if what != "converted")
+            print(f"{stage.name}: weights from {origin}: {counts}", flush=True)
+            for change in report["converted"]:
+                print(f"{stage.name}:   {change}", flush=True)
+    trained = set_trainable(model, stage)
+    if collector.rank == 0:
+        total = sum(p.numel() for p in model.parameters())
+        learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(
+            f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)",
+            flush=True,
+        )
+    return model
+
+
+class Pass(NamedTuple):
+    """A micro-batch on its device; the seed of its forward pass, dropout and stochastic depth."""
+
+    batch: dict[str, Tensor]
+    seed: int
+
+
+def train_stage(run: Run, stage: StageConfig, resume_from: Path | None, skip: int | None = None) -> Rollback | None:
+    """Trains a stage to its end and writes its final weights; where to go on if the loss has jumped.
+
+    resume_from: a checkpoint of the stage; skip: steps whose data is left out, None: as the checkpoint says. Raises
+    Stopped, with a checkpoint written, at the end of the step in which any rank was asked to stop; Diverged when too many
+    steps in a row are not finite.
+    """
+    training = StageTraining(run, stage, resume_from, skip)
+    rollback = training.train()
+    if not rollback:
+        training.write_final()
+    release(training.engine)
+    del training
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return rollback
+
+
+class StageTraining:
+    """A stage that is being trained: its engine, its data, and what looks after both. Arguments as train_stage's."""
+
+    def __init__(self, run: Run, stage: StageConfig, resume_from: Path | None, skip: int | None):
+        self.run, self.stage = run, stage
+        heartbeat.beat(f"{BUILDING} {stage.name}")
+        recipe, collector = run.recipe, run.collector
+        self.seed = stage_seed(recipe, stage)
+        _, self.accumulation = micro_batch(stage, collector.world_size)
+        known_shards = run.known_shards.get(stage.name)
+        self.dataset = build_dataset(recipe, stage, run.tokenizer, collector, known_shards)
+        reader = checkpoint.Reader(resume_from) if resume_from else None
+        vocabulary = vocabulary_digest(run.tokenizer)
+        if reader:
+            source, origin = reader.weights(), str(resume_from)
+            refuse_other_words(vocabulary, reader.state.get("vocabulary"), stage, origin)
+        else:
+            source, origin = run.initial_weights(stage)
+            refuse_other_words(vocabulary, vocabulary_of(Path(origin)), stage, origin)
+        model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
+        del source
+        self.frozen = frozen_state(model)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        buffer_shapes = {name: buffer.shape for name, buffer in model.named_buffers()}
+        self.engine = build_engine(model, stage, merge(run.ds_config, stage, collector.world_size))
+        self.first = checkpoint.restore(self.engine, reader) if reader else 0
+        saved = reader.state if reader else {}
+        self.skip = saved.get("skip", 0) if skip is None else skip
+        if reader and collector.rank == 0:
+            print(f"{stage.name}: resumed at step {self.first} from {resume_from}", flush=True)
+        if reader:
+            self.follow_schedule(reader.state["recipe"])
+        self.compare = self.engine.zero_optimization_stage() == 3 if recipe.check_ranks is None else recipe.check_ranks
+        self.guard = SpikeGuard(recipe.loss_spike, saved.get("guard")) if recipe.loss_spike else None
+        self.nonfinite = SkippedSteps(recipe, stage.name, run.folder, collector)
+        self.replaced = ReplacedSamples(self.dataset, stage, self.first + self.skip)
+        folder = run.folder_of(stage)
+        self.writer = checkpoint.CheckpointWriter(
+            folder, recipe.keep_checkpoints, recipe.background_checkpoints, collector
+        )
+        self.failures = checkpoint.FailedCheckpoints(recipe.checkpoint_failures, folder, collector.rank == 0)
+        shapes = {**self.shapes, **buffer_shapes}
+        self.about = checkpoint.about_run(stage.name, recipe.model_dump(mode="json"), shapes, self.engine)
+        self.about["vocabulary"] = vocabulary
+
+    def follow_schedule(self, recipe: dict) -> None:
+        """Of a stage that has been made longer the learning rate goes on along the new schedule. recipe: the checkpoint's."""
+        before = next((s["steps"] for s in recipe["stages"] if s["name"] == self.stage.name), self.stage.steps)
+        if before == self.stage.steps:
+            return
+        scheduler, groups = self.engine.lr_scheduler, self.engine.optimizer.param_groups
+        old = groups[0]["lr"]
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)
+        if self.run.collector.rank == 0:
+            print(
+                f"{self.stage.name}: {self.stage.steps} steps instead of {before}: the learning rate goes on at "
+                f"{groups[0]['lr']:.2e}, where the schedule of {before} steps had {old:.2e}",
+                flush=True,
+            )
+
+    def train(self) -> Rollback | None:
+        stage, collector = self.stage, self.run.collector
+        number = self.run.recipe.stages.index(stage)
+        before, after = self.run.recipe.stages[:number], self.run.recipe.stages[number + 1 :]
+        samples_ahead = sum(s.steps * s.global_batch_size for s in after)
+        self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before), samples_ahead)
+        begin, end = ((step + self.skip) * self.accumulation for step in (self.first, stage.steps))
+        stream = batches(self.dataset, begin, end, stage.data.workers, stage.data.prefetch)
+        self.engine.train()
+        rollback = None
+        for step in range(self.first, stage.steps):
+            metrics, asked = self.step(step, stream)
+            spike = self.guard.look(step + 1, metrics["loss"]) if self.guard else None
+            if spike:
+                self.failures.count(self.writer.finish())
+                rollback = roll_back(spike, self.skip, self.writer.folder, collector)
+                break
+            last = step + 1 == stage.steps  # a stage can be made longer from there
+            due = stage.checkpoint_every and ((step + 1) % stage.checkpoint_every == 0 or last)
+            if due or asked:
+                self.checkpoint(step + 1, wait=asked)
+            if asked and not last:
+                raise Stopped(
+                    f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
+                )
+        self.failures.count(self.writer.finish())
+        return rollback
+
+    def step(self, step: int, stream: Iterator[dict]) -> tuple[dict[str, float], bool]:
+        """One optimiser step: (its metrics, whether a rank was asked to stop)."""
+        stage, engine, run = self.stage, self.engine, self.run
+        skipped_before = engine.skipped_steps
+        lr = engine.get_lr()[0]  # this step's; afterwards it is the next one's
+        taken: list[dict[str, Tensor]] = []
+        passes = (self.next_pass(step, part, stream, taken) for part in range(self.accumulation))
+        if stage.gradient_cache:
+            outputs = [self.gradient_cached(list(passes))]
+        else:
+            outputs = [self.forward_backward(one) for one in passes]
+        skipped = engine.skipped_steps > skipped_before
+        flags = {ASKED: float(run.stop.asked()), WRITING: float(self.writer.busy)}
+        metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags}, run.collector)
+        asked = bool(counts.pop(ASKED))
+        self.failures.count(self.writer.settle(counts.pop(WRITING)))
+        metrics["lr"] = lr
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["grad_norm"] = math.nan if skipped else float(norm)
+        metrics["skipped_steps"] = engine.skipped_steps
+        if max(metrics.get("itc/logit_scale", 0.0), metrics.get("itc/vl_logit_scale", 0.0)) > NEAR_MAX_SCALE:
+            clamp_scales(engine)
+        metrics |= self.replaced.look(counts, step + 1 + self.skip)
+        run.monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
+        self.nonfinite.look(step + 1, skipped, engine, outputs, taken)
+        return metrics, asked
+
+    def next_pass(self, step: int, part: int, stream: Iterator[dict], taken: list[dict[str, Tensor]]) -> Pass:
+        """Reads a micro-batch, notes its samples in `taken`, and moves it to its device."""
+        stage, run = self.stage, self.run
+        number = (step + self.skip) * self.accumulation + part
+        heartbeat.beat(f"reading the data of step {step + 1} of {stage.name}")
+        batch = self.replaced.take(next(stream))
+        taken.append({key: batch[key] for key in ("sample_id", "image_id")})
+        if stage.log_images_every and part == 0 and step % stage.log_images_every == 0:
+            run.monitor.images(step + 1, batch, run.tokenizer)
+        heartbeat.beat(f"step {step + 1} of {stage.name}")
+        if self.compare:
+            check_ranks(run.collector, number, stage, batch)
+        batch = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+        batch["negative_seed"] = torch.tensor(self.seed * 1_000_003 + number)
+        # Dropout and stochastic depth need no saved state: they restart from a function of the step.
+        return Pass(batch, (self.seed * 1_000_003 + number) * 65_537 + run.collector.rank)
+
+    def forward_backward(self, one: Pass) -> StepOutput:
+        torch.manual_seed(one.seed)
+        out = self.engine(one.batch)
+        self.engine.backward(out.loss)
+        optimizer_step(self.engine)
+        return out
+
+    def gradient_cached(self, passes: list[Pass]) -> StepOutput:
+        """One step on all micro-batches together."""
+
+        def features_of(number: int) -> dict[str, Tensor]:
+            torch.manual_seed(passes[number].seed)
+            return self.engine(passes[number].batch, "contrast_features")
+
+        def backward(part: Tensor) -> None:
+            self.engine.backward(part * len(passes))  # DeepSpeed divides by the number of micro-batches
+            optimizer_step(self.engine)
+
+        return cached_contrast(self.engine.module, len(passes), features_of, backward)
+
+    def checkpoint(self, step: int, wait: bool) -> None:
+        """Begins to write a checkpoint of so many steps; wait: until it is there."""
+        self.failures.count(self.writer.finish())
+        memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
+        problem = self.writer.start(self.engine, step, self.frozen, {**self.about, **memory})
+        self.failures.count((step, problem) if problem else None)
+        if wait or not self.run.recipe.background_checkpoints:
+            self.failures.count(self.writer.finish())
+
+    def write_final(self) -> None:
+        """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""
+        run = self.run
+        heartbeat.beat(f"{GATHERING} {self.stage.name}")
+        state = full_state(self.engine, self.frozen, self.shapes)
+        meta = {"stage": self.stage.name, "steps": self.stage.steps, "tasks": self.stage.weights}
+        meta["vocabulary"] = self.about["vocabulary"]
+        folder = self.writer.folder / "final"
+        what = f"the result of stage '{self.stage.name}' cannot be written to {folder}"
+        problem = checkpoint.tried_again(
+            run.collector, lambda: write_final(folder, state, meta), run.recipe.checkpoint_failures, what
+        )
+        if problem:
+            raise RecipeError(
+                f"{what}: {problem}; once that is mended, the same command goes on from the stage's last checkpoint"
+            )
+
+
+@torch.no_grad()
+def clamp_scales(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keeps the contrastive scales at 100 at most, in the float32 values that the optimiser holds."""
+    layout = layout_of(engine)
+    for name in ("logit_scale", "logit_vl_scale"):  # those that are there and trained
+        value = layout.full(layout.parameters[name]) if name in layout.parameters else None
+        if value is not None and float(value) > MAX_LOG_SCALE:
+            set_weights(engine, {name: value.clamp(max=MAX_LOG_SCALE)})

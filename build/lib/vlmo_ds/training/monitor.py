@@ -1,0 +1,208 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, the progress line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds import metrics
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.metrics import AppendedFile
+from vlmo_ds.models.vlmo import StepOutput
+
+SHOWN_EVERY, SHOWN_EVERY_IN_A_LOG = 2.0, 30.0  # seconds between two lines, on a terminal and elsewhere
+TOLD_EVERY = 60.0  # seconds between two words about a full disk
+
+
+def global_metrics(
+    outputs: list[StepOutput], counts: Mapping[str, float], collector: Collector
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimiser step's metrics over all ranks and micro-batches, and the sums of `counts`, in one all-reduce."""
+    tasks = list(outputs[0].losses)
+    ratio_names, value_names = list(outputs[0].ratios), list(outputs[0].values)
+    share = 1.0 / (len(outputs) * collector.world_size)
+    local = [sum(o.losses[t].detach().double() for o in outputs) * share for t in tasks]
+    for name in ratio_names:
+        local += [sum(o.ratios[name][i].detach().double() for o in outputs) for i in (0, 1)]
+    local += [sum(o.values[name].double() for o in outputs) * share for name in value_names]
+    device = local[0].device
+    local += [torch.tensor(count, dtype=torch.float64) for count in counts.values()]
+    total = collector.sum(torch.stack([x.to(device) for x in local]))
+    values = iter(total.tolist())
+    found = {"loss": sum(next(values) for _ in tasks)}
+    for name in ratio_names:
+        numerator, denominator = next(values), next(values)
+        found[name] = numerator / max(denominator, 1.0)
+    found |= {name: next(values) for name in value_names}
+    return found, {name: next(values) for name in counts}
+
+
+class Monitor:
+    """Writes on rank 0; silent elsewhere. What cannot be written (a full disk) waits, and training goes on."""
+
+    def __init__(self, run: Path, rank: int, total_steps: int):
+        self.active = rank == 0
+        self.run, self.total_steps = run, total_steps
+        self.metrics: AppendedFile | None = None
+        self.curves: Curves | None = None
+        self.shown_at = self.told_at = -math.inf
+        self.show_every = SHOWN_EVERY if sys.stdout.isatty() else SHOWN_EVERY_IN_A_LOG
+
+    def begin(self, stage: str, step: int, offset: int, samples_ahead: int) -> None:
+        """Opens the files at a stage's step; lines of this stage past it (of a run that died later) are cut off.
+
+        offset: steps of the stages before; samples_ahead: of the stages after.
+        """
+        self.stage, self.offset, self.samples_ahead = stage, offset, samples_ahead
+        self.started, self.samples = time.monotonic(), 0
+        if not self.active:
+            return
+        self.close()
+        path = self.run / metrics.FILE
+        last, notes = metrics.begin_stage(path, stage, step)
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+        self.metrics = AppendedFile(path)
+        later = last > offset + step  # a stage after this one has been trained before it
+        self.curves = Curves(self.run / "tensorboard", None if later else offset + step + 1)
+
+    def log(self, step: int, steps: int, values: Mapping[str, float], samples: int) -> None:
+        """step: optimiser steps done in this stage; samples: of this step, over all ranks."""
+        self.samples += samples
+        if not self.active:
+            return
+        number = self.offset + step
+        record = {"stage": self.stage, "step": step, "step_of_run": number, **values}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.metrics.append(metrics.dump(finite))
+        rate = self.samples / max(time.monotonic() - self.started, 1e-9)
+        scalars = {**values, "throughput/samples_per_second": rate}
+        self.curves.add({f"{self.stage}/{name}": value for name, value in scalars.items()}, number)
+        self.tell_of_problems()
+        if step == steps or time.monotonic() - self.shown_at > self.show_every:
+            self.shown_at = time.monotonic()
+            parts = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+            left = int(((steps - step) * samples + self.samples_ahead) / rate)
+            print(
+                f"{self.stage:>8} {step:>6}/{steps}  loss {values['loss']:.4f} ({parts})  lr {values['lr']:.2e}  "
+                f"{rate:.1f} samples/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
+                flush=True,
+            )
+
+    def tell_of_problems(self) -> None:
+        problems = [p for p in (self.metrics.problem, self.curves.problem) if p]
+        if problems and time.monotonic() - self.told_at > TOLD_EVERY:
+            self.told_at = time.monotonic()
+            print(
+                f"warning: {self.run}: metrics cannot be written: {problems[0]}; they wait, and training goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def images(self, step: int, batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if self.active and ("image" in batch or "image_0" in batch):
+            self.curves.add_image(f"{self.stage}/samples", contact_sheet(batch, tokenizer), self.offset + step)
+
+    def close(self) -> None:
+        """Closes the files; lines that still cannot be written are told of."""
+        if self.metrics:
+            for file in (self.metrics, self.curves):
+                try:
+                    file.close()
+                except OSError as error:
+                    print(f"warning: {error}", file=sys.stderr, flush=True)
+            self.metrics = self.curves = None
+
+
+class Curves:
+    """TensorBoard's file of this start. Every step is written at once: a run that is killed has each step in its curves.
+
+    purge: the first step that this start writes, from which on what an earlier one has written does not count.
+    """
+
+    def __init__(self, folder: Path, purge: int | None):
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # a second, on rank 0 alone
+
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self.folder, self.file = folder, AppendedFile(folder / name)
+        self.file.waiting.append(event(file_version="brain.Event:2"))
+        if purge is not None:
+            self.file.waiting.append(event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+
+    @property
+    def problem(self) -> str:
+        return self.file.problem
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        self.write([event(step=step, summary=scalar(name, value)) for name, value in scalars.items()])
+
+    def add_image(self, name: str, sheet_HW3: np.ndarray, step: int) -> None:
+        """A picture is not kept in memory: it is left out while the file cannot be written."""
+        from torch.utils.tensorboard.summary import image
+
+        if not self.problem:
+            self.write([event(step=step, summary=image(name, sheet_HW3, dataformats="HWC"))])
+
+    def write(self, events: list[bytes]) -> None:
+        with contextlib.suppress(OSError):  # opening the file tells why it cannot be
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.file.append(b"".join(events))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def event(**fields: Any) -> bytes:
+    """One record of TensorBoard's file."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    return buffer.getvalue()
+
+
+def contact_sheet(
+    batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, count: int = 8, cell: int = 224
+) -> np.ndarray:
+    """[H, W, 3] uint8: inputs as the model sees them, masked patches grey, masked words as [MASK]."""
+    images = batch.get("image", batch.get("image_0"))[:count].cpu()
+    rows = -(-len(images) // 4)
+    text_height = 74 if "text_ids" in batch else 4
+    sheet = Image.new("RGB", (4 * cell, rows * (cell + text_height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    ids = batch.get("text_ids_mlm", batch.get("text_ids"))
+    for i, image in enumerate(images):
+        array = image.permute(1, 2, 0).numpy().copy()
+        if "image_mask" in batch:
+            side = int(batch["image_mask"].shape[1] ** 0.5)
+            patch = array.shape[0] // side
+            mask = batch["image_mask"][i].cpu().view(side, side).numpy()
+            array[mask.repeat(patch, 0).repeat(patch, 1)] = 128
+        x, y = i % 4 * cell, i // 4 * (cell + text_height)
+        sheet.paste(Image.fromarray(array).resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (x + 2, y + 2))
+        if ids is not None:
+            words = tokenizer.decode([t for t in ids[i].tolist() if t != 0][1:-1]).split()
+            lines = [""]
+            for word in words:
+                if draw.textlength(f"{lines[-1]} {word}") > cell - 10:
+                    lines.append("")
+                lines[-1] = f"{lines[-1]} {word}".strip()
+            draw.multiline_text((x + 4, y + cell), "\n".join(lines[:5]), fill="black")
+    return np.asarray(sheet)

@@ -1,0 +1,383 @@
+"""Looks at all machines of a hostfile before a run is started on them, and says what to fix.
+
+    python -m vlmo_ds.training.preflight --hostfile hosts --recipe R --deepspeed_config C
+
+Each machine is asked over ssh: does it answer, has it the same code, packages, recipe and data, room on its disk, the right
+time; then a collective over all ranks is timed. What has to reach every machine is written to .deepspeed_env, which
+DeepSpeed's launcher reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import ipaddress
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, load_recipe, number
+from vlmo_ds.data.loader import source_shards
+from vlmo_ds.data.storage import DataError, write_atomically
+
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "numpy", "safetensors")
+MOST_SKEW = 5.0  # seconds
+MARK = "PREFLIGHT "  # before the line of JSON that a machine or the collective prints
+MESSAGE_MB = 64  # of the timed all-reduce
+LEAST_GBPS = {"cuda": 5.0, "cpu": 0.05}  # GB/s below which the network is suspected
+
+
+class Row(NamedTuple):
+    """One line of the table: what was looked at, what each machine has, and what to do about it ("" if it is well)."""
+
+    check: str
+    found: list[str]
+    fix: str = ""
+
+
+# ---- on each machine ----
+
+
+def probe(recipe_file: str, output_dir: Path) -> dict[str, Any]:
+    """What this machine has."""
+    disk = output_dir
+    while not disk.exists():
+        disk = disk.parent
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "code": hash_of(sorted(Path(__file__).parents[1].rglob("*.py"))),
+        "recipe": recipe_hash(recipe_file),
+        "data": visible_data(recipe_file),
+        "free_gb": shutil.disk_usage(disk).free / 1e9,
+        "writable": os.access(disk, os.W_OK),
+        "interfaces": interfaces(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else b"missing")
+    return digest.hexdigest()
+
+
+def recipe_hash(recipe_file: str) -> str:
+    """Of a recipe with all that it extends."""
+    try:
+        return hashlib.blake2b(load_recipe(recipe_file).model_dump_json().encode(), digest_size=6).hexdigest()
+    except RecipeError as error:
+        return f"error: {str(error).splitlines()[0]}"
+
+
+def visible_data(recipe_file: str) -> str:
+    """Shards and samples of each stage, or what is wrong."""
+    try:
+        found = []
+        for stage in load_recipe(recipe_file).stages:
+            shards = [shard for source in source_shards(stage.data) for shard in source]
+            found.append(f"{stage.name}: {sum(s.samples for s in shards)} in {len(shards)}")
+        return ", ".join(found)
+    except (RecipeError, DataError) as error:
+        return f"error: {error}"
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 networks by interface, but for the loopback: {"eth0": "10.0.0.3/255.255.255.0"}."""
+    return {
+        name: f"{a.address}/{a.netmask}"
+        for name, addresses in psutil.net_if_addrs().items()
+        for a in addresses
+        if a.family == socket.AF_INET and not a.address.startswith("127.") and a.netmask
+    }
+
+
+# ---- from the machine where it is started ----
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots by host, as DeepSpeed's launcher reads them."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    if not path.is_file():
+        raise RecipeError(f"--hostfile: {path} does not exist; expected lines such as 'node1 slots=8'")
+    try:
+        return dict(fetch_hostfile(str(path)))
+    except ValueError as error:
+        raise RecipeError(f"--hostfile: {path}: {error}; expected lines such as 'node1 slots=8'") from None
+
+
+def ask(host: str, arguments: list[str], port: int | None) -> dict[str, Any]:
+    """A machine's probe; {"error": ...} if it does not come."""
+    remote = f"cd {os.getcwd()} && {sys.executable} -m vlmo_ds.training.preflight --probe {' '.join(arguments)}"
+    try:
+        done = ssh(host, remote, port, 180)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+        return {"error": said[-1]}
+    return json.loads(lines[-1].removeprefix(MARK))
+
+
+def ssh(host: str, command: str, port: int | None, timeout: float) -> subprocess.CompletedProcess:
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", str(port)] if port else [])]
+    return subprocess.run(["ssh", *options, host, command], capture_output=True, text=True, timeout=timeout)
+
+
+def answers(host: str, port: int | None = None) -> bool:
+    """Whether a machine can be reached over ssh."""
+    try:
+        return ssh(host, "true", port, 30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def clock_skews(hosts: Sequence[str], port: int | None) -> list[float]:
+    """Seconds that each machine's clock is ahead of this one's, halfway through a short request."""
+
+    def skew(host: str) -> float:
+        before = time.time()
+        done = ssh(host, "date +%s.%N", port, 60)
+        after = time.time()
+        return float(done.stdout) - (before + after) / 2 if done.returncode == 0 else float("nan")
+
+    return of_all(hosts, skew)
+
+
+def common_interface(probes: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """(each machine's interface in the first network that joins them all, what to fix).
+
+    A bridge for containers has the same network on every machine, and the same address: it joins nothing.
+    """
+    networks = [
+        {str(ipaddress.ip_interface(value).network): (name, value) for name, value in found["interfaces"].items()}
+        for found in probes
+    ]
+    for network in sorted(set.intersection(*map(set, networks))):
+        names, addresses = zip(*(of_machine[network] for of_machine in networks), strict=True)
+        if len(set(addresses)) == len(probes):
+            return list(names), ""
+    found = ["; ".join(f"{n} {v}" for n, v in p["interfaces"].items()) or "none" for p in probes]
+    return found, "no IPv4 network joins all machines: connect them, or set NCCL_SOCKET_IFNAME by hand"
+
+
+def same(check: str, values: list[str], fix: str) -> Row:
+    return Row(check, values, "" if len(set(values)) == 1 else fix)
+
+
+def rows_of(hosts: dict[str, int], probes: list[dict[str, Any]], skews: list[float], recipe: Recipe) -> list[Row]:
+    rows = [same("python", [p["python"] for p in probes], "install the same Python on all machines")]
+    for name in PACKAGES:
+        values = [p["packages"][name] for p in probes]
+        rows.append(same(name, values, f"install one version of {name} everywhere"))
+    rows.append(same("code", [p["code"] for p in probes], "copy the same vlmo_ds to the same path on all machines"))
+    rows.append(same("recipe", [p["recipe"] for p in probes], "copy the same recipe to the same path on all machines"))
+    data = [p["data"] for p in probes]
+    broken = next((d for d in data if d.startswith("error: ")), None)
+    rows.append(same("data", data, "make the same shards visible at the same path on all machines"))
+    if broken:
+        rows[-1] = Row("data", data, broken.removeprefix("error: "))
+    disk = [f"{p['free_gb']:.0f} GB free" + ("" if p["writable"] else ", read-only") for p in probes]
+    need = checkpoint_gb(recipe)
+    short = [h for h, p in zip(hosts, probes, strict=True) if p["free_gb"] < need or not p["writable"]]
+    fix = f"{', '.join(short)}: checkpoints need {need:.1f} GB of a disk that can be written" if short else ""
+    rows.append(Row("disk", disk, fix))
+    far = [h for h, s in zip(hosts, skews, strict=True) if not abs(s) <= MOST_SKEW]
+    fix = f"{', '.join(far)}: start a time service (chrony)" if far else ""
+    rows.append(Row("clock", [f"{s:+.1f} s" for s in skews], fix))
+    gpus = [f"{len(p['gpus'])} x {p['gpus'][0]}" if p["gpus"] else f"no GPU, {p['cores']} cores" for p in probes]
+    few = [h for (h, slots), p in zip(hosts.items(), probes, strict=True) if p["gpus"] and len(p["gpus"]) < slots]
+    rows.append(Row("devices", gpus, f"{', '.join(few)}: fewer GPUs than slots in the hostfile" if few else ""))
+    names, fix = common_interface(probes)
+    rows.append(Row("interface", names, fix))
+    return rows
+
+
+def checkpoint_gb(recipe: Recipe) -> float:
+    """Room for the checkpoints of a stage: 12 bytes per parameter, each kept one and the one that is being written."""
+    from vlmo_ds.training.plan import parameter_count
+
+    return 12 * parameter_count(recipe) * (recipe.keep_checkpoints + 1) / 1e9
+
+
+def environment_of(rows: list[Row], timeout: int) -> dict[str, str]:
+    """What has to reach every machine."""
+    row = next(row for row in rows if row.check == "interface")
+    names = ",".join(dict.fromkeys(row.found))
+    found = {} if row.fix else {"NCCL_SOCKET_IFNAME": names, "GLOO_SOCKET_IFNAME": names.split(",")[0]}
+    return {**found, "DEEPSPEED_TIMEOUT": str(max(1, timeout // 60)), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+
+
+def time_collective(hostfile: Path, port: int | None, hosts: dict[str, int], timeout: int) -> Row:
+    """An all-reduce over all ranks, started as a run is."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi"]
+    launcher += ["--ssh_port", str(port)] if port else []
+    command = [*launcher, "--module", "vlmo_ds.training.preflight", "--collective"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return Row(
+            "all-reduce",
+            ["no answer"],
+            f"the ranks did not find each other in {timeout} s: a firewall, or the wrong interface",
+        )
+    found = [line[line.index(MARK) + len(MARK) :] for line in done.stdout.splitlines() if MARK in line]
+    if done.returncode or not found:
+        last = [line for line in (done.stderr + done.stdout).splitlines() if "Error" in line or "error" in line]
+        return Row("all-reduce", ["failed"], last[-1].strip() if last else f"exit status {done.returncode}")
+    result = json.loads(found[-1])
+    rate = result["bus_gb_per_s"]
+    text = f"{result['ranks']} ranks, {MESSAGE_MB} MB: {rate:.2f} GB/s, small: {result['latency_us']:.0f} us"
+    slow = len(hosts) > 1 and rate < LEAST_GBPS[result["device"]]
+    return Row(
+        "all-reduce", [text], "slow: is this the fast network? (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)" if slow else ""
+    )
+
+
+def collective() -> None:
+    """On every rank: bus bandwidth as nccl-tests counts it, 2 (n - 1) / n of the bytes per rank over the time."""
+    import torch.distributed as dist
+
+    from vlmo_ds.training.engine import device, start_distributed
+
+    start_distributed(120)
+    ranks = dist.get_world_size()
+    message = torch.ones(MESSAGE_MB * 2**20 // 4, device=device())
+    small = torch.ones(1, device=device())
+
+    def seconds(value: torch.Tensor, times: int) -> float:
+        dist.all_reduce(value)
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(times):
+            dist.all_reduce(value)
+        if value.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / times
+
+    large, latency = seconds(message, 4), seconds(small, 20)
+    if dist.get_rank() == 0:
+        rate = 2 * (ranks - 1) / ranks * message.nbytes / large / 1e9
+        result = {"ranks": ranks, "bus_gb_per_s": rate, "latency_us": latency * 1e6, "device": message.device.type}
+        print(MARK + json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def table(hosts: Sequence[str], rows: Sequence[Row]) -> str:
+    """Columns of text; equal values are shown once."""
+    lines = [("", *hosts)]
+    for row in rows:
+        found = row.found if len(set(row.found)) > 1 else [row.found[0], *[""] * (len(row.found) - 1)]
+        lines.append((("FIX " if row.fix else "ok  ") + row.check, *found))
+    columns = max(len(line) for line in lines)
+    widths = [max((len(str(line[i])) for line in lines if i < len(line) - 1), default=0) for i in range(columns)]
+    out = []
+    for line, row in zip(lines, [None, *rows], strict=True):
+        out.append("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
+        if row and row.fix:
+            out.append(f"      -> {row.fix}")
+    return "\n".join(out)
+
+
+def write_environment(path: Path, values: dict[str, str]) -> None:
+    """NAME=value lines, nothing else: DeepSpeed's parser fails on comments and blank lines. Other names are kept."""
+    kept: dict[str, str] = {}
+    if path.is_file():
+        kept = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+    merged = {**kept, **values}
+    write_atomically(path, "".join(f"{name}={value}\n" for name, value in merged.items()).encode())
+
+
+def of_all(hosts: Iterable[str], function: Callable[[str], Any]) -> list:
+    """What a function gives for every machine, asked at once."""
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(function, hosts))
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = load_recipe(args.recipe)
+    hosts = read_hostfile(args.hostfile)
+    arguments = ["--recipe", args.recipe, "--output_dir", str(args.output_dir)]
+    probes = of_all(hosts, lambda host: ask(host, arguments, args.ssh_port))
+    answers = ["no: " + p["error"] if "error" in p else "yes" for p in probes]
+    silent = [host for host, p in zip(hosts, probes, strict=True) if "error" in p]
+    fix = (
+        f"{', '.join(silent)}: 'ssh {silent[0]}' has to work without a password, and {os.getcwd()} to be there"
+        if silent
+        else ""
+    )
+    rows = [Row("ssh", answers, fix)]
+    if not silent:
+        rows += rows_of(hosts, probes, clock_skews(list(hosts), args.ssh_port), recipe)
+        environment = environment_of(rows, args.timeout)
+        write_environment(args.env_file, environment)
+        print(f"{args.env_file}: {', '.join(f'{k}={v}' for k, v in environment.items())}")
+        rows.append(time_collective(args.hostfile, args.ssh_port, hosts, args.timeout))
+    print(table(list(hosts), rows))
+    wrong = [row.check for row in rows if row.fix]
+    print(f"to fix: {', '.join(wrong)}" if wrong else f"{len(hosts)} machines, {sum(hosts.values())} ranks: ready")
+    return 1 if wrong else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 ready, 1 something to fix, 2 a setting or file that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmo_ds.training.preflight", description="Looks at all machines before a run."
+    )
+    parser.add_argument("--hostfile", type=Path, help="lines such as 'node1 slots=8'")
+    parser.add_argument("--recipe", default=QUICKSTART)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="where the run will write")
+    parser.add_argument("--ssh_port", type=number(int))
+    parser.add_argument("--timeout", type=number(int), default=600, help="seconds that the collective may take")
+    parser.add_argument(
+        "--env_file",
+        type=Path,
+        default=Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env")),
+        help="what DeepSpeed's launcher exports to every machine (default: %(default)s)",
+    )
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--collective", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.collective:
+        collective()
+        return 0
+    if args.probe:
+        print(MARK + json.dumps(probe(args.recipe, args.output_dir)))
+        return 0
+    try:
+        if args.hostfile is None:
+            raise RecipeError("--hostfile is missing")
+        return run(args)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

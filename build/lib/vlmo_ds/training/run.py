@@ -1,0 +1,333 @@
+"""A whole run: checks before anything is trained, the stages, the evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import Recipe, RecipeError, StageConfig
+from vlmo_ds.data.loader import check_samples, source_shards
+from vlmo_ds.data.shards import ANSWERS, answer_list, list_shards
+from vlmo_ds.data.storage import DataError, write_atomically
+from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmo_ds.distributed import heartbeat
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import nlvr2, retrieval, vqa
+from vlmo_ds.evaluation.report import write_report
+from vlmo_ds.evaluation.runs import as_json, load_model
+from vlmo_ds.progress import progress
+from vlmo_ds.training import checkpoint
+from vlmo_ds.training.command import Command
+from vlmo_ds.training.command import main as main
+from vlmo_ds.training.ds_config import merge, refuse_by_device, refuse_by_models
+from vlmo_ds.training.engine import device, start_distributed
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, LOST_A_RANK, UNUSABLE
+from vlmo_ds.training.guard import Diverged
+from vlmo_ds.training.lock import RunLock
+from vlmo_ds.training.loop import Run, build_dataset, train_stage
+from vlmo_ds.training.monitor import Monitor
+from vlmo_ds.training.precision import begun_in, settle
+from vlmo_ds.training.resume import (
+    check_results,
+    check_resume,
+    check_shards,
+    clear_leftovers,
+    is_finished,
+    set_newer_aside,
+)
+from vlmo_ds.training.signals import Stopped, StopRequest
+from vlmo_ds.training.watch import Watch
+
+TOKENIZER_TEXTS = 200_000
+
+
+def run(command: Command) -> int:
+    """Trains what the command line says; the exit status, as `command.main`'s."""
+    args = command.args
+    stop = StopRequest()
+    status = DONE
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        refuse_by_models(command.ds_config, args.deepspeed_config)
+        refuse_by_device(command.ds_config, args.deepspeed_config)
+        join(args.timeout)
+        stop.listen()
+        with Watch(args.timeout, stop):
+            run_stages(command, stop)
+    except (RecipeError, DataError, Diverged) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return leave(DIVERGED if isinstance(error, Diverged) else UNUSABLE)
+    except Stopped as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        status = ASKED_TO_STOP
+    except NotJoined as error:
+        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return leave(LOST_A_RANK)
+    except KeyboardInterrupt:
+        return leave(128 + signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        return leave(1)
+    try:
+        dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
+        dist.destroy_process_group()
+    except RuntimeError as error:  # a rank that has died since
+        print(f"error: rank {rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return leave(LOST_A_RANK)
+    return status
+
+
+class NotJoined(RuntimeError):
+    """The ranks have not found each other."""
+
+
+def join(timeout: float) -> None:
+    """start_distributed, with errors in words. RecipeError for a port that is taken: another start would fail as well."""
+    try:
+        start_distributed(timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise RecipeError(
+                f"port {os.environ.get('MASTER_PORT')} of this machine, over which the ranks are to meet, is in use by another "
+                "process, another run perhaps: name a free one (deepspeed --master_port, torchrun --master-port, or MASTER_PORT)"
+            ) from None
+        raise NotJoined(
+            f"the ranks have not met at {where} within {timeout:.0f} s ({str(error).splitlines()[0][:200]})"
+        ) from None
+
+
+def leave(status: int) -> int:
+    """The exit status after an error; in a process group the process ends here.
+
+    The other ranks may be gone, or never come: PyTorch can neither wait for them nor take the group down without them
+    (with gloo a rank sometimes aborted in it).
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def on_rank0(collector: Collector, function: Callable[[], Any]) -> Any:
+    """Runs a check on rank 0; its result, or its error, reaches every rank, so that all go on or all stop."""
+    result, message = collector.attempt_on_rank0(function, RecipeError, DataError, OSError)
+    if message is not None:
+        raise RecipeError(message)
+    return result
+
+
+def run_stages(command: Command, stop: StopRequest) -> None:
+    collector = Collector()
+    recipe, folder = command.recipe, command.folder
+    stop.at_once = "stopped before training; the same command starts again"
+    lock = RunLock(folder)
+    on_rank0(collector, lambda: take(lock, folder))
+    try:
+        ds_config, line = settle(command.ds_config, collector.from_rank0(begun_in(folder)), collector)
+        if collector.rank == 0:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+        known_shards = on_rank0(collector, lambda: check_before_start(command))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
+        recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
+        on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
+        on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
+        monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
+        run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards)
+        stop.at_once = None
+        try:
+            for stage in command.stages:
+                train_if_needed(run, stage, command)
+        finally:
+            monitor.close()
+        stop.at_once = "stopped in the evaluation; the same command does it again"
+        stop_if_asked(run, "before the evaluation")
+        finish(recipe, folder, tokenizer, collector)
+    finally:
+        stop.at_once = None
+        lock.release()
+
+
+def take(lock: RunLock, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
+
+
+def train_if_needed(run: Run, stage: StageConfig, command: Command) -> None:
+    """Trains a stage that has not finished, from where --resume says."""
+    resume, collector = command.args.resume, run.collector
+    path = None if resume in ("auto", "never") else Path(resume)
+    names = [stage.name for stage in run.recipe.stages]
+    if is_finished(run.folder, stage):
+        if collector.rank == 0:
+            print(f"{stage.name}: finished already", flush=True)
+        return
+    if path and names.index(stage.name) < names.index(path.parent.name):
+        if collector.rank == 0:
+            print(f"{stage.name}: left out, as --resume names a checkpoint of {path.parent.name}", flush=True)
+        return
+    if path and path.parent.name == stage.name:
+        if fault := checkpoint.shared_fault(path, collector):
+            raise RecipeError(f"--resume: {path} is damaged: {fault}")
+        start = path
+    else:
+        start = checkpoint.latest_whole(run.folder_of(stage), collector) if resume != "never" else None
+    train_to_its_end(run, stage, start)
+    stop_if_asked(run, f"after stage '{stage.name}'")
+
+
+def stop_if_asked(run: Run, where: str) -> None:
+    """Stopped on every rank if any of them was asked to between two steps."""
+    if any(run.collector.each_rank(run.stop.asked())):
+        raise Stopped(f"stopped {where}; the same command goes on from there")
+
+
+def train_to_its_end(run: Run, stage: StageConfig, resume_from: Path | None) -> None:
+    """Trains a stage, and goes back and on when its loss jumps, as often as the recipe allows."""
+    rollback = train_stage(run, stage, resume_from)
+    rollbacks = 0
+    while rollback:
+        rollbacks += 1
+        if rollbacks > run.recipe.loss_spike.max_rollbacks:
+            raise Diverged(
+                f"stage '{stage.name}': {rollback.message}: {rollbacks} times back, "
+                f"loss_spike.max_rollbacks is {run.recipe.loss_spike.max_rollbacks}"
+            )
+        if run.collector.rank == 0:
+            print(f"warning: {stage.name}: {rollback.message}", file=sys.stderr, flush=True)
+        newest = checkpoint.latest_whole(run.folder_of(stage), run.collector)
+        rollback = train_stage(run, stage, newest, skip=rollback.skip)
+
+
+def check_before_start(command: Command) -> dict[str, list[list[str]]]:
+    """Everything that can be wrong without reading samples; makes the run's tokenizer. Returns what check_shards does."""
+    args, recipe, stages, run = command.args, command.recipe, command.stages, command.folder
+    check_resume(args, recipe, stages, run)
+    for stage in stages:
+        source_shards(stage.data)
+    for held_out in (recipe.retrieval, recipe.vqa, recipe.nlvr2):
+        if held_out:
+            list_shards(held_out.shards)
+    known_shards = check_shards(stages, run, args.accept_data or ())
+    check_results(command)
+    clear_leftovers(run, recipe)
+    if args.resume not in ("auto", "never"):
+        set_newer_aside(Path(args.resume))
+    if not (run / "tokenizer").is_dir():
+        make_tokenizer(recipe).save_pretrained(str(run / "tokenizer.tmp"))
+        (run / "tokenizer.tmp").replace(run / "tokenizer")
+    return known_shards
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    if recipe.tokenizer.name != "train":
+        return load_tokenizer(recipe.tokenizer.name)
+    with_text = [stage.data for stage in recipe.stages if stage.tasks.keys() - {"mim"}]
+    if not with_text:
+        raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
+
+    def texts():
+        shards = list({s.url: s for data in with_text for source in source_shards(data) for s in source}.values())
+        stride = -(-sum(s.samples for s in shards) // TOKENIZER_TEXTS)
+        for shard in progress(shards, "training the tokenizer", unit="shards"):
+            heartbeat.beat("training the tokenizer")
+            for row in range(0, shard.samples, stride):
+                try:
+                    yield from shard.read(row).texts
+                except DataError:
+                    continue
+
+    return train_tokenizer(texts(), recipe.tokenizer.vocab_size)
+
+
+def count_answers(recipe: Recipe, run: Path) -> int:
+    """The answers that vqa chooses among, whose list goes into the run; what the recipe says without vqa."""
+    asking = [stage.data for stage in recipe.stages if "vqa" in stage.tasks]
+    wanted = recipe.model.vqav2_label_size
+    if not asking:
+        return wanted
+    answers = answer_list(s.url for data in asking for source in source_shards(data) for s in source)
+    if wanted not in (0, len(answers)):
+        raise RecipeError(
+            f"model.vqav2_label_size is {wanted}, the data has {len(answers)} answers: take 0 (the data's) or {len(answers)}"
+        )
+    write_atomically(run / ANSWERS, json.dumps(answers, ensure_ascii=False).encode())
+    return len(answers)
+
+
+def check_data(
+    recipe: Recipe, stages: list[StageConfig], tokenizer: PreTrainedTokenizerBase, collector: Collector
+) -> None:
+    if len(tokenizer) > recipe.model.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces: take 0 (the tokenizer's) or more"
+        )
+    for stage in stages:
+        try:
+            check_samples(build_dataset(recipe, stage, tokenizer, collector))
+        except DataError as error:
+            raise RecipeError(f"stages.{stage.name}.data: {error}") from None
+
+
+def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[StageConfig], world_size: int) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
+    resolved = {stage.name: merge(ds_config, stage, world_size) for stage in stages}
+    write_atomically(run / "ds_config.json", json.dumps(resolved, indent=1).encode())
+
+
+def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
+    """Evaluation after the last stage, and the report."""
+    last = recipe.stages[-1]
+    final = run / "checkpoints" / last.name / "final"
+    tables: dict[str, dict[str, float]] = {}
+    data = result = None
+    if final.is_dir():
+        if recipe.retrieval and {"itc", "irtr"} & last.tasks.keys():
+            model = load_model(recipe, final).to(device())
+            data = retrieval.load_set(recipe.retrieval, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
+            result = retrieval.evaluate(model, data, recipe.retrieval, collector)
+        if recipe.vqa and "vqa" in last.tasks:
+            model = load_model(recipe, final).to(device())
+            answers = vqa.read_answers(run, recipe.model.vqav2_label_size)
+            rows = vqa.evaluate(model, recipe.vqa, answers, tokenizer, collector)
+            tables["vqa"] = vqa.overall(rows)
+        if recipe.nlvr2 and "nlvr2" in last.tasks:
+            model = load_model(recipe, final).to(device())
+            tables["nlvr2"] = nlvr2.scores(nlvr2.evaluate(model, recipe.nlvr2, tokenizer, collector))
+
+    def publish() -> None:
+        if result is not None:
+            write_atomically(run / "retrieval.json", as_json(result.metrics))
+        for name, values in tables.items():
+            write_atomically(run / f"{name}.json", as_json(values))
+        queries = recipe.retrieval.gallery if recipe.retrieval else 0
+        path = write_report(run, recipe.name, data, result, queries, tables)
+        print(f"report: {path}", flush=True)
+
+    if collector.rank == 0:
+        if result is not None:
+            print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
+        for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
+            if name in tables:
+                print(module.table(tables[name]))
+    what = "the results of the evaluation"
+    if problem := checkpoint.tried_again(collector, publish, recipe.checkpoint_failures, f"{what} cannot be written"):
+        raise RecipeError(
+            f"{what} cannot be written: {problem}; once that is mended, the same command makes them again"
+        )

@@ -1,0 +1,249 @@
+"""What an engine holds of a run, piece by piece: float32 weights, Adam's moments, counters, loss scale.
+
+DeepSpeed spreads these over ranks in a way that depends on the ZeRO stage and the number of ranks. Here each rank's part
+is seen as fragments of whole parameters, (name, start, length) of the flattened parameter, which do not depend on
+either: what one layout wrote, any other can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+Span = tuple[int, int]  # first element and number of elements of a flattened parameter
+
+
+class Layout:
+    """ZeRO-0: every rank holds everything, and answers for an even share of each parameter when it is written.
+
+    Subclasses: what ZeRO-1/2 and ZeRO-3 make of it. `kind` is "weight" or one of MOMENTS; values are flat and float32.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self.parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+
+    @cached_property
+    def master(self) -> dict[int, Tensor]:
+        """By parameter the tensor that the optimiser steps: the parameter, or the float32 copy of a half-precision one."""
+        half = getattr(self.optimizer, "fp16_groups", None)
+        if half is None:
+            return {id(p): p for p in self.parameters.values()}
+        pairs = zip(half, self.optimizer.fp32_groups, strict=True)
+        return {id(p): master for group, masters in pairs for p, master in zip(group, masters, strict=True)}
+
+    def held(self, parameter: nn.Parameter) -> Span | None:
+        """What this rank has to be given of a parameter."""
+        return 0, parameter.numel()
+
+    def written(self, parameter: nn.Parameter) -> Span | None:
+        """What this rank writes of it; all ranks together write everything once."""
+        share = -(-parameter.numel() // self.engine.world_size)
+        return clipped(self.engine.global_rank * share, share, parameter.numel())
+
+    def get(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """The written part."""
+        start, count = self.written(parameter)
+        return self.whole(parameter, kind)[start : start + count]
+
+    def set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        """Replaces the held part."""
+        self.whole(parameter, kind).copy_(value)
+
+    def whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        master = self.master[id(parameter)]
+        return (master if kind == "weight" else self.inner.state[master][kind]).detach().view(-1)
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        """The whole float32 weight, gathered from all ranks (every rank has to call)."""
+        return self.whole(parameter, "weight")
+
+    def create_moments(self, steps: int) -> None:
+        """Moments of zero after so many steps: PyTorch's optimisers have none before their first step."""
+        for group in self.inner.param_groups:
+            for parameter in group["params"]:
+                self.inner.state[parameter] = fresh_state(self.inner, parameter, steps)
+
+    def steps(self) -> int:
+        """Steps that the optimiser has taken (fp16 leaves some out)."""
+        return next((int(state["step"]) for state in self.inner.state.values() if "step" in state), 0)
+
+
+class FlatLayout(Layout):
+    """ZeRO-1/2: all parameters of a group in one vector, of which each rank has an even part."""
+
+    def held(self, parameter: nn.Parameter) -> Span | None:
+        mapping = parameter._hp_mapping
+        return None if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+    written = held
+
+    def get(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        mapping = parameter._hp_mapping
+        if kind == "weight":
+            return mapping.get_hp_fragment()
+        # Not by the mapping's own moments: DeepSpeed 0.19 links them after the first group's first step, when the
+        # other groups have none yet, and never again.
+        flat = self.inner.param_groups[mapping.param_group_index]["params"][0]
+        address = mapping.get_hp_fragment_address()
+        return self.inner.state[flat][kind].narrow(0, address.start, address.numel)
+
+    def set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        self.get(parameter, kind).data.copy_(value)
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
+
+
+class PartitionedLayout(Layout):
+    """ZeRO-3: of each parameter every rank has an even part, padded at the end."""
+
+    def held(self, parameter: nn.Parameter) -> Span | None:
+        part = parameter.ds_tensor.ds_numel
+        rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)
+        return clipped(rank * part, part, parameter.ds_numel)
+
+    written = held
+
+    def get(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        if kind == "weight":
+            found = safe_get_local_fp32_param(parameter)
+        else:
+            found = safe_get_local_optimizer_state(parameter, kind)
+        return found[: self.held(parameter)[1]]
+
+    def set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        padded = nn.functional.pad(value, (0, parameter.ds_tensor.ds_numel - value.numel()))
+        if kind == "weight":
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, kind)
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
+
+    def create_moments(self, steps: int) -> None:
+        for number in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+            swapped = self.optimizer._swappable_optimizer_subgroup(number)
+            if swapped:
+                self.optimizer._optimizer_states_and_gradient_swap_in(number)
+            flat = self.optimizer.fp32_partitioned_groups_flat[number]
+            self.inner.state[flat] = fresh_state(self.inner, flat, steps)
+            if swapped:
+                self.optimizer._optimizer_states_and_gradient_swap_out(number)
+
+
+def layout_of(engine: deepspeed.DeepSpeedEngine) -> Layout:
+    return (Layout, FlatLayout, FlatLayout, PartitionedLayout)[int(engine.zero_optimization_stage())](engine)
+
+
+def clipped(start: int, count: int, total: int) -> Span | None:
+    count = min(count, total - start)
+    return (start, count) if count > 0 else None
+
+
+def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> dict[str, Any]:
+    """An AdamW state of zero moments: torch's counts its steps in a tensor, DeepSpeed's in a number."""
+    state: dict[str, Any] = {kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in MOMENTS}
+    if isinstance(optimizer, torch.optim.AdamW):
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        state["step"] = torch.tensor(float(steps), device=parameter.device if on_device else "cpu")
+    else:
+        state["step"] = steps
+    return state
+
+
+# ---- the whole of it ----
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+    """(parameter's name, start, {kind: flat float32 values}) of what this rank writes."""
+    layout = layout_of(engine)
+    for name, parameter in layout.parameters.items():
+        span = layout.written(parameter)
+        if span:
+            yield name, span[0], {kind: layout.get(parameter, kind) for kind in ("weight", *MOMENTS)}
+
+
+def set_weights(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]) -> None:
+    """Gives the optimiser float32 weights of whole parameters (every rank has to call)."""
+    layout = layout_of(engine)
+    for name, value in weights.items():
+        span = layout.held(layout.parameters[name])
+        if span:
+            layout.set(layout.parameters[name], "weight", value.flatten()[span[0] : span[0] + span[1]])
+
+
+def full_state(
+    engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The model's float32 state dict, gathered from all ranks (every rank has to call; the result is rank 0's).
+
+    frozen: float32 copies of what the stage does not train, so that half precision never reaches them.
+    shapes: the parameters' shapes before the engine took them. A parameter with several names is there under each.
+    """
+    first = engine.global_rank == 0
+    state = dict(frozen) if first else {}
+    layout = layout_of(engine)
+    for name, parameter in layout.parameters.items():
+        value = layout.full(parameter)
+        if first:
+            state[name] = value.detach().float().cpu().reshape(shapes[name]).clone()
+    if first:
+        state |= {alias: state[name].clone() for alias, name in aliases(engine.module).items()}
+        state |= {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
+    return state
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several (tied weights) -> the name that named_parameters() gives."""
+    names = {id(p): n for n, p in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {n: names[id(p)] for n, p in every if names[id(p)] != n}
+
+
+def progress(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """Counters, learning-rate schedule and loss scale, as JSON holds them."""
+    scaler = loss_scaler(engine)
+    return {
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "optimizer_steps": layout_of(engine).steps(),
+        "schedule": {"last_epoch": engine.lr_scheduler.last_epoch},
+        "learning_rates": [float(group["lr"]) for group in engine.optimizer.param_groups],
+        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
+    }
+
+
+def set_progress(engine: deepspeed.DeepSpeedEngine, saved: Mapping[str, Any]) -> None:
+    for name in COUNTERS:
+        setattr(engine, name, saved["counters"][name])
+    engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **saved["schedule"]})
+    for group, lr in zip(engine.optimizer.param_groups, saved["learning_rates"], strict=True):
+        group["lr"] = lr
+    scaler = loss_scaler(engine)
+    for name, value in saved["loss_scale"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def loss_scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """Where DeepSpeed's optimiser of this stage keeps its loss scale; nothing in float32 without ZeRO."""
+    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
