@@ -154,7 +154,7 @@ def test_a_rank_that_hangs_outside_of_the_steps(tmp_path, synthetic, doing, said
         "--deepspeed_config",
         str(tmp_path / "ds.json"),
     ]
-    arguments += ["--output_dir", str(tmp_path / "run"), "--timeout", "5"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--timeout", "8"]
     code = f"from faults.test_goes_on import slow; slow({doing!r}, {arguments!r})"
     processes = start_ranks(["-c", code], 2, SLOW="0" if doing == "start" else "1")
     outputs = [p.communicate(timeout=90)[0] for p in processes]
