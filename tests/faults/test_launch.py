@@ -55,6 +55,22 @@ def test_a_start_that_a_signal_ends_has_a_shells_status():
     assert supervise.supervise([sys.executable, "-c", killed], restarts=0) == 137
 
 
+@pytest.mark.parametrize("name", ["no_such_command", "", "a\0b", "hosts"])
+def test_a_command_that_cannot_be_started(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "hosts").touch(mode=0o644)  # a file that is no program
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert supervise.main(["--", name, "train_ds.py"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name!r} cannot be started: ") and error.count("\n") == 1
+
+
+def test_a_hostfile_of_options_starts_nothing(tmp_path, capsys):
+    (tmp_path / "hosts").write_text("-oProxyCommand=true slots=2\n")
+    line = [sys.executable, "-c", f"open({str(tmp_path / 'started')!r}, 'w')", "--hostfile", str(tmp_path / "hosts")]
+    assert supervise.main(["--", *line]) == 2 and not (tmp_path / "started").exists()
+    assert "'-oProxyCommand=true' is not a host name" in capsys.readouterr().err
+
+
 def test_the_machines_that_are_left(tmp_path):
     recipe = parse_recipe(tiny_recipe(ROOT), "tiny")  # batches of 8
     hosts = {f"n{i}": 2 for i in range(4)}
