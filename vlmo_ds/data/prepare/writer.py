@@ -238,13 +238,10 @@ def finish(partial: Path, folder: Path, plan: Plan, reports: Mapping[int, ShardR
     for name, content in plan.extra.items():
         write_atomically(partial / name, content)
     write_atomically(partial / INDEX, dump_index(whole))
-    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        folder.rename(old)
+        folder.rename(partial / PROGRESS / "replaced")
     partial.rename(folder)
     shutil.rmtree(folder / PROGRESS)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def summary(folder: Path, reports: Mapping[int, ShardReport]) -> str:
