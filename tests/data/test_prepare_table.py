@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -195,3 +196,18 @@ def test_csv_needs_no_pyarrow(tree):
     ]
     assert done[0].returncode == 0, done[0].stderr
     assert done[1].returncode == 2 and "need pyarrow: pip install 'vlmo_ds[arrow]'" in done[1].stderr
+
+
+@pytest.mark.long
+def test_the_documented_way_from_a_csv_to_a_trained_step(tmp_path):
+    """The lines of docs/data.md as they stand, in an empty folder."""
+    text = (ROOT / "docs/data.md").read_text()
+    part = text[text.index("## From a csv of 100 rows") : text.index("## Datasets")]
+    for name in ("train_ds.py", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    lines = "set -e\n" + "\n".join(re.findall(r"```bash\n(.*?)```", part, re.DOTALL))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "100 samples, 100 captions" in done.stdout and (tmp_path / "mine/page.html").exists()
+    assert (tmp_path / "mine/run/metrics.jsonl").read_text().count("\n") == 1
