@@ -16,6 +16,8 @@ from data.files import jpeg, png, prepare, prepare_here, samples, write_tar
 from PIL import Image
 
 from vlmo_ds.data.prepare.answers import normalize_answer, soft_score
+from vlmo_ds.data.prepare.sources import text
+from vlmo_ds.data.prepare.writer import begin
 
 
 def coco_tree(root):
@@ -148,7 +150,7 @@ def test_visual_genome(tmp_path):
 
 def test_vilt_layout_is_looked_up_by_the_whole_path(tmp_path, capsys):
     """Two pictures of one name, two captions of one picture, paths of another machine, what is ambiguous or missing."""
-    colours = {"0/1.jpg": 10, "1/1.jpg": 60, "2/2.jpg": 110, "3/3.jpg": 160, "4/4.jpg": 210}
+    colours = {"5/7.jpg": 30, "0/1.jpg": 10, "1/1.jpg": 60, "2/2.jpg": 110, "3/3.jpg": 160, "4/4.jpg": 210}
     for name, colour in colours.items():
         (tmp_path / "images_train" / name).parent.mkdir(parents=True)
         (tmp_path / "images_train" / name).write_bytes(jpeg(colour=(colour, 0, 0)))
@@ -160,6 +162,7 @@ def test_vilt_layout_is_looked_up_by_the_whole_path(tmp_path, capsys):
         ["/elsewhere/2/2.jpg", "third"],
         ["3.jpg", "fourth"],
         ["1.jpg", "which?"],
+        ["6/7.jpg", "of another folder, which is missing"],
         ["/a/4/4.jpg", "this one?"],
         ["/b/4/4.jpg", "or this?"],
         ["images_train/0/1.jpg", None],
@@ -175,7 +178,7 @@ def test_vilt_layout_is_looked_up_by_the_whole_path(tmp_path, capsys):
         "3/3.jpg": ["fourth"],
     }
     assert {name: sorted(texts) for name, texts in captions.items()} == expected
-    assert len({s.image_id for s in found.values()}) == 4 and "rejected 3: image file missing" in out
+    assert len({s.image_id for s in found.values()}) == 4 and "rejected 4: image file missing" in out
     (tmp_path / "annot.json").write_text('[["a.jpg"]]')
     refused = prepare_here(capsys, "sbu", "--root", tmp_path, "--output", tmp_path / "o", code=2)
     assert "annot.json is not a list of [path, caption] pairs" in refused
@@ -206,6 +209,25 @@ def test_coco_captions(tmp_path, capsys):
         file.write_text(json.dumps(bad))
         refused = prepare_here(capsys, "coco-captions", "--annotations", file, "--output", tmp_path / "o", code=2)
         assert "captions_val2017.json is not COCO's captions" in refused
+
+
+def test_two_calls_at_once(tmp_path, capsys):
+    """The second ends at once; when the first has died, its place is taken."""
+    (tmp_path / "out.partial/.progress").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("Three words here.\n")
+    arguments = ["text", "--input", tmp_path / "a.txt", "--output", tmp_path / "out"]
+    assert "was begun with other input" in prepare_here(capsys, *arguments, code=2)
+    plan = text([tmp_path / "a.txt"], 32, None, 40, 1000)
+    (tmp_path / "out.partial/.progress").rmdir()
+    (tmp_path / "out.partial").rmdir()
+    begin(tmp_path / "out.partial", plan, 1).close()
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "out.partial/.progress/lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "is being written by another call" in prepare_here(capsys, *arguments, code=2)
+        other.kill()
+    assert "1 samples" in prepare_here(capsys, *arguments)
 
 
 def test_a_folder_called_old_is_not_touched(tmp_path, capsys):

@@ -58,6 +58,7 @@ def test_patterns(tree, pattern, found):
         ("cc/0..1}/000.tar", "braces of .* are not balanced"),
         ("{0..99999999999}.tar", "more than 1,000,000 names"),
         ("{0..9999}/{0..9999}.tar", "more than 1,000,000 names"),
+        ("{a,b}" * 25, "more than 1,000,000 names"),
         ("gz/000.tar.gz", "is compressed, which is not supported, .* unpack it with gunzip"),
         ("gz", "is compressed"),
         ("gz/*", "is compressed"),

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -87,9 +88,12 @@ def unbraced(pattern: str) -> list[str]:
     if math.prod(1 + abs(int(last) - int(first)) for first, last in ranges) > MOST_NAMES:
         raise DataError(f"shards: {pattern} stands for more than {MOST_NAMES:,} names")
     try:
-        return list(braceexpand(pattern))
+        names = list(itertools.islice(braceexpand(pattern), MOST_NAMES + 1))
     except ValueError as error:
         raise DataError(f"shards: the braces of {pattern} are not balanced ({error}); expected {{000..009}}") from None
+    if len(names) > MOST_NAMES:
+        raise DataError(f"shards: {pattern} stands for more than {MOST_NAMES:,} names")
+    return names
 
 
 def found_under(name: str) -> list[str]:

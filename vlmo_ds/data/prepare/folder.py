@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmo_ds.data.index import ShardIndex
-from vlmo_ds.data.prepare.pictures import ENDINGS, bytes_of, content_id
+from vlmo_ds.data.prepare.pictures import ENDINGS, bytes_of, content_id, id_of
 from vlmo_ds.data.prepare.sources import need, pair, sample_json, usable_image
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
 from vlmo_ds.data.shards import RawSample, Shard
@@ -77,8 +77,9 @@ def with_texts(data: bytes, path: str, beside: tuple[str, ...], root: Path, resi
     raw = RawSample(Shard(str(root), ShardIndex(0), Storage()), stem, fields)
     try:
         captions = raw.captions
-        kept = {key: raw.meta[key] for key in ("url", "image_id", "sha256") if key in raw.meta}
+        given = id_of(raw.meta.get("image_id"))
+        kept = {key: raw.meta[key] for key in ("url", "sha256") if isinstance(raw.meta.get(key), str)}
     except DataError as error:
         yield Rejected(str(error).replace(raw.name, "").lstrip(": "))
         return
-    yield from pair(data, captions, resize, **{"file": path, "image_id": content_id(data), **kept})
+    yield from pair(data, captions, resize, file=path, image_id=content_id(data) if given is None else given, **kept)

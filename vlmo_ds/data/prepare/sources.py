@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
-from vlmo_ds.data.prepare.pictures import bytes_of
+from vlmo_ds.data.prepare.pictures import ENDINGS, bytes_of
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
 from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
@@ -174,18 +174,19 @@ def make_visual_genome(item: tuple, root: Path, resize: int) -> Made:
 def annotated(root: Path, annotations: Path, images: str, prefix: str, resize: int) -> Plan:
     """Conceptual Captions and SBU as ViLT lays them out: a list of [path, caption], and images under images*/*/*.
 
-    Captions are looked up by the whole path, below root or below the images' folder. A path that is neither (that of
-    the machine where the list was made) is compared from its end, as long as only one of the list ends so.
+    Captions are looked up by the whole path, below root or below the images' folder. Of a path from another machine
+    the last folder and the name have to fit, and a bare name has to be that of one image alone.
     """
     captions: dict[str, list[str]] = defaultdict(list)
     with shaped(root / annotations, "a list of [path, caption] pairs"):
         for path, text in read_json(root / annotations, "[path, caption] pairs"):
             captions[Path(path).as_posix()].append(text)
+    folder = need(root / images, "folders with images")
     endings: dict[str, set[str]] = defaultdict(set)
     for path in captions:
-        for depth in (1, 2):
-            endings["/".join(Path(path).parts[-depth:])].add(path)
-    files = sorted(need(root / images, "folders with images").glob("*/*"))
+        if not (root / path).exists() and not (folder / path).exists():
+            endings["/".join(Path(path).parts[-2:])].add(path)
+    files = sorted(folder.glob("*/*"))
     of_name = Counter(file.name for file in files)
     items, used = [], set()
     for file in files:
@@ -396,12 +397,11 @@ def image_folder(root: Path, resize: int) -> Plan:
     classes = sorted(p.name for p in need(root, "folders of images, one for each class").iterdir() if p.is_dir())
     if not classes:
         raise DataError(f"{root} holds no folders: expected one for each class, as root/n01440764/*.JPEG")
-    endings = {".jpg", ".jpeg", ".png", ".webp"}
     items = [
         (str(path.relative_to(root)), label, name)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in endings
+        if path.suffix.lower() in ENDINGS
     ]
     # classes lie together on disk: mixed here, so that a shard holds many of them
     mixed = [items[i] for i in generator(0, 15).permutation(len(items))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import webdataset as wds
@@ -84,7 +86,7 @@ def write_set(
     partial = folder.with_name(folder.name + PARTIAL)
     check_target(folder, overwrite)
     per_shard = plan.items_per_shard or samples_per_shard
-    begin(partial, plan, per_shard)
+    lock = begin(partial, plan, per_shard)
     count = -(-len(plan.items) // per_shard)
     reports = {n: report for n in range(count) if (report := read_report(partial, plan.prefix, n))}
     missing = [n for n in range(count) if n not in reports]
@@ -96,6 +98,7 @@ def write_set(
             reports[number] = report
             bar.update(len(plan.shard_items(number, per_shard)))
     finish(partial, folder, plan, reports)
+    lock.close()
     return summary(folder, reports)
 
 
@@ -107,26 +110,35 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise DataError(f"{folder} exists and is not a shard set: choose another --output")
 
 
-def begin(partial: Path, plan: Plan, per_shard: int) -> None:
-    """Makes the folder, or checks that what is in it is of the same plan; temporary files of a killed call go."""
+def begin(partial: Path, plan: Plan, per_shard: int) -> IO:
+    """Makes the folder, or checks that what is in it is of the same plan; temporary files of a killed call go.
+
+    Returns the file whose lock keeps another call out. DataError where one is at work, or was begun otherwise.
+    """
     digest = hashlib.blake2b(repr((plan.prefix, per_shard, identity(plan.make))).encode(), digest_size=16)
     for item in plan.items:
-        digest.update(repr(item).encode())
+        digest.update(repr(item).encode(errors="surrogatepass"))
     made = {"items": len(plan.items), "items_per_shard": per_shard, "digest": digest.hexdigest()}
-    if partial.exists():
-        try:
-            found = json.loads((partial / PROGRESS / "plan.json").read_text())
-        except (OSError, ValueError):
-            found = None
-        if found != made:
-            raise DataError(
-                f"{partial} was begun with other input or settings: remove it, or repeat the call that began it"
-            )
-        for leftover in [*partial.glob("*.tmp"), *(partial / PROGRESS).glob("*.tmp")]:
-            leftover.unlink(missing_ok=True)
-        return
-    (partial / PROGRESS).mkdir(parents=True)
-    write_atomically(partial / PROGRESS / "plan.json", json.dumps(made).encode())
+    if not partial.exists():
+        (partial / PROGRESS).mkdir(parents=True)
+        write_atomically(partial / PROGRESS / "plan.json", json.dumps(made).encode())
+    try:
+        found = json.loads((partial / PROGRESS / "plan.json").read_text())
+    except (OSError, ValueError):
+        found = None
+    if found != made:
+        raise DataError(
+            f"{partial} was begun with other input or settings: remove it, or repeat the call that began it"
+        )
+    lock = open(partial / PROGRESS / "lock", "w")  # noqa: SIM115 (held until the set is whole)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: those it starts do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise DataError(f"{partial} is being written by another call of this command") from None
+    for leftover in [*partial.glob("*.tmp"), *(partial / PROGRESS).glob("*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    return lock
 
 
 def identity(make: Callable) -> tuple:
