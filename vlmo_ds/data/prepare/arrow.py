@@ -25,7 +25,7 @@ except ImportError:
     raise DataError("arrow and parquet files need pyarrow: pip install 'vlmo_ds[arrow]'") from None
 
 IMAGES, CAPTIONS = ("image", "img"), ("caption", "captions", "text")  # columns that are known without being named
-ACCEPTED = "image, questions; image_0, image_1, questions, answers; an image, a caption, or both"
+ACCEPTED = "caption, image; image, questions; image_0, image_1, questions, answers; caption; image"
 BATCH = 64  # rows of parquet that are in memory at a time
 PART = re.compile(r"-\d{5}-of-\d{5}.*$")  # of a name: which part of a split a file is
 
@@ -78,8 +78,8 @@ def layout_of(path: str, image: str | None, caption: str | None, image_id: str) 
     caption = caption or next((name for name in CAPTIONS if name in names), "")
     if not image and not caption:
         raise DataError(
-            f"{path} has the columns {', '.join(names)}; accepted: {ACCEPTED}, named with --image and --caption where they "
-            f"are not called {', '.join(IMAGES)} and {', '.join(CAPTIONS)}"
+            f"{path} has the columns {', '.join(names)}; accepted: {ACCEPTED}; name them with --image and --caption where they "
+            "are called otherwise"
         )
     if image and not caption:
         return Layout("pictures", image, columns=(image, "label"), classes=tuple(label_names(path, "label")))
