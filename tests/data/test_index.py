@@ -1,6 +1,7 @@
 """What an index says, what it may say, and what scanning says of odd tars."""
 
 import base64
+import contextlib
 import io
 import json
 import struct
@@ -15,7 +16,7 @@ from conftest import call
 from data.files import jpeg, write_pairs, write_tar
 
 from vlmo_ds.data.index import INDEX, ShardIndex, dump_index, pack, parse_index, scan_shard
-from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.shards import Shard, list_shards
 from vlmo_ds.data.storage import DataError, Storage
 
 index = partial(call, "vlmo_ds.data.index")
@@ -162,3 +163,39 @@ def test_a_sparse_member_does_not_unpack(tmp_path):
     data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
     assert "is sparse" in problem_of(path)[1]
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes changed, cut, doubled or moved, a few times."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        place, other = (int(rng.integers(max(1, len(data)))) for _ in range(2))
+        size = int(rng.integers(1, 600))
+        kind = rng.integers(5)
+        if kind == 0:
+            data[place : place + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del data[place : place + size]
+        elif kind == 2:
+            data[place:place] = data[other : other + size]
+        elif kind == 3:
+            data[place : place + 4] = [b"\xff\xff\xff\xff", b"null", b"-1e9", b"\0\0\0\0", b"[[[["][rng.integers(5)]
+        else:
+            data[place : place + size] = rng.bytes(size)
+    return bytes(data)
+
+
+def test_whatever_an_index_or_a_tar_holds_is_read_or_refused(tmp_path):
+    rng = np.random.default_rng(7)
+    tar = write_tar(tmp_path / "a.tar", {"a.jpg": b"x" * 700, "a.txt": b"a", "x" * 200 + ".jpg": b"y", "b.json": b"{}"})
+    whole = tar.read_bytes()
+    good = dump_index({"a.tar": scan_shard(str(tar), Storage())[0], "b.tar": ShardIndex(3)})
+    for _ in range(2000):
+        with contextlib.suppress(DataError):
+            parse_index(mutated(good, rng), "index.json")
+        tar.write_bytes(mutated(whole, rng))
+        index, _ = scan_shard(str(tar), Storage())
+        shard = Shard(str(tar), index, Storage())
+        for row in range(index.samples):
+            with contextlib.suppress(DataError):
+                shard.read(row)
