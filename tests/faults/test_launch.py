@@ -138,6 +138,21 @@ def test_slurm_script(tmp_path, synthetic):
     assert (tmp_path / "requeued").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
 
 
+def test_slurm_script_reads_the_environment_file_as_it_stands(tmp_path):
+    """Values reach the ranks; none is run as a command."""
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\nexit 2\n")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".deepspeed_env").write_text("NCCL_X=a b;touch pwned\ntouch pwned\nNCCL_Y=$(touch pwned)\nGLOO_Z=eth0")
+    env = {**ENV, "PATH": f"{tmp_path}:{ENV['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1",
+           "SLURM_JOB_NODELIST": "localhost"}  # fmt: skip
+    done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "pwned").exists()
+    seen = (tmp_path / "seen").read_text().split("\n")
+    assert {"NCCL_X=a b;touch pwned", "NCCL_Y=$(touch pwned)", "GLOO_Z=eth0"} <= set(seen)
+
+
 def test_ranks_started_by_mpirun(tmp_path, synthetic):
     """By their variables; without the address of rank 0 they say what is missing."""
     port, processes = str(free_port()), []
