@@ -14,14 +14,14 @@ LINE_EVERY = 30.0  # seconds
 
 
 class Progress:
-    """Counts work that is done; `advance` may be called any number of times."""
+    """Counts work that is done. done: by an earlier call; silent: says nothing."""
 
-    def __init__(self, what: str, total: int | None = None, unit: str = "", silent: bool = False):
+    def __init__(self, what: str, total: int | None = None, unit: str = "", done: int = 0, silent: bool = False):
         self.what, self.total, self.unit, self.silent = what, total, unit, silent
-        self.done = 0
+        self.first = self.done = done
         self.began = self.told = time.monotonic()
         on_terminal = sys.stderr.isatty() and not silent
-        self.bar = tqdm(total=total, desc=what, unit=unit) if on_terminal else None
+        self.bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}") if on_terminal else None
 
     def advance(self, count: int = 1) -> None:
         self.done += count
@@ -34,7 +34,7 @@ class Progress:
     def line(self) -> str:
         text = f"{self.what}: {self.done:,}"
         if self.total:
-            left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+            left = (time.monotonic() - self.began) / (self.done - self.first) * (self.total - self.done)
             text += f" of {self.total:,} {self.unit}, {int(left) // 60}:{int(left) % 60:02d} left"
         return text
 
@@ -43,9 +43,13 @@ class Progress:
             self.bar.close()
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "", silent: bool = False) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "", silent: bool = False
+) -> Iterator[T]:
     """The items, with word of how many have been taken."""
-    shown = Progress(what, total if total is not None else len(items) if hasattr(items, "__len__") else None, unit, silent)
+    shown = Progress(
+        what, total if total is not None else len(items) if hasattr(items, "__len__") else None, unit, silent=silent
+    )
     try:
         for item in items:
             yield item

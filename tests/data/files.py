@@ -8,9 +8,22 @@ from pathlib import Path
 from conftest import call
 from PIL import Image
 
-from vlmo_ds.data.shards import RawSample, list_shards
+from vlmo_ds.data.prepare.__main__ import main
+from vlmo_ds.data.shards import RawSample, list_shards, read_index
 
 prepare = partial(call, "vlmo_ds.data.prepare")
+
+
+def prepare_here(capsys, *arguments, code: int = 0) -> str:
+    """The command in this process, of one process; what it prints, or with code=2 its one line about an error."""
+    capsys.readouterr()
+    found = main([*map(str, arguments), "--processes", "1"])
+    said = capsys.readouterr()
+    assert found == code, said.out + said.err
+    if code:
+        assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
+    read_index.cache_clear()
+    return said.err if code else said.out
 
 
 def jpeg(size=(20, 10), colour=(200, 30, 30)) -> bytes:

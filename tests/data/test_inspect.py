@@ -3,8 +3,11 @@
 import json
 from functools import partial
 
+import pytest
 from conftest import call
 from data.files import jpeg, png, write_pairs, write_tar
+
+from vlmo_ds.data.inspect import main
 
 inspect = partial(call, "vlmo_ds.data.inspect")
 
@@ -56,3 +59,48 @@ def test_fine_tuning_sets(tmp_path):
 def test_nothing_to_inspect(tmp_path):
     assert "does not exist" in inspect(tmp_path / "no", "--output", tmp_path / "page.html", code=2).stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_pairs_that_are_torn_apart(tmp_path, capsys):
+    """Images first, then their texts: every member is fine, and nothing can be trained."""
+    pictures, texts = ({f"{i}.{kind}": data for i in range(6)} for kind, data in (("jpg", jpeg()), ("txt", b"a dog")))
+    write_tar(tmp_path / "a.tar", pictures | texts)
+    arguments = [
+        str(tmp_path / "a.tar"),
+        "--output",
+        str(tmp_path / "page.html"),
+        "--image_size",
+        "32",
+        "--processes",
+        "1",
+    ]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "error: 12 of 12 samples looked at cannot be used; the first:" in said and "do not lie side by side" in said
+    assert "<td>of these unusable</td><td>12</td>" in (tmp_path / "page.html").read_text()
+    assert main([*arguments, "--samples", "4"]) == 2  # few of them, none of one key with another
+    write_tar(tmp_path / "b.tar", {"x.jpg": jpeg(), "x.txt": b"whole", **pictures, "0.txt": b"late"})
+    assert main([str(tmp_path / "b.tar"), *arguments[1:]]) == 0
+    assert "warning: 2 of 8 samples looked at cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, data", [("jpg", jpeg()), ("txt", b"a dog")])
+def test_pictures_alone_and_texts_alone_are_fine(tmp_path, kind, data):
+    write_tar(tmp_path / "a.tar", {f"{i}.{kind}": data for i in range(3)})
+    assert main([str(tmp_path), "--output", str(tmp_path / "page.html"), "--processes", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "members, reason",
+    [
+        ({"cat.v2.jpg": jpeg(), "cat.v2.txt": b"a cat"}, "found .v2.jpg, .v2.txt (the extension begins"),
+        ({"1.jpg": b"", "2.jpg": b"x"}, "not a readable image"),
+        ({"1.txt": b" "}, "has an empty caption"),
+        ({"1.tiff": b"x", "1.cls": b"3"}, "holds no image and no text"),
+    ],
+)
+def test_sets_of_which_nothing_can_be_trained(tmp_path, capsys, members, reason):
+    write_tar(tmp_path / "a.tar", members)
+    assert main([str(tmp_path), "--output", str(tmp_path / "page.html"), "--processes", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "samples looked at cannot be used; the first:" in said and reason in said

@@ -12,10 +12,12 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
-from data.files import jpeg, png, prepare, samples, write_tar
+from data.files import jpeg, png, prepare, prepare_here, samples, write_tar
 from PIL import Image
 
 from vlmo_ds.data.prepare.answers import normalize_answer, soft_score
+from vlmo_ds.data.prepare.sources import text
+from vlmo_ds.data.prepare.writer import begin
 
 
 def coco_tree(root):
@@ -144,6 +146,98 @@ def test_visual_genome(tmp_path):
     done = prepare("vg", "--root", tmp_path / "vg", "--output", tmp_path / "out")
     assert [s.captions for s in samples(tmp_path / "out")] == [["a clock", "the street"]] * 2
     assert "rejected 1: image file missing" in done.stdout
+
+
+def test_vilt_layout_is_looked_up_by_the_whole_path(tmp_path, capsys):
+    """Two pictures of one name, two captions of one picture, paths of another machine, what is ambiguous or missing."""
+    colours = {"5/7.jpg": 30, "0/1.jpg": 10, "1/1.jpg": 60, "2/2.jpg": 110, "3/3.jpg": 160, "4/4.jpg": 210}
+    for name, colour in colours.items():
+        (tmp_path / "images_train" / name).parent.mkdir(parents=True)
+        (tmp_path / "images_train" / name).write_bytes(jpeg(colour=(colour, 0, 0)))
+    annotations = [
+        ["images_train/0/1.jpg", "first"],
+        ["./1/1.jpg", "second"],
+        ["images_train/1/1.jpg", "second, again"],
+        ["/elsewhere/2/2.jpg", "third"],
+        ["/elsewhere/2/2.jpg", "third"],
+        ["3.jpg", "fourth"],
+        ["1.jpg", "which?"],
+        ["6/7.jpg", "of another folder, which is missing"],
+        ["/a/4/4.jpg", "this one?"],
+        ["/b/4/4.jpg", "or this?"],
+        ["images_train/0/1.jpg", None],
+    ]
+    (tmp_path / "annot.json").write_text(json.dumps(annotations))
+    out = prepare_here(capsys, "sbu", "--root", tmp_path, "--output", tmp_path / "out")
+    found = {s.meta["file"].removeprefix("images_train/"): s for s in samples(tmp_path / "out")}
+    captions = {name: sample.captions for name, sample in found.items()}
+    expected = {
+        "0/1.jpg": ["first"],
+        "1/1.jpg": ["second", "second, again"],
+        "2/2.jpg": ["third"],
+        "3/3.jpg": ["fourth"],
+    }
+    assert {name: sorted(texts) for name, texts in captions.items()} == expected
+    assert len({s.image_id for s in found.values()}) == 4 and "rejected 4: image file missing" in out
+    (tmp_path / "annot.json").write_text('[["a.jpg"]]')
+    refused = prepare_here(capsys, "sbu", "--root", tmp_path, "--output", tmp_path / "o", code=2)
+    assert "annot.json is not a list of [path, caption] pairs" in refused
+
+
+def test_coco_captions(tmp_path, capsys):
+    """The layout of COCO's download; an image without captions, one that is missing, captions of no image."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    for name in ("1", "3"):
+        (tmp_path / f"val2017/{name}.jpg").write_bytes(jpeg(colour=(int(name), 0, 0)))
+    content = {
+        "info": {},
+        "images": [{"id": 100 + i, "file_name": f"{i}.jpg", "width": 20} for i in (1, 2, 3)],
+        "annotations": [{"id": i, "image_id": m, "caption": f"of {m}\n"} for i, m in enumerate((101, 102, 101, 900))],
+    }
+    file = tmp_path / "annotations/captions_val2017.json"
+    file.write_text(json.dumps(content))
+    out = prepare_here(capsys, "coco-captions", "--annotations", file, "--output", tmp_path / "out")
+    (sample,) = samples(tmp_path / "out")
+    assert sample.captions == ["of 101", "of 101"] and sample.image_id == 101
+    assert all(
+        f"rejected 1: {what}" in out for what in ("image file missing", "no caption", "captions of an image that")
+    )
+    more = ["coco-captions", "--annotations", file, "--images", tmp_path / "no", "--output", tmp_path / "o"]
+    assert f"{tmp_path / 'no'} does not exist" in prepare_here(capsys, *more, code=2)
+    for bad in ({"images": [{}], "annotations": []}, {"images": []}, [], {"annotations": [3], "images": []}):
+        file.write_text(json.dumps(bad))
+        refused = prepare_here(capsys, "coco-captions", "--annotations", file, "--output", tmp_path / "o", code=2)
+        assert "captions_val2017.json is not COCO's captions" in refused
+
+
+def test_two_calls_at_once(tmp_path, capsys):
+    """The second ends at once; when the first has died, its place is taken."""
+    (tmp_path / "out.partial/.progress").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("Three words here.\n")
+    arguments = ["text", "--input", tmp_path / "a.txt", "--output", tmp_path / "out"]
+    assert "was begun with other input" in prepare_here(capsys, *arguments, code=2)
+    plan = text([tmp_path / "a.txt"], 32, None, 40, 1000)
+    (tmp_path / "out.partial/.progress").rmdir()
+    (tmp_path / "out.partial").rmdir()
+    begin(tmp_path / "out.partial", plan, 1).close()
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "out.partial/.progress/lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "is being written by another call" in prepare_here(capsys, *arguments, code=2)
+        other.kill()
+    assert "1 samples" in prepare_here(capsys, *arguments)
+
+
+def test_a_folder_called_old_is_not_touched(tmp_path, capsys):
+    """It is where a replaced set was once put for a moment."""
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old/thesis.txt").write_text("do not lose")
+    (tmp_path / "a.txt").write_text("Three words here.\n")
+    for more in ([], ["--overwrite"]):
+        prepare_here(capsys, "text", "--input", tmp_path / "a.txt", "--output", tmp_path / "out", *more)
+    assert (tmp_path / "out.old/thesis.txt").exists() and sorted(os.listdir(tmp_path)) == ["a.txt", "out", "out.old"]
 
 
 @pytest.mark.parametrize("name, split", [("sbu", "train"), ("conceptual", "val")])
@@ -356,7 +450,9 @@ def test_arrow(tmp_path):
         "scores": [0.3, 0.6],
     }
     prepare("arrow", "--input", tmp_path / "nlvr2_dev.arrow", "--output", tmp_path / "nlvr2")
-    assert samples(tmp_path / "nlvr2")[1].meta["sentences"] == [{"sentence": "t", "label": "False"}]
+    assert samples(tmp_path / "nlvr2")[1].meta["sentences"] == [
+        {"sentence": "t", "label": "False", "identifier": "dev-0-1-0", "sentence_id": "dev-0:t"}
+    ]
     done = prepare("arrow", "--input", tmp_path / "wikibk_train_0.arrow", "--output", tmp_path / "text")
     assert samples(tmp_path / "text")[0].captions == ["A paragraph of text."] and "1 rejected" in done.stdout
     failed = prepare("arrow", "--input", tmp_path / "odd.arrow", "--output", tmp_path / "odd", code=2)

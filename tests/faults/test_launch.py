@@ -55,6 +55,22 @@ def test_a_start_that_a_signal_ends_has_a_shells_status():
     assert supervise.supervise([sys.executable, "-c", killed], restarts=0) == 137
 
 
+@pytest.mark.parametrize("name", ["no_such_command", "", "a\0b", "hosts"])
+def test_a_command_that_cannot_be_started(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "hosts").touch(mode=0o644)  # a file that is no program
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert supervise.main(["--", name, "train_ds.py"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name!r} cannot be started: ") and error.count("\n") == 1
+
+
+def test_a_hostfile_of_options_starts_nothing(tmp_path, capsys):
+    (tmp_path / "hosts").write_text("-oProxyCommand=true slots=2\n")
+    line = [sys.executable, "-c", f"open({str(tmp_path / 'started')!r}, 'w')", "--hostfile", str(tmp_path / "hosts")]
+    assert supervise.main(["--", *line]) == 2 and not (tmp_path / "started").exists()
+    assert "'-oProxyCommand=true' is not a host name" in capsys.readouterr().err
+
+
 def test_the_machines_that_are_left(tmp_path):
     recipe = parse_recipe(tiny_recipe(ROOT), "tiny")  # batches of 8
     hosts = {f"n{i}": 2 for i in range(4)}
@@ -120,6 +136,21 @@ def test_slurm_script(tmp_path, synthetic):
     done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0
     assert (tmp_path / "requeued").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
+
+
+def test_slurm_script_reads_the_environment_file_as_it_stands(tmp_path):
+    """Values reach the ranks; none is run as a command."""
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\nexit 2\n")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".deepspeed_env").write_text("NCCL_X=a b;touch pwned\ntouch pwned\nNCCL_Y=$(touch pwned)\nGLOO_Z=eth0")
+    env = {**ENV, "PATH": f"{tmp_path}:{ENV['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1",
+           "SLURM_JOB_NODELIST": "localhost"}  # fmt: skip
+    done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "pwned").exists()
+    seen = (tmp_path / "seen").read_text().split("\n")
+    assert {"NCCL_X=a b;touch pwned", "NCCL_Y=$(touch pwned)", "GLOO_Z=eth0"} <= set(seen)
 
 
 def test_ranks_started_by_mpirun(tmp_path, synthetic):

@@ -17,19 +17,22 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, opened, retried, write_atomically
+from vlmo_ds.progress import progress
 
 INDEX = "index.json"
 BLOCK = tarfile.BLOCKSIZE
 TEXT_EXTENSIONS = ("txt", "caption", "json")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_SAMPLES = 10_000_000  # of one shard: 5 GB of headers alone
+PACKERS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
 @dataclass
@@ -42,12 +45,16 @@ class ShardIndex:
     lengths: str = ""
 
     def spans(self) -> np.ndarray | None:
-        """[samples + 1] int64: where each sample begins, and where the last one ends."""
-        return None if not self.offsets else unpack(self.offsets, np.uint32).astype(np.int64).cumsum() * BLOCK
+        """[samples + 1] int64: where each sample begins, and where the last one ends. DataError if they do not fit."""
+        if not self.offsets:
+            return None
+        spans = unpack(self.offsets, np.uint32, self.samples + 1).cumsum(dtype=np.int64)
+        spans *= BLOCK
+        return spans
 
     def text_lengths(self) -> np.ndarray | None:
         """[samples] uint16: bytes of text of each sample (of .txt or .caption, else of .json), at most 65535."""
-        return None if not self.lengths else unpack(self.lengths, np.uint16)
+        return None if not self.lengths else unpack(self.lengths, np.uint16, self.samples)
 
     def record(self) -> dict[str, int | str]:
         return {"samples": self.samples, "bytes": self.bytes, "offsets": self.offsets, "lengths": self.lengths}
@@ -58,8 +65,18 @@ def pack(values: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(little.tobytes(), 6)).decode()
 
 
-def unpack(text: str, dtype: type) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.dtype(dtype).newbyteorder("<"))
+def unpack(text: str, dtype: type, count: int) -> np.ndarray:
+    """So many numbers. DataError for any other content, of which no more is inflated than they would take."""
+    little = np.dtype(dtype).newbyteorder("<")
+    size = count * little.itemsize
+    try:
+        inflater = zlib.decompressobj()
+        data = inflater.decompress(base64.b64decode(text), size + 1)
+    except (ValueError, zlib.error) as error:
+        raise DataError(f"offsets or lengths are damaged: {error}") from None
+    if len(data) != size or inflater.unconsumed_tail or not inflater.eof:
+        raise DataError(f"offsets or lengths are not the {count} numbers that its samples need")
+    return np.frombuffer(data, dtype=little)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -70,12 +87,90 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def members(stream: BinaryIO, mode: str = "r:") -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
-    """(key, extension, header, tar) of every file of a tar that belongs to a sample."""
-    with tarfile.open(fileobj=stream, mode=mode) as tar:
-        for info in tar:
-            key, extension = split_name(info.name)
-            if info.isfile() and key and extension:
-                yield key, extension, info, tar
+    """(key, extension, header, tar) of every file of a tar that belongs to a sample. TarError for a damaged one."""
+    try:
+        with tarfile.open(fileobj=stream, mode=mode) as tar:
+            for info in tar:
+                if info.size < 0 or info.issparse():  # the one leads round in circles, the other unpacks to any size
+                    raise tarfile.ReadError(f"{info.name!r} has a size of {info.size}, or is sparse")
+                key, extension = split_name(info.name)
+                if info.isfile() and key and extension:
+                    yield key, extension, info, tar
+            if mode == "r:":  # tarfile takes a damaged header for the end
+                stream.seek(tar.offset)
+                if stream.read(BLOCK).strip(b"\0"):
+                    raise tarfile.ReadError(f"its headers are damaged at byte {tar.offset}")
+    except (ValueError, OverflowError, IndexError, RecursionError) as error:  # of tarfile, for headers made to harm
+        if isinstance(error, DataError):
+            raise
+        raise tarfile.ReadError(f"its headers are damaged ({error})") from None
+
+
+@dataclass
+class Scan:
+    """What the headers of a tar say, member by member."""
+
+    starts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    end: int = 0
+    key: str | None = None
+    known: set[str] = field(default_factory=set)
+    usable: bool = True  # whether the last sample has a member that is read
+    dotted: str = ""  # a member of it that would be, with one dot less
+    apart: list[str] = field(default_factory=list)
+    too_many_dots: list[str] = field(default_factory=list)
+
+    def add(self, key: str, extension: str, info: tarfile.TarInfo) -> None:
+        if key != self.key:
+            self.end_sample()
+            if key in self.known:
+                self.apart.append(info.name)
+            self.known.add(key)
+            self.key, self.usable, self.dotted = key, False, ""
+            self.starts.append(info.offset)
+            self.lengths.append(0)
+        self.end = info.offset_data + -(-info.size // BLOCK) * BLOCK
+        if extension in TEXT_EXTENSIONS and (extension != "json" or not self.lengths[-1]):
+            self.lengths[-1] = min(info.size, 65535)
+        self.usable |= is_read(extension)
+        if not is_read(extension) and extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
+            self.dotted = info.name
+
+    def end_sample(self) -> None:
+        if not self.usable and self.dotted:
+            self.too_many_dots.append(self.dotted)
+
+    def drop_last(self) -> None:
+        """Takes back the sample that is not whole."""
+        if self.starts:
+            self.end = self.starts.pop()
+            self.lengths.pop()
+
+    def index(self, size: int) -> ShardIndex:
+        if not self.starts:
+            return ShardIndex(0, size)
+        blocks = np.diff(np.array([0, *self.starts, self.end]) // BLOCK).astype(np.uint32)
+        return ShardIndex(len(self.starts), size, pack(blocks), pack(np.array(self.lengths, dtype=np.uint16)))
+
+    def complaints(self) -> list[str]:
+        """What keeps whole samples from being used, in words."""
+        found = []
+        if self.apart:
+            found.append(
+                f"members of one sample do not lie side by side ({self.apart[0]} and {len(self.apart) - 1} more come "
+                "after other samples): write the tar again in the order of names, as with `tar --sort=name`"
+            )
+        if self.too_many_dots:
+            found.append(
+                f"{len(self.too_many_dots)} samples have dots in their names ({self.too_many_dots[0]}): what follows the "
+                "first one is taken for the extension, so name them without"
+            )
+        return found
+
+
+def is_read(extension: str) -> bool:
+    """Whether a member with this extension is part of what a sample is made of; 0.png and 1.png are a pair's images."""
+    return extension in TEXT_EXTENSIONS or extension.removeprefix("0.").removeprefix("1.") in IMAGE_EXTENSIONS
 
 
 def scan(stream: BinaryIO, size: int, mode: str = "r:") -> tuple[ShardIndex, str]:
@@ -83,33 +178,33 @@ def scan(stream: BinaryIO, size: int, mode: str = "r:") -> tuple[ShardIndex, str
 
     Successive members with one key are a sample. Of a truncated file the whole samples count.
     """
-    starts, lengths, keys = [], [], []
-    end, problem = 0, ""
+    found, problem = Scan(), ""
     try:
         for key, extension, info, _ in members(stream, mode):
-            after = info.offset_data + -(-info.size // BLOCK) * BLOCK
             if size >= 0 and info.offset_data + info.size > size:
                 problem = f"it ends within {info.name}"
-                if keys and keys[-1] == key:
-                    end = starts.pop()
-                    lengths.pop()
+                if found.key == key:
+                    found.drop_last()
                 break
-            if not keys or keys[-1] != key:
-                starts.append(info.offset)
-                lengths.append(0)
-                keys.append(key)
-            end = after
-            if extension in TEXT_EXTENSIONS and (extension != "json" or not lengths[-1]):
-                lengths[-1] = min(info.size, 65535)
+            found.add(key, extension, info)
+        else:
+            found.end_sample()
     except (tarfile.TarError, EOFError) as error:
         problem = str(error)
-        if size < 0 and starts:  # of a stream that ends early the last sample is not whole
-            end = starts.pop()
-            lengths.pop()
-    if not starts:
-        return ShardIndex(0, size), problem or "it holds no samples"
-    blocks = np.diff(np.array([0, *starts, end]) // BLOCK).astype(np.uint32)
-    return ShardIndex(len(starts), size, pack(blocks), pack(np.array(lengths, dtype=np.uint16))), problem
+        if size < 0:  # of a stream that ends early the last sample is not whole
+            found.drop_last()
+    index = found.index(size)
+    if index.samples == 0:
+        return index, problem or "it holds no samples"
+    if problem:
+        problem = f"{problem}; its first {index.samples} samples count"
+    return index, "; ".join([problem, *found.complaints()] if problem else found.complaints())
+
+
+def packed_with(path: str) -> str:
+    """What a file is compressed with, by its first bytes; "" for none."""
+    with open(path, "rb") as file:
+        return PACKERS.get(file.read(2), "")
 
 
 def scan_shard(url: str, storage: Storage) -> tuple[ShardIndex, str]:
@@ -126,6 +221,10 @@ def scan_shard(url: str, storage: Storage) -> tuple[ShardIndex, str]:
 
         return retried(stream, storage.tries, url)
     try:
+        if packer := packed_with(url):
+            return ShardIndex(
+                0, os.path.getsize(url)
+            ), f"it is compressed with {packer}, which is not supported: unpack it"
         with open(url, "rb") as file:
             return scan(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
@@ -135,15 +234,29 @@ def scan_shard(url: str, storage: Storage) -> tuple[ShardIndex, str]:
 def parse_index(text: str | bytes, source: str) -> dict[str, ShardIndex]:
     """Shard name -> index. Raises DataError naming the file."""
     try:
-        records = json.loads(text)["shards"]
-        return {
-            str(name): ShardIndex(
-                int(r["samples"]), int(r.get("bytes", -1)), str(r.get("offsets", "")), str(r.get("lengths", ""))
-            )
-            for name, r in records.items()
-        }
+        records = dict(json.loads(text)["shards"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{source} is not an index ({error!r:.200}): delete it, and build it again") from None
+    return {name: parse_record(record, f"{source}, {name}") for name, record in records.items()}
+
+
+def parse_record(record: dict, place: str) -> ShardIndex:
+    """One shard of an index. Raises DataError for what no shard can be."""
+    try:
+        samples, size = record["samples"], record.get("bytes", -1)
+        texts = record.get("offsets", ""), record.get("lengths", "")
+        if not all(type(n) is int for n in (samples, size)) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("samples and bytes have to be whole numbers, offsets and lengths text")
+        most = min(MOST_SAMPLES, size // BLOCK) if size >= 0 else MOST_SAMPLES
+        if not 0 <= samples <= most or size < -1:
+            raise ValueError(f"{samples} samples in {size} bytes, where at most {most} can be")
+        index = ShardIndex(samples, size, *texts)
+        index.spans()
+        index.text_lengths()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{source} is not an index ({error!r}): delete it, and build it again") from None
+        what = error if isinstance(error, ValueError) else repr(error)
+        raise DataError(f"{place}: this is not an index ({what!s:.200}): delete the file, and build it again") from None
+    return index
 
 
 def dump_index(shards: Mapping[str, ShardIndex]) -> bytes:
@@ -156,10 +269,10 @@ def build(urls: Sequence[str], storage: Storage, processes: int) -> tuple[dict[s
     faults = []
     with ProcessPoolExecutor(processes) as pool:
         results = pool.map(partial(scan_shard, storage=storage), urls)
-        for url, (index, problem) in zip(urls, tqdm(results, total=len(urls), unit="shard", desc="index"), strict=True):
+        for url, (index, problem) in zip(urls, progress(results, "index", len(urls), "shards"), strict=True):
             found[url] = index
             if problem:
-                faults.append(f"{url}: {problem}; its first {index.samples} samples count")
+                faults.append(f"{url}: {problem}")
     return found, faults
 
 
@@ -175,6 +288,8 @@ def main() -> int:
             raise DataError("--output is needed: an index of remote shards cannot be written beside them")
         folders = {url: args.output or Path(url).parent / INDEX for url in urls}
         found, faults = build(urls, Storage(), max(1, args.processes))
+        if not any(index.samples for index in found.values()):
+            raise DataError(f"none of {len(found)} shards holds a sample; {faults[0]}")
         for target in sorted(set(folders.values())):
             chosen = {url: found[url] for url in urls if folders[url] == target}
             names = {url.rsplit("/", 1)[-1]: index for url, index in chosen.items()}

@@ -1,6 +1,8 @@
 """A page about a shard set: counts, distributions, duplicates, and samples as the model sees them.
 
 python -m vlmo_ds.data.inspect SHARDS --output page.html
+
+Exit status: 2 where nothing can be trained on the set.
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ from typing import get_args
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import DataConfig, Transform
+from vlmo_ds.data.index import TEXT_EXTENSIONS, is_read
 from vlmo_ds.data.loader import BatchDataset, spec_for
 from vlmo_ds.data.order import Place, generator
-from vlmo_ds.data.shards import IMAGE_EXTENSIONS, RawSample, Shard, list_shards
+from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage
+from vlmo_ds.progress import progress
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; color: #1c2733; padding: 0 1rem }
@@ -67,7 +70,13 @@ class Findings:
         for key, places in other.hashes.items():
             self.hashes[key] += places
 
-    def look_at(self, raw: RawSample, url: str, row: int) -> None:
+    def look_at(self, raw: RawSample, url: str, row: int) -> tuple[bool, bool]:
+        """(whether there is an image, whether there is a text). ValueError for what cannot be used."""
+        if not any(map(is_read, raw.fields)):
+            raise DataError(
+                f"{raw.name} holds no image and no text under a name that is read; found .{', .'.join(raw.fields)} (the "
+                "extension begins at the first dot)"
+            )
         self.bytes += sum(map(len, raw.fields.values()))
         self.extensions.update(raw.fields.keys())
         encoded = pictures(raw)
@@ -81,11 +90,12 @@ class Findings:
         if found:
             self.captions.append(len(found))
             self.words += [len(text.split()) for text in found]
+        return bool(encoded), bool(found) or "label" in raw.meta
 
 
 def pictures(raw: RawSample) -> list[bytes]:
-    """Every image of a sample: NLVR2 has two, 0.png and 1.png."""
-    return [data for name, data in raw.fields.items() if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    """Every image of a sample that is read: NLVR2 has two, 0.png and 1.png."""
+    return [data for name, data in raw.fields.items() if is_read(name) and name not in TEXT_EXTENSIONS]
 
 
 def difference_hash(image: EncodedImage) -> str:
@@ -100,13 +110,29 @@ def difference_hash(image: EncodedImage) -> str:
 def look_at_shard(job: tuple[Shard, Sequence[int]]) -> Findings:
     shard, rows = job
     found = Findings()
+    alone: tuple[dict[str, int], dict[str, int]] = {}, {}  # images without a text, texts without an image: key -> row
+    whole = 0
     for row in rows:
         found.samples += 1
         try:
-            found.look_at(shard.read(row), shard.url, row)
+            raw = shard.read(row)
+            image, text = found.look_at(raw, shard.url, row)
         except ValueError as error:
             found.faults.append(f"{shard.url}, sample {row}: {error}")
+            continue
+        if image and text:
+            whole += 1
+        else:
+            alone[text][raw.key] = row
+    for row in torn(*alone, whole):
+        found.faults.append(f"{shard.url}, sample {row}: its image and its text do not lie side by side")
     return found
+
+
+def torn(images: Mapping[str, int], texts: Mapping[str, int], whole: int) -> list[int]:
+    """Rows that are halves of samples: those of one key, and where both kinds are there but nothing whole, all."""
+    keys = images.keys() & texts.keys() if whole else images.keys() | texts.keys()
+    return sorted(half[key] for half in (images, texts) for key in keys if key in half) if images and texts else []
 
 
 def chosen_rows(shards: Sequence[Shard], most: int) -> list[tuple[Shard, list[int]]]:
@@ -229,12 +255,13 @@ def duplicates(shards: Sequence[Shard], found: Findings) -> tuple[int, str]:
     return sum(len(g) - 1 for g in groups), "".join(figures)
 
 
-def page(args: argparse.Namespace) -> str:
+def page(args: argparse.Namespace) -> tuple[str, Findings]:
+    """The page, and what it was made of."""
     shards = list_shards(args.shards, index=args.index)
     jobs = chosen_rows(shards, args.samples)
     found = Findings()
     with ProcessPoolExecutor(max(1, args.processes), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for part in tqdm(pool.map(look_at_shard, jobs), total=len(jobs), unit="shard", desc="inspect"):
+        for part in progress(pool.map(look_at_shard, jobs), "inspect", len(jobs), "shards"):
             found.add(part)
     copies, copy_figures = duplicates(shards, found)
     total = sum(shard.samples for shard in shards)
@@ -266,13 +293,11 @@ def page(args: argparse.Namespace) -> str:
     }
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
     title = html.escape(" ".join(args.shards))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><table>{table}</table>{body}</html>"
-    )
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f"{head}<h1>{title}</h1><table>{table}</table>{body}</html>", found
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="folders, tar files, URLs; {000..009} and * are expanded")
     parser.add_argument("--index", help="index file, for shards that have none beside them")
@@ -289,13 +314,22 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
-        write_atomically(args.output, page(args).encode())
-    except (DataError, FileNotFoundError) as error:
+        text, found = page(args)
+        write_atomically(args.output, text.encode(errors="replace"))
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.output}")
+    if found.faults:
+        hopeless = len(found.faults) == found.samples
+        print(
+            f"{'error' if hopeless else 'warning'}: {len(found.faults)} of {found.samples} samples looked at cannot be "
+            f"used; the first: {found.faults[0]}",
+            file=sys.stderr,
+        )
+        return 2 if hopeless else 0
     return 0
 
 

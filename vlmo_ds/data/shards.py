@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from vlmo_ds.data.index import INDEX, ShardIndex, members, parse_index, scan_shard
+from vlmo_ds.data.index import IMAGE_EXTENSIONS, INDEX, ShardIndex, members, parse_index, scan_shard
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
 
 ANSWERS = "answers.json"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class Shard:
     @property
     def text_lengths(self) -> np.ndarray:
         """[samples] bytes of text, as far as the index knows."""
-        return unpacked_lengths(self.index.lengths) if self.index.lengths else np.zeros(self.samples, dtype=np.uint16)
+        if not self.index.lengths:
+            return np.zeros(self.samples, dtype=np.uint16)
+        return unpacked_lengths(self.index.lengths, self.samples)
 
     def read(self, row: int) -> RawSample:
         """One sample. Raises DataError where the shard or this part of it cannot be read."""
@@ -72,13 +73,13 @@ class Shard:
 
 
 @lru_cache(maxsize=512)
-def unpacked(packed: str) -> np.ndarray:
-    return ShardIndex(0, offsets=packed).spans()
+def unpacked(packed: str, samples: int) -> np.ndarray:
+    return ShardIndex(samples, offsets=packed).spans()
 
 
 @lru_cache(maxsize=512)
-def unpacked_lengths(packed: str) -> np.ndarray:
-    return ShardIndex(0, lengths=packed).text_lengths()
+def unpacked_lengths(packed: str, samples: int) -> np.ndarray:
+    return ShardIndex(samples, lengths=packed).text_lengths()
 
 
 @lru_cache(maxsize=100_000)
@@ -95,7 +96,7 @@ def scanned(path: Path) -> np.ndarray:
 
 def offsets(shard: Shard) -> np.ndarray:
     if shard.index.offsets:
-        return unpacked(shard.index.offsets)
+        return unpacked(shard.index.offsets, shard.samples)
     return scanned(shard.storage.local(shard.url))
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
+import itertools
+import math
 import os
 import re
-import shlex
+import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -25,13 +29,30 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
-from webdataset import gopen
 
 T = TypeVar("T")
 CHUNK = 1 << 20
 LOCAL_TRIES, LOCAL_PAUSE = 3, 0.2
+UNPACKED_BY = {
+    **dict.fromkeys((".tar.gz", ".tgz"), "gunzip"),
+    **dict.fromkeys((".tar.bz2", ".tbz2"), "bunzip2"),
+    **dict.fromkeys((".tar.xz", ".txz"), "unxz"),
+    **dict.fromkeys((".tar.zst", ".tzst"), "unzstd"),
+    ".tar.lz4": "unlz4",
+}
+MOST_NAMES = 1_000_000  # that braces may stand for
+SEARCHED_FOLDERS = 1000  # for tars below a folder that holds none, to say where they are
+CACHED = re.compile(r"[0-9a-f]{16}-")  # how the cache's own files begin
+CURL = ("curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30")
+COMMANDS = {  # what fetches a URL; its place is {}
+    "s3": ("aws", "s3", "cp", "{}", "-"),
+    "gs": ("gsutil", "cat", "{}"),
+    "ais": ("ais", "get", "{}", "-"),
+    **dict.fromkeys(("ftp", "ftps", "sftp", "scp"), (*CURL, "--url", "{}")),
+}
 
 
 class DataError(ValueError):
@@ -50,43 +71,118 @@ def mode_of_umask(path: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes to a temporary name and renames: a reader sees the old file or the new one, never a half, even after a power
     cut. The mode is what the umask says."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """Tar files from names, {000..009} ranges, * patterns, folders and URLs, in a fixed order."""
-    urls: list[str] = []
-    for pattern in patterns:
-        for name in braceexpand(pattern):
-            path = Path(name)
-            if is_remote(name):
-                found = [name]
-            elif path.is_dir():
-                leftovers = sorted([*path.glob("*.tmp"), *path.glob("*.part")])
-                if leftovers and not (path / "index.json").exists():
-                    raise DataError(
-                        f"shards: {path} is unfinished ({leftovers[0].name} is left in it and index.json is missing): "
-                        "run the prepare command that writes it again"
-                    )
-                found = sorted(map(str, path.glob("*.tar")))
-            elif any(c in path.name for c in "*?["):
-                found = sorted(map(str, path.parent.glob(path.name)))
-            else:
-                found = [name] if path.is_file() else []
-            if not found:
-                kind = "holds no .tar file" if path.is_dir() else "does not exist"
-                raise DataError(f"shards: {name} {kind}; expected WebDataset tars (see docs/data.md)")
-            urls += found
-    return urls
+    """Tar files from names, {000..009} ranges, *, ** and [] patterns, folders and URLs, in a fixed order.
+
+    A name that exists is taken as it is, whatever signs it holds. DataError where nothing is found.
+    """
+    return [url for pattern in patterns for name in unbraced(pattern) for url in found_under(name)]
+
+
+def unbraced(pattern: str) -> list[str]:
+    if "\0" in pattern:
+        raise DataError(f"shards: {pattern!r} is no file name")
+    if not is_remote(pattern) and os.path.exists(pattern):
+        return [pattern]
+    ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
+    if math.prod(1 + abs(int(last) - int(first)) for first, last in ranges) > MOST_NAMES:
+        raise DataError(f"shards: {pattern} stands for more than {MOST_NAMES:,} names")
+    try:
+        names = list(itertools.islice(braceexpand(pattern), MOST_NAMES + 1))
+    except ValueError as error:
+        raise DataError(f"shards: the braces of {pattern} are not balanced ({error}); expected {{000..009}}") from None
+    if len(names) > MOST_NAMES:
+        raise DataError(f"shards: {pattern} stands for more than {MOST_NAMES:,} names")
+    return names
+
+
+def found_under(name: str) -> list[str]:
+    """The tars of one name, folder or pattern."""
+    if is_remote(name) or os.path.isfile(name):
+        refuse_compressed([name])
+        return [name]
+    if os.path.isdir(name):
+        return tars_of(name)
+    found = globbed(name)
+    folders = [path for path in found if os.path.isdir(path)]
+    tars = [path for path in found if path.endswith(".tar") and path not in folders]
+    tars = tars or [tar for folder in folders for tar in globbed(f"{glob.escape(folder)}/*.tar")]
+    tars = tars or [path for path in found if path not in folders]
+    if not tars:
+        raise DataError(f"shards: {name} {nothing_in(folders)}; expected WebDataset tars (see docs/data.md)")
+    refuse_compressed(tars)
+    return tars
+
+
+def globbed(pattern: str) -> list[str]:
+    """What a pattern finds; where that is nothing, brackets are taken as part of the name."""
+    found = matches(pattern) or (matches(pattern.replace("[", "[[]")) if "[" in pattern else [])
+    return sorted(str(Path(path)) for path in found)
+
+
+def matches(pattern: str) -> list[str]:
+    path = Path(pattern)
+    if "**" not in path.parts:
+        return glob.glob(pattern)
+    # unlike glob's, pathlib's ** does not follow links to folders, which may lead round in circles
+    below = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    return [str(found) for found in below if not found.name.startswith(".")]
+
+
+def tars_of(folder: str) -> list[str]:
+    inside = glob.escape(folder)
+    leftovers = sorted(glob.glob(f"{inside}/*.tmp") + glob.glob(f"{inside}/*.part"))
+    if leftovers and not os.path.exists(f"{folder}/index.json"):
+        raise DataError(
+            f"shards: {folder} is unfinished ({os.path.basename(leftovers[0])} is left in it and index.json is missing): "
+            "run the prepare command that writes it again"
+        )
+    found = globbed(f"{inside}/*.tar")
+    if not found:
+        refuse_compressed(globbed(f"{inside}/*"))
+        raise DataError(f"shards: {folder} {nothing_in([folder])}; expected WebDataset tars (see docs/data.md)")
+    return found
+
+
+def nothing_in(folders: Sequence[str]) -> str:
+    """Why folders give no shards, and where below them tars are."""
+    if not folders:
+        return "does not exist"
+    below = (Path(at, name) for folder in folders for at, _, names in few_folders(folder) for name in sorted(names))
+    first = next((path for path in below if path.suffix == ".tar"), None)
+    if first is None:
+        return "holds no .tar file"
+    return f"holds no .tar file itself, but {first.parent} does: name '{folders[0]}/**/*.tar'"
+
+
+def few_folders(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    for _, found in zip(range(SEARCHED_FOLDERS), os.walk(folder), strict=False):
+        found[1].sort()
+        yield found
+
+
+def refuse_compressed(names: Sequence[str]) -> None:
+    """A sample is read at its offset, which a compressed file does not have."""
+    for name in names:
+        path = (urlsplit(name).path if "://" in name else name).lower()
+        command = next((UNPACKED_BY[ending] for ending in UNPACKED_BY if path.endswith(ending)), None)
+        if command and not name.startswith("pipe:"):
+            raise DataError(
+                f"shards: {name} is compressed, which is not supported, since samples are read at their offsets: "
+                f"unpack it with {command} (it grows by little, pictures are compressed themselves)"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,14 +203,14 @@ class Storage:
             return Path(url)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rstrip("/").rsplit("/", 1)[-1])[-80:]
         path = self.cache / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
-        with contextlib.suppress(FileNotFoundError):
-            if size is None or path.stat().st_size == size:
-                os.utime(path)  # its last use, for prune
+        if is_whole(path, size):
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it in this moment
+                os.utime(path, follow_symlinks=False)  # its last use, for prune
                 return path
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        private_folder(self.cache)
+        with opened_privately(path.with_name(f".{path.name}.lock"), os.O_RDWR) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists() or (size is not None and path.stat().st_size != size):
+            if not is_whole(path, size):
                 retried(lambda: self.fetch(url, path, size), self.tries, url)
                 self.prune(keep=path)
         return path
@@ -130,8 +226,12 @@ class Storage:
 
     def fetch(self, url: str, path: Path, size: int | None) -> None:
         temporary = path.with_name(f".{path.name}.part")
+        temporary.unlink(missing_ok=True)  # of a process that was killed: the lock is held
         try:
-            with open(temporary, "wb") as file, opened(url, self.stall_seconds) as stream:
+            with (
+                opened_privately(temporary, os.O_WRONLY | os.O_EXCL) as file,
+                opened(url, self.stall_seconds) as stream,
+            ):
                 shutil.copyfileobj(stream, file, CHUNK)
             found = temporary.stat().st_size
             if size is not None and found != size:
@@ -141,14 +241,59 @@ class Storage:
             temporary.unlink(missing_ok=True)
 
     def prune(self, keep: Path) -> None:
-        """Removes the files that were not used for longest until the cache fits its limit."""
+        """Removes the shards that were not used for longest until the cache fits its limit; other files stay."""
+        found = []
         with os.scandir(self.cache) as entries:
-            found = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in entries if not e.name.startswith("."))
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process prunes as well
+                    if CACHED.match(entry.name):
+                        about = entry.stat(follow_symlinks=False)
+                        found.append((about.st_mtime, about.st_size, entry.path))
         excess = sum(size for _, size, _ in found) - self.cache_bytes
-        for _, size, path in found:
+        for _, size, path in sorted(found):
             if excess > 0 and path != str(keep):
                 Path(path).unlink(missing_ok=True)
                 excess -= size
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder that nobody else can write to, or checks that it is one. DataError if it is not.
+
+    In a folder that others can write to they could plant shards of their own, or links to files to be overwritten.
+    """
+    accepted = "accepted: a folder of your own, not writable by others (data.cache)"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = path.lstat()
+    except OSError as error:
+        raise DataError(f"the cache {path} cannot be made: {error.strerror}; {accepted}") from None
+    if stat.S_ISLNK(about.st_mode):
+        raise DataError(f"the cache {path} is a link to {os.path.realpath(path)}: name that folder itself; {accepted}")
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        raise DataError(f"the cache {path} belongs to user {about.st_uid}, not to you; {accepted}")
+    if about.st_mode & 0o022:
+        raise DataError(f"the cache {path} can be written by others: 'chmod go-w {path}' once it is empty; {accepted}")
+
+
+def is_whole(path: Path, size: int | None) -> bool:
+    """Whether a cached file is there, with so many bytes where that is known; what was planted there does not count."""
+    try:
+        about = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    own = stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid()
+    return own and (size is None or about.st_size == size)
+
+
+def opened_privately(path: Path, flags: int) -> BinaryIO:
+    """A new or existing file of the cache; a link is not followed. DataError where something else is in its place."""
+    try:
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EEXIST, errno.EISDIR):
+            raise DataError(f"{path} is no file of this cache: look who has put it there, and remove it") from None
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    return os.fdopen(handle, "rb+" if flags & os.O_RDWR else "wb")
 
 
 def is_remote(url: str) -> bool:
@@ -158,9 +303,9 @@ def is_remote(url: str) -> bool:
 @contextlib.contextmanager
 def opened(url: str, stall_seconds: float) -> Iterator[BinaryIO]:
     """A stream of a remote file's bytes; OSError where it cannot be opened or stalls."""
-    if url.startswith(("http://", "https://")):
+    if url.startswith(("http://", "https://", "hf://")):
         try:
-            with urllib.request.urlopen(url, timeout=stall_seconds) as stream:
+            with urllib.request.urlopen(request_for(url), timeout=stall_seconds) as stream:
                 expected = stream.headers.get("Content-Length")
                 counted = Counted(stream)
                 yield counted
@@ -171,28 +316,80 @@ def opened(url: str, stall_seconds: float) -> Iterator[BinaryIO]:
         except (HTTPException, ValueError) as error:
             raise OSError(str(error)) from None
         return
-    if url.startswith("s3://"):
-        url = f"pipe:aws s3 cp {shlex.quote(url)} -"
-    if url.startswith("pipe:"):
-        process = subprocess.Popen(url[5:], shell=True, stdout=subprocess.PIPE, start_new_session=True)
-        stream = process.stdout
-    else:
+    if url.startswith("file://"):
+        with open(urllib.request.url2pathname(urlsplit(url).path), "rb") as stream:
+            yield Counted(stream)
+        return
+    with ended_with_its_group(command_for(url)) as process:
+        counted = Counted(process.stdout)
+        done = threading.Event()
+        watcher = threading.Thread(target=end_stalled, args=(process, counted, stall_seconds, done), daemon=True)
+        watcher.start()
         try:
-            stream = gopen(url)
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{url} cannot be opened: {error}") from None
-        process = getattr(stream, "proc", None)
-    counted = Counted(stream)
-    done = threading.Event()
-    if process is not None:
-        threading.Thread(target=end_stalled, args=(process, counted, stall_seconds, done), daemon=True).start()
+            yield counted
+        finally:
+            done.set()
+            watcher.join()
+        if counted.stalled:
+            raise OSError(f"no byte came for {stall_seconds:g} s after {counted.bytes}")
+        try:
+            status = process.wait(stall_seconds)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"its command does not end after its {counted.bytes} bytes") from None
+    if status != 0:
+        raise OSError(f"its command ended with status {status} after {counted.bytes} bytes")
+
+
+def request_for(url: str) -> urllib.request.Request:
+    """An http request; hf://datasets/OWNER/NAME/FILE asks the Hugging Face hub, with the user's token if there is one."""
+    if not url.startswith("hf://"):
+        return urllib.request.Request(url)
+    from huggingface_hub import HfFileSystem, get_token, hf_hub_url
+
+    place = HfFileSystem().resolve_path(url)
+    request = urllib.request.Request(
+        hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
+    )
+    if token := get_token():
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for the server it is sent on to
+    return request
+
+
+def command_for(url: str) -> str | list[str]:
+    """What writes a URL's content to its output: a line of shell, or a command with its arguments."""
+    if url.startswith("pipe:"):
+        return url[5:]
+    scheme = url.partition("://")[0]  # in the table, so that no URL begins with - and is taken for an option
+    if scheme not in COMMANDS:
+        accepted = ", ".join(f"{name}://" for name in ("http", "https", "hf", "file", *COMMANDS))
+        raise DataError(f"{url} cannot be opened: accepted are {accepted}, and pipe:COMMAND")
+    return [url if word == "{}" else word for word in COMMANDS[scheme]]
+
+
+@contextlib.contextmanager
+def ended_with_its_group(command: str | list[str]) -> Iterator[subprocess.Popen]:
+    """A running command in a process group of its own, of which nothing is left afterwards."""
+    shell = isinstance(command, str)
     try:
-        yield counted
+        process = subprocess.Popen(
+            command, shell=shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
+    except FileNotFoundError:
+        raise DataError(f"'{command[0]}' is not installed, which reads {command}") from None
+    except ValueError as error:  # a NUL
+        raise DataError(f"{command!r} cannot be started: {error}") from None
+    try:
+        yield process
     finally:
-        done.set()
-        stream.close()
-    if process is not None and process.wait() != 0:
-        raise OSError(f"its command ended with status {process.returncode} after {counted.bytes} bytes")
+        end_group(process)
+        process.stdout.close()
+        process.wait()
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Kills a command and all that it has started; its group's number is its own, from start_new_session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class Counted:
@@ -200,6 +397,7 @@ class Counted:
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.bytes = stream, 0
+        self.stalled = False
 
     def read(self, size: int = -1) -> bytes:
         data = self.stream.read(size)
@@ -212,9 +410,8 @@ def end_stalled(process: subprocess.Popen, counted: Counted, stall_seconds: floa
     seen = -1
     while not done.wait(stall_seconds):
         if counted.bytes == seen:
-            with contextlib.suppress(ProcessLookupError):
-                own_group = os.getpgid(process.pid) == process.pid
-                (os.killpg if own_group else os.kill)(process.pid, signal.SIGKILL)
+            counted.stalled = True
+            end_group(process)
             return
         seen = counted.bytes
 
@@ -237,8 +434,9 @@ def read_span(path: Path, offset: int, size: int) -> bytes:
     for attempt in range(1, LOCAL_TRIES + 1):
         try:
             with open(path, "rb") as file:
+                size_of_file = os.fstat(file.fileno()).st_size
                 file.seek(offset)
-                data = file.read(size)
+                data = file.read(max(0, min(size, size_of_file - offset)))  # an index may claim any number of bytes
             break
         except OSError as error:
             if isinstance(error, FileNotFoundError) or attempt == LOCAL_TRIES:

@@ -1,10 +1,12 @@
 """Looks at all machines of a hostfile before a run is started on them, and says what to fix.
 
-    python -m vlmo_ds.training.preflight --hostfile hosts --recipe R --deepspeed_config C
+    python -m vlmo_ds.training.preflight --hostfile hosts --recipe R --output_dir DIR
+    python -m vlmo_ds.training.preflight --recipe R --output_dir DIR                     # this machine alone, without ssh
 
 Each machine is asked over ssh: does it answer, has it the same code, packages, recipe and data, room on its disk, the right
 time; then a collective over all ranks is timed. What has to reach every machine is written to .deepspeed_env, which
-DeepSpeed's launcher reads.
+DeepSpeed's launcher reads. Its values and the names of the hosts come to a remote shell: only what is harmless there is
+let through.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import ipaddress
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -38,6 +42,10 @@ MOST_SKEW = 5.0  # seconds
 MARK = "PREFLIGHT "  # before the line of JSON that a machine or the collective prints
 MESSAGE_MB = 64  # of the timed all-reduce
 LEAST_GBPS = {"cuda": 5.0, "cpu": 0.05}  # GB/s below which the network is suspected
+HOST = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?\Z")
+USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*\Z")  # what a shell takes as it is
 
 
 class Row(NamedTuple):
@@ -117,35 +125,69 @@ def interfaces() -> dict[str, str]:
 # ---- from the machine where it is started ----
 
 
+def is_host(text: str) -> bool:
+    """A host name (RFC 1123, and underscores, which container networks use), an IPv4 or an IPv6 address; user@ before it.
+
+    Whatever else stands in a hostfile could be taken for an option of ssh or a command of the remote shell.
+    """
+    user, at, host = text.rpartition("@")
+    if at and not USER.match(user):
+        return False
+    if ":" in host:
+        try:
+            return ipaddress.IPv6Address(host).scope_id is None
+        except ValueError:
+            return False
+    return bool(HOST.match(host))
+
+
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by host, as DeepSpeed's launcher reads them."""
+    """Slots by host, as DeepSpeed's launcher reads them. RecipeError for what is no host name."""
     from deepspeed.launcher.runner import fetch_hostfile
 
+    expected = "expected lines such as 'node1 slots=8'"
     if not path.is_file():
-        raise RecipeError(f"--hostfile: {path} does not exist; expected lines such as 'node1 slots=8'")
+        raise RecipeError(f"--hostfile: {path} does not exist; {expected}")
     try:
-        return dict(fetch_hostfile(str(path)))
-    except ValueError as error:
-        raise RecipeError(f"--hostfile: {path}: {error}; expected lines such as 'node1 slots=8'") from None
+        hosts = dict(fetch_hostfile(str(path)))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--hostfile: {path}: {error}; {expected}") from None
+    for host, slots in hosts.items():
+        if not is_host(host):
+            raise RecipeError(
+                f"--hostfile: {path}: {host!r} is not a host name; accepted: letters, digits, '-', '_' and '.', or an IP "
+                f"address, with or without user@ before it; {expected}"
+            )
+        if slots < 1:
+            raise RecipeError(f"--hostfile: {path}: {host} has {slots} slots; {expected}")
+    return hosts
 
 
 def ask(host: str, arguments: list[str], port: int | None) -> dict[str, Any]:
     """A machine's probe; {"error": ...} if it does not come."""
-    remote = f"cd {os.getcwd()} && {sys.executable} -m vlmo_ds.training.preflight --probe {' '.join(arguments)}"
+    probe_command = [sys.executable, "-m", "vlmo_ds.training.preflight", "--probe", *arguments]
     try:
-        done = ssh(host, remote, port, 180)
+        done = ssh(host, f"cd {shlex.quote(os.getcwd())} && {shlex.join(probe_command)}", port, 180)
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
         return {"error": said[-1]}
-    return json.loads(lines[-1].removeprefix(MARK))
+    try:
+        return dict(json.loads(lines[-1].removeprefix(MARK)))
+    except (ValueError, TypeError):
+        return {"error": "its answer cannot be read: is its vlmo_ds the same?"}
 
 
 def ssh(host: str, command: str, port: int | None, timeout: float) -> subprocess.CompletedProcess:
+    """Runs a line of shell on a machine; whoever calls quotes what is in it. RecipeError for what is no host name."""
+    if not is_host(host):
+        raise RecipeError(f"{host!r} is not a host name")
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", str(port)] if port else [])]
-    return subprocess.run(["ssh", *options, host, command], capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        ["ssh", *options, "--", host, command], capture_output=True, text=True, errors="replace", timeout=timeout
+    )
 
 
 def answers(host: str, port: int | None = None) -> bool:
@@ -161,9 +203,11 @@ def clock_skews(hosts: Sequence[str], port: int | None) -> list[float]:
 
     def skew(host: str) -> float:
         before = time.time()
-        done = ssh(host, "date +%s.%N", port, 60)
-        after = time.time()
-        return float(done.stdout) - (before + after) / 2 if done.returncode == 0 else float("nan")
+        try:
+            there = float(ssh(host, "date +%s.%N", port, 60).stdout)
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            return float("nan")
+        return there - (before + time.time()) / 2
 
     return of_all(hosts, skew)
 
@@ -196,25 +240,48 @@ def rows_of(hosts: dict[str, int], probes: list[dict[str, Any]], skews: list[flo
         rows.append(same(name, values, f"install one version of {name} everywhere"))
     rows.append(same("code", [p["code"] for p in probes], "copy the same vlmo_ds to the same path on all machines"))
     rows.append(same("recipe", [p["recipe"] for p in probes], "copy the same recipe to the same path on all machines"))
-    data = [p["data"] for p in probes]
-    broken = next((d for d in data if d.startswith("error: ")), None)
-    rows.append(same("data", data, "make the same shards visible at the same path on all machines"))
-    if broken:
-        rows[-1] = Row("data", data, broken.removeprefix("error: "))
-    disk = [f"{p['free_gb']:.0f} GB free" + ("" if p["writable"] else ", read-only") for p in probes]
-    need = checkpoint_gb(recipe)
-    short = [h for h, p in zip(hosts, probes, strict=True) if p["free_gb"] < need or not p["writable"]]
-    fix = f"{', '.join(short)}: checkpoints need {need:.1f} GB of a disk that can be written" if short else ""
-    rows.append(Row("disk", disk, fix))
+    rows += [data_row(probes), disk_row(hosts, probes, recipe)]
     far = [h for h, s in zip(hosts, skews, strict=True) if not abs(s) <= MOST_SKEW]
     fix = f"{', '.join(far)}: start a time service (chrony)" if far else ""
     rows.append(Row("clock", [f"{s:+.1f} s" for s in skews], fix))
-    gpus = [f"{len(p['gpus'])} x {p['gpus'][0]}" if p["gpus"] else f"no GPU, {p['cores']} cores" for p in probes]
-    few = [h for (h, slots), p in zip(hosts.items(), probes, strict=True) if p["gpus"] and len(p["gpus"]) < slots]
-    rows.append(Row("devices", gpus, f"{', '.join(few)}: fewer GPUs than slots in the hostfile" if few else ""))
+    rows.append(devices_row(hosts, probes))
     names, fix = common_interface(probes)
     rows.append(Row("interface", names, fix))
     return rows
+
+
+def rows_of_one(host: str, found: dict[str, Any], recipe: Recipe) -> list[Row]:
+    """What can be said of a machine without others to compare it with."""
+    missing = {name: "not installed" for name in PACKAGES if found["packages"][name] == "not installed"}
+    rows = [Row("python", [found["python"]])]
+    rows += [Row(n, [v], f"install {n}" if n in missing else "") for n, v in found["packages"].items()]
+    rows += [data_row([found]), disk_row({host: 0}, [found], recipe), devices_row({host: 0}, [found])]
+    return rows
+
+
+def data_row(probes: list[dict[str, Any]]) -> Row:
+    data = [p["data"] for p in probes]
+    broken = next((d for d in data if d.startswith("error: ")), None)
+    if broken:
+        return Row("data", data, broken.removeprefix("error: "))
+    return same("data", data, "make the same shards visible at the same path on all machines")
+
+
+def disk_row(hosts: dict[str, int], probes: list[dict[str, Any]], recipe: Recipe) -> Row:
+    disk = [f"{p['free_gb']:.0f} GB free" + ("" if p["writable"] else ", read-only") for p in probes]
+    need = checkpoint_gb(recipe)
+    short = [h for h, p in zip(hosts, probes, strict=True) if p["free_gb"] < need or not p["writable"]]
+    return Row(
+        "disk",
+        disk,
+        f"{', '.join(short)}: checkpoints need {need:.1f} GB of a disk that can be written" if short else "",
+    )
+
+
+def devices_row(hosts: dict[str, int], probes: list[dict[str, Any]]) -> Row:
+    gpus = [f"{len(p['gpus'])} x {p['gpus'][0]}" if p["gpus"] else f"no GPU, {p['cores']} cores" for p in probes]
+    few = [h for (h, slots), p in zip(hosts.items(), probes, strict=True) if p["gpus"] and len(p["gpus"]) < slots]
+    return Row("devices", gpus, f"{', '.join(few)}: fewer GPUs than slots in the hostfile" if few else "")
 
 
 def checkpoint_gb(recipe: Recipe) -> float:
@@ -232,13 +299,27 @@ def environment_of(rows: list[Row], timeout: int) -> dict[str, str]:
     return {**found, "DEEPSPEED_TIMEOUT": str(max(1, timeout // 60)), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
 
 
-def time_collective(hostfile: Path, port: int | None, hosts: dict[str, int], timeout: int) -> Row:
-    """An all-reduce over all ranks, started as a run is."""
+def launcher_of(hostfile: Path | None, port: int | None, ranks: int) -> list[str]:
+    """What starts ranks as a run's are: DeepSpeed's launcher on several machines, torchrun on this one."""
+    if hostfile is None:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi"]
-    launcher += ["--ssh_port", str(port)] if port else []
-    command = [*launcher, "--module", "vlmo_ds.training.preflight", "--collective"]
+    return launcher + (["--ssh_port", str(port)] if port else [])
+
+
+def time_collective(hostfile: Path | None, port: int | None, hosts: dict[str, int], timeout: int) -> Row:
+    """An all-reduce over all ranks. hostfile: None for this machine alone."""
+    unquoted = next((path for path in (os.getcwd(), sys.executable) if not PLAIN.match(path)), None)
+    if hostfile and unquoted:  # DeepSpeed's launcher writes both into a line of shell as they are
+        return Row(
+            "all-reduce",
+            ["not tried"],
+            f"{unquoted!r}: DeepSpeed's launcher passes paths to the remote shell unquoted: use one without spaces and "
+            "signs such as ; $ ' (",
+        )
+    command = [*launcher_of(hostfile, port, sum(hosts.values())), "--module", "vlmo_ds.training.preflight"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run([*command, "--collective"], capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return Row(
             "all-reduce",
@@ -305,12 +386,37 @@ def table(hosts: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def write_environment(path: Path, values: dict[str, str]) -> None:
-    """NAME=value lines, nothing else: DeepSpeed's parser fails on comments and blank lines. Other names are kept."""
-    kept: dict[str, str] = {}
-    if path.is_file():
-        kept = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+    """NAME=value lines, nothing else: DeepSpeed's parser fails on comments and blank lines. Other names are kept.
+
+    DeepSpeed puts the values into double quotes of a remote shell. RecipeError for a value, new or kept, that would be
+    a command there.
+    """
+    for name, value in values.items():
+        if not NAME.match(name) or not PLAIN.match(value):
+            raise RecipeError(f"{name}={value!r} is not written to {path}: a remote shell would not take it as it is")
+    kept = read_environment(path) if path.is_file() else {}
     merged = {**kept, **values}
     write_atomically(path, "".join(f"{name}={value}\n" for name, value in merged.items()).encode())
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """What stands in a file for DeepSpeed's launcher. RecipeError for what would run as a command on the machines."""
+    found: dict[str, str] = {}
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    for number_of_line, line in enumerate(lines, 1):
+        name, equals, value = line.partition("=")
+        if not equals:
+            continue
+        if not NAME.match(name.strip()) or "$(" in value or set('`"\\\0') & set(value):
+            raise RecipeError(
+                f"{path}, line {number_of_line}: {line!r} would run as a command on every machine; accepted: NAME=value, "
+                "without $(, backquotes, double quotes and backslashes"
+            )
+        found[name.strip()] = value
+    return found
 
 
 def of_all(hosts: Iterable[str], function: Callable[[str], Any]) -> list:
@@ -321,27 +427,40 @@ def of_all(hosts: Iterable[str], function: Callable[[str], Any]) -> list:
 
 def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe)
-    hosts = read_hostfile(args.hostfile)
-    arguments = ["--recipe", args.recipe, "--output_dir", str(args.output_dir)]
+    if args.hostfile is None:
+        hosts, rows = this_machine(args, recipe)
+    else:
+        hosts = read_hostfile(args.hostfile)
+        rows = all_machines(hosts, args, recipe)
+    print(table(list(hosts), rows))
+    wrong = [row.check for row in rows if row.fix]
+    machines = f"{len(hosts)} machines" if len(hosts) > 1 else "1 machine"
+    print(f"to fix: {', '.join(wrong)}" if wrong else f"{machines}, {sum(hosts.values())} ranks: ready")
+    return 1 if wrong else 0
+
+
+def this_machine(args: argparse.Namespace, recipe: Recipe) -> tuple[dict[str, int], list[Row]]:
+    """({its name: ranks}, what was found) where no hostfile is given: looked at directly, without ssh."""
+    found = probe(args.recipe, args.output_dir)
+    hosts = {socket.gethostname(): max(1, len(found["gpus"]))}
+    rows = rows_of_one(next(iter(hosts)), found, recipe)
+    return hosts, [*rows, time_collective(None, None, hosts, args.timeout)]
+
+
+def all_machines(hosts: dict[str, int], args: argparse.Namespace, recipe: Recipe) -> list[Row]:
+    """What was found on the machines of a hostfile; what has to reach all of them is written to args.env_file."""
+    arguments = [f"--recipe={args.recipe}", f"--output_dir={args.output_dir}"]
     probes = of_all(hosts, lambda host: ask(host, arguments, args.ssh_port))
     answers = ["no: " + p["error"] if "error" in p else "yes" for p in probes]
     silent = [host for host, p in zip(hosts, probes, strict=True) if "error" in p]
-    fix = (
-        f"{', '.join(silent)}: 'ssh {silent[0]}' has to work without a password, and {os.getcwd()} to be there"
-        if silent
-        else ""
-    )
-    rows = [Row("ssh", answers, fix)]
-    if not silent:
-        rows += rows_of(hosts, probes, clock_skews(list(hosts), args.ssh_port), recipe)
-        environment = environment_of(rows, args.timeout)
-        write_environment(args.env_file, environment)
-        print(f"{args.env_file}: {', '.join(f'{k}={v}' for k, v in environment.items())}")
-        rows.append(time_collective(args.hostfile, args.ssh_port, hosts, args.timeout))
-    print(table(list(hosts), rows))
-    wrong = [row.check for row in rows if row.fix]
-    print(f"to fix: {', '.join(wrong)}" if wrong else f"{len(hosts)} machines, {sum(hosts.values())} ranks: ready")
-    return 1 if wrong else 0
+    if silent:
+        fix = f"{', '.join(silent)}: 'ssh {silent[0]}' has to work without a password, and {os.getcwd()} to be there"
+        return [Row("ssh", answers, fix)]
+    rows = [Row("ssh", answers), *rows_of(hosts, probes, clock_skews(list(hosts), args.ssh_port), recipe)]
+    environment = environment_of(rows, args.timeout)
+    write_environment(args.env_file, environment)
+    print(f"{args.env_file}: {', '.join(f'{k}={v}' for k, v in environment.items())}")
+    return [*rows, time_collective(args.hostfile, args.ssh_port, hosts, args.timeout)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -349,7 +468,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vlmo_ds.training.preflight", description="Looks at all machines before a run."
     )
-    parser.add_argument("--hostfile", type=Path, help="lines such as 'node1 slots=8'")
+    parser.add_argument("--hostfile", type=Path, help="lines such as 'node1 slots=8'; without it: this machine alone")
     parser.add_argument("--recipe", default=QUICKSTART)
     parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="where the run will write")
     parser.add_argument("--ssh_port", type=number(int))
@@ -371,8 +490,6 @@ def main(argv: list[str] | None = None) -> int:
         print(MARK + json.dumps(probe(args.recipe, args.output_dir)))
         return 0
     try:
-        if args.hostfile is None:
-            raise RecipeError("--hostfile is missing")
         return run(args)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -79,6 +79,15 @@ def with_living_hosts(command: list[str], ask: Callable[[str], bool]) -> list[st
     return replaced(command, "--hostfile", str(reduced))
 
 
+def started(command: list[str]) -> subprocess.Popen:
+    """RecipeError if there is no such command."""
+    try:
+        return subprocess.Popen(command)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{command[0]!r} cannot be started: {reason}") from None
+
+
 def supervise(command: list[str], restarts: int) -> int:
     """The exit status of the last start; 128 and the signal's number for one that a signal has ended, as in a shell."""
     stopping: list[int] = []
@@ -92,7 +101,10 @@ def supervise(command: list[str], restarts: int) -> int:
     for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(asked, pass_on)
     for start in range(restarts + 1):
-        running[:] = [subprocess.Popen(with_living_hosts(command, answers))]
+        line = with_living_hosts(command, answers)
+        if stopping:
+            return ASKED_TO_STOP
+        running[:] = [started(line)]
         status = running[0].wait()
         status = status if status >= 0 else 128 - status
         running.clear()

@@ -43,9 +43,13 @@ class Progress:
             self.bar.close()
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "", silent: bool = False) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "", silent: bool = False
+) -> Iterator[T]:
     """The items, with word of how many have been taken."""
-    shown = Progress(what, total if total is not None else len(items) if hasattr(items, "__len__") else None, unit, silent)
+    shown = Progress(
+        what, total if total is not None else len(items) if hasattr(items, "__len__") else None, unit, silent
+    )
     try:
         for item in items:
             yield item

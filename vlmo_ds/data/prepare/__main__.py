@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from vlmo_ds.data.prepare import nlvr1, sources
+from vlmo_ds.data.prepare import folder, nlvr1, sources, table
 from vlmo_ds.data.prepare.writer import Plan, write_set
 from vlmo_ds.data.storage import DataError
 
@@ -150,14 +150,61 @@ def parser() -> argparse.ArgumentParser:
             "folder of folders",
         )
     )
+    with_images(
+        dataset(
+            "folder",
+            "pictures with .txt or .json files of the same names beside them, or pictures alone",
+            lambda a: folder.folder(a.root, a.resize),
+            "folder of pictures, nested or not",
+        )
+    )
+    sub = with_images(
+        dataset(
+            "table",
+            "csv, tsv, jsonl or parquet: a column of paths or URLs of images and one of captions",
+            lambda a: table.table(
+                a.input,
+                table.Columns(a.image, a.caption, a.image_id, a.columns, a.quotes),
+                a.root,
+                a.resize,
+                a.samples_per_shard,
+            ),
+        )
+    )
+    sub.add_argument("--input", nargs="+", required=True, help="tables; the endings of their names say what they are")
+    sub.add_argument("--image", "--url", default="image", help="column of paths or URLs (default: %(default)s)")
+    sub.add_argument("--caption", default="caption", help="column of captions (default: %(default)s)")
+    sub.add_argument("--image_id", help="column that says which rows show the same picture; default: the same bytes do")
+    sub.add_argument("--root", help="folder or URL that paths are relative to; default: the table's own")
+    sub.add_argument(
+        "--columns", type=words, default=(), help="names of all columns, of a csv or tsv without a line of them: a,b,c"
+    )
+    sub.add_argument(
+        "--no_quotes", dest="quotes", action="store_false", help="quotes in a csv or tsv are text like any other"
+    )
+    sub = with_images(
+        dataset(
+            "coco-captions",
+            "COCO's own captions_*.json with its folder of images",
+            lambda a: sources.coco_captions(a.annotations, a.images, a.resize),
+        )
+    )
+    sub.add_argument("--annotations", type=Path, required=True, help="captions_train2017.json or one like it")
+    sub.add_argument(
+        "--images", type=Path, help="folder of the images; default: train2017/ beside the file or its folder"
+    )
     sub = with_images(
         dataset(
             "arrow",
-            "the pyarrow files of ViLT and VLMo",
-            lambda a: sources.arrow(a.input, a.resize, a.samples_per_shard),
+            "arrow and parquet files of ViLT, VLMo and Hugging Face datasets, and folders that save_to_disk writes",
+            arrow,
         )
     )
-    sub.add_argument("--input", type=Path, nargs="+", required=True, help=".arrow files")
+    sub.add_argument("--input", type=Path, nargs="+", required=True, help="files or folders")
+    sub.add_argument("--split", help="one of the splits of a folder that holds several")
+    sub.add_argument("--image", help="column of images; default: image or img")
+    sub.add_argument("--caption", help="column of captions; default: caption, captions or text")
+    sub.add_argument("--image_id", default="image_id", help="default: %(default)s, if there is one")
     sub = dataset(
         "text",
         "plain text files, one paragraph a line",
@@ -187,6 +234,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+def arrow(args: argparse.Namespace) -> Plan:
+    from vlmo_ds.data.prepare.arrow import arrow  # pyarrow is an extra
+
+    return arrow(args.input, args.image, args.caption, args.image_id, args.split, args.resize, args.samples_per_shard)
+
+
 def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
     pairs = partial(sources.synthetic_pairs, train=args.train, held_out=args.test, seed=args.seed, size=args.image_size)
     return {
@@ -196,20 +253,20 @@ def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
     }
 
 
-def main() -> int:
-    args = parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
-        for folder, plan in args.plans(args).items():
+        for target, plan in args.plans(args).items():
             print(
                 write_set(
                     plan,
-                    folder,
+                    target,
                     samples_per_shard=args.samples_per_shard,
                     processes=args.processes,
                     overwrite=args.overwrite,
                 )
             )
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: --output cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

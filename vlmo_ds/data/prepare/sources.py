@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import tarfile
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
+from vlmo_ds.data.prepare.pictures import ENDINGS, bytes_of
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
 from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
@@ -49,14 +51,14 @@ def need(path: Path, what: str) -> Path:
 def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(need(path, what).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): expected {what}") from None
 
 
 def read_json_lines(path: Path, what: str) -> list[dict]:
     try:
-        return [json.loads(line) for line in need(path, what).read_text().splitlines() if line.strip()]
-    except ValueError as error:
+        return [json.loads(line) for line in need(path, what).read_bytes().split(b"\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} does not hold one JSON object a line ({error}): expected {what}") from None
 
 
@@ -66,8 +68,19 @@ def choice(value: str, accepted: Iterable[str], where: str) -> str:
     return value
 
 
+@contextlib.contextmanager
+def shaped(file: Path, what: str) -> Iterator[None]:
+    """Names the file whose content is JSON but not of the shape that is read."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(f"{file} is not {what} ({error!r:.200})") from None
+
+
 def sample_json(**meta) -> bytes:
-    return json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
+    return json.dumps(meta, ensure_ascii=False, sort_keys=True).encode(errors="replace")
 
 
 def first_existing(*paths: Path) -> Path:
@@ -93,13 +106,10 @@ def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
 
 def pair(data: bytes | Path, captions: Iterable[str], resize: int, **meta) -> Made:
     """One image with its captions."""
-    captions = clean_texts(captions)
+    captions = clean_texts(text for text in captions if isinstance(text, str))
     if isinstance(data, Path):
-        if not data.is_file():
-            yield Rejected("image file missing")
-            return
-        data = data.read_bytes()
-    image = usable_image(data, resize)
+        data = bytes_of(data)
+    image = data if isinstance(data, Rejected) else usable_image(data, resize)
     if isinstance(image, Rejected):
         yield image
     elif not captions:
@@ -116,20 +126,21 @@ def karpathy(root: Path, dataset: str, splits: Sequence[str], resize: int) -> Pl
     """
     name = f"dataset_{dataset}.json"
     file = first_existing(root / "karpathy" / name, root / name)
-    images = read_json(file, "Karpathy's split file")["images"]
-    known = sorted({image["split"] for image in images})
-    for split in splits:
-        choice(split, known, str(file))
-    items = [  # COCO's ids are left as they are: VQAv2 is about the same photographs
-        (
-            i.get("filepath", ""),
-            i["filename"],
-            int(i["cocoid"]) if "cocoid" in i else f"{dataset}:{i['imgid']}",
-            [s["raw"] for s in i["sentences"]],
-        )
-        for i in images
-        if i["split"] in splits
-    ]
+    with shaped(file, "Karpathy's split file"):
+        images = read_json(file, "Karpathy's split file")["images"]
+        known = sorted({image["split"] for image in images})
+        for split in splits:
+            choice(split, known, str(file))
+        items = [  # COCO's ids are left as they are: VQAv2 is about the same photographs
+            (
+                i.get("filepath", ""),
+                i["filename"],
+                int(i["cocoid"]) if "cocoid" in i else f"{dataset}:{i['imgid']}",
+                [s["raw"] for s in i["sentences"]],
+            )
+            for i in images
+            if i["split"] in splits
+        ]
     return Plan(dataset, items, partial(make_karpathy, root=root, resize=resize))
 
 
@@ -145,10 +156,11 @@ def visual_genome(root: Path, resize: int) -> Plan:
     name = "region_descriptions.json"
     file = first_existing(root / "annotations" / name, root / name)
     items = []
-    for image in read_json(file, "Visual Genome's region descriptions"):
-        regions = image["regions"]
-        image_id = image.get("image_id", regions[0]["image_id"] if regions else image.get("id"))
-        items.append((int(image_id), [region["phrase"] for region in regions]))
+    with shaped(file, "Visual Genome's region descriptions"):
+        for image in read_json(file, "Visual Genome's region descriptions"):
+            regions = image["regions"]
+            image_id = image.get("image_id", regions[0]["image_id"] if regions else image.get("id"))
+            items.append((int(image_id), [region["phrase"] for region in regions]))
     return Plan("vg", items, partial(make_visual_genome, root=root, resize=resize))
 
 
@@ -160,16 +172,67 @@ def make_visual_genome(item: tuple, root: Path, resize: int) -> Made:
 
 
 def annotated(root: Path, annotations: Path, images: str, prefix: str, resize: int) -> Plan:
-    """Conceptual Captions and SBU as ViLT lays them out: a list of [path, caption], and images under images*/*/*."""
-    captions = {str(path).split("/")[-1]: text for path, text in read_json(root / annotations, "[path, caption] pairs")}
-    paths = sorted(p for p in need(root / images, "folders with images").glob("*/*") if p.name in captions)
-    items = [(str(p.relative_to(root)), captions[p.name]) for p in paths]
+    """Conceptual Captions and SBU as ViLT lays them out: a list of [path, caption], and images under images*/*/*.
+
+    Captions are looked up by the whole path, below root or below the images' folder. Of a path from another machine
+    the last folder and the name have to fit, and a bare name has to be that of one image alone.
+    """
+    captions: dict[str, list[str]] = defaultdict(list)
+    with shaped(root / annotations, "a list of [path, caption] pairs"):
+        for path, text in read_json(root / annotations, "[path, caption] pairs"):
+            captions[Path(path).as_posix()].append(text)
+    folder = need(root / images, "folders with images")
+    endings: dict[str, set[str]] = defaultdict(set)
+    for path in captions:
+        if not (root / path).exists() and not (folder / path).exists():
+            endings["/".join(Path(path).parts[-2:])].add(path)
+    files = sorted(folder.glob("*/*"))
+    of_name = Counter(file.name for file in files)
+    items, used = [], set()
+    for file in files:
+        short = f"{file.parent.name}/{file.name}"
+        found = {path for path in (f"{images}/{short}", short, file.as_posix()) if path in captions}
+        alike = [short, file.name] if of_name[file.name] == 1 else [short]
+        found = found or next((endings[end] for end in alike if len(endings.get(end, ())) == 1), set())
+        if found:
+            items.append((f"{images}/{short}", [text for path in sorted(found) for text in captions[path]]))
+            used |= found
+    items += [(path, texts) for path, texts in captions.items() if path not in used]
     return Plan(prefix, items, partial(make_annotated, root=root, prefix=prefix, resize=resize))
 
 
 def make_annotated(item: tuple, root: Path, prefix: str, resize: int) -> Made:
-    path, caption = item
-    return pair(root / path, [caption], resize, image_id=f"{prefix}:{Path(path).name}", file=path)
+    path, captions = item
+    texts = dict.fromkeys(text for text in captions if isinstance(text, str))
+    return pair(root / path, texts, resize, image_id=f"{prefix}:{path}", file=path)
+
+
+def coco_captions(annotations: Path, images: Path | None, resize: int) -> Plan:
+    """COCO's own captions_*.json with its folder of images: one sample for each image with all its captions.
+
+    images: None for the folder that the file is named after, beside it or beside its folder.
+    """
+    what = "COCO's captions: 'images' with id and file_name, 'annotations' with image_id and caption"
+    captions: dict[int, list[str]] = defaultdict(list)
+    with shaped(annotations, what):
+        content = read_json(annotations, what)
+        for entry in content["annotations"]:
+            captions[entry["image_id"]].append(entry["caption"])
+        items = [(str(i["file_name"]), i["id"], captions.pop(i["id"], [])) for i in content["images"]]
+        items += [(None, image_id, texts) for image_id, texts in captions.items()]
+    if images is None:
+        name = annotations.stem.removeprefix("captions_")
+        images = first_existing(annotations.parent.parent / name, annotations.parent / name)
+    need(images, "COCO's images, or their folder under --images")
+    return Plan(annotations.stem, items, partial(make_coco, images=images, resize=resize))
+
+
+def make_coco(item: tuple, images: Path, resize: int) -> Made:
+    name, image_id, captions = item
+    if name is None:
+        yield Rejected("captions of an image that is not listed")
+        return
+    yield from pair(images / name, captions, resize, image_id=image_id, file=name)
 
 
 def img2dataset(shards: Sequence[str], resize: int, prefix: str, samples: int) -> Plan:
@@ -215,20 +278,21 @@ def vqav2(root: Path, split: str, least: int, resize: int) -> Plan:
     """
     choice(split, VQA_FILES, "VQAv2")
     folder, questions, annotations = VQA_FILES[split]
-    known = {
-        s: read_json(root / VQA_FILES[s][2], "VQAv2's annotations")["annotations"]
-        for s in ("train", "val")
-        if annotations
-    }
-    vocabulary = answer_vocabulary((a["multiple_choice_answer"] for s in known for a in known[s]), least)
-    labels = {answer: i for i, answer in enumerate(vocabulary)}
-    answers = {a["question_id"]: [x["answer"] for x in a["answers"]] for a in known.get(split, [])}
     of_image: dict[int, list[dict]] = defaultdict(list)
-    for q in read_json(root / questions, "VQAv2's questions")["questions"]:
-        entry = {"question": q["question"], "question_id": q["question_id"]}
-        if annotations:
-            entry |= {"answers": answers[q["question_id"]], **soft_scores(answers[q["question_id"]], labels)}
-        of_image[q["image_id"]].append(entry)
+    with shaped(root / questions, "VQAv2's questions, or the annotations are not theirs"):
+        known = {
+            s: read_json(root / VQA_FILES[s][2], "VQAv2's annotations")["annotations"]
+            for s in ("train", "val")
+            if annotations
+        }
+        vocabulary = answer_vocabulary((a["multiple_choice_answer"] for s in known for a in known[s]), least)
+        labels = {answer: i for i, answer in enumerate(vocabulary)}
+        answers = {a["question_id"]: [x["answer"] for x in a["answers"]] for a in known.get(split, [])}
+        for q in read_json(root / questions, "VQAv2's questions")["questions"]:
+            entry = {"question": q["question"], "question_id": q["question_id"]}
+            if annotations:
+                entry |= {"answers": answers[q["question_id"]], **soft_scores(answers[q["question_id"]], labels)}
+            of_image[int(q["image_id"])].append(entry)
     items = [(f"{folder}/COCO_{folder}_{image_id:012d}.jpg", image_id, found) for image_id, found in of_image.items()]
     extra = {"answers.json": json.dumps(vocabulary, ensure_ascii=False).encode()} if annotations else {}
     return Plan(f"vqav2-{split}", items, partial(make_questions, root=root, resize=resize), extra)
@@ -242,10 +306,11 @@ def make_questions(item: tuple, root: Path, resize: int) -> Made:
         yield Rejected("question without an answer in the vocabulary")
     if not kept:
         return
-    if path is None or (isinstance(path, str) and not (root / path).is_file()):
+    if path is None:
         yield Rejected("image file missing")
         return
-    image = usable_image((root / path).read_bytes() if isinstance(path, str) else path.read(), resize)
+    data = bytes_of(root / path) if isinstance(path, str) else path.read()
+    image = data if isinstance(data, Rejected) else usable_image(data, resize)
     if isinstance(image, Rejected):
         yield image
         return
@@ -258,13 +323,16 @@ def easy_vqa(root: Path, split: str, resize: int) -> Plan:
     vocabulary = need(root / "answers.txt", "the list of answers").read_text().split()
     labels = {answer: i for i, answer in enumerate(vocabulary)}
     of_image: dict[int, list[dict]] = defaultdict(list)
-    triples = read_json(root / f"{split}_questions.json", "[question, answer, image] triples")
-    for number, (question, answer, image) in enumerate(triples):
-        entry = {"question": question, "question_id": number, "answers": [answer] * 10}
-        of_image[image].append(entry | soft_scores([answer] * 10, labels))
+    file = root / f"{split}_questions.json"
+    with shaped(file, "a list of [question, answer, image] triples"):
+        for number, (question, answer, image) in enumerate(read_json(file, "[question, answer, image] triples")):
+            entry = {"question": question, "question_id": number, "answers": [answer] * 10}
+            of_image[image].append(entry | soft_scores([answer] * 10, labels))
     if (root / f"{split}_images.tar").exists():
         stored = tar_members(root / f"{split}_images.tar")
-        places: dict[int, Any] = {int(Path(name).stem): member for name, member in stored.items()}
+        places: dict[int, Any] = {
+            int(Path(name).stem): member for name, member in stored.items() if Path(name).stem.isdecimal()
+        }
     else:
         places = {image: f"{split}/images/{image}.png" for image in of_image}
     items = [(places.get(image), f"easy_vqa:{split}:{image}", found) for image, found in of_image.items()]
@@ -296,16 +364,18 @@ def nlvr2(root: Path, split: str, resize: int) -> Plan:
     """NLVR2: one sample per pair of images with its sentences and labels; members 0.<ext> and 1.<ext> are the images."""
     choice(split, NLVR2_SPLITS, "NLVR2")
     of_pair: dict[str, list[dict]] = defaultdict(list)
-    for row in read_json_lines(root / "nlvr2" / "data" / NLVR2_SPLITS[split], "one example of NLVR2 a line"):
-        of_pair[row["identifier"].rpartition("-")[0]].append(row)
+    file = root / "nlvr2" / "data" / NLVR2_SPLITS[split]
     items = []
-    for identifier, rows in of_pair.items():
-        base = identifier.split("-")[0]
-        folder = f"images/train/{rows[0]['directory']}" if base == "train" else base
-        if base != "train" and not (root / base).is_dir() and (root / "images" / base).is_dir():
-            folder = f"images/{base}"
-        sentences = [{k: r[k] for k in ("sentence", "label", "identifier") if k in r} for r in rows]
-        items.append((f"{folder}/{identifier}", identifier, sentences))
+    with shaped(file, "one example of NLVR2 a line"):
+        for row in read_json_lines(file, "one example of NLVR2 a line"):
+            of_pair[row["identifier"].rpartition("-")[0]].append(row)
+        for identifier, rows in of_pair.items():
+            base = identifier.split("-")[0]
+            folder = f"images/train/{rows[0]['directory']}" if base == "train" else base
+            if base != "train" and not (root / base).is_dir() and (root / "images" / base).is_dir():
+                folder = f"images/{base}"
+            sentences = [{k: r[k] for k in ("sentence", "label", "identifier") if k in r} for r in rows]
+            items.append((f"{folder}/{identifier}", identifier, sentences))
     return Plan(f"nlvr2-{split}", items, partial(make_nlvr2, root=root, resize=resize))
 
 
@@ -313,11 +383,8 @@ def make_nlvr2(item: tuple, root: Path, resize: int) -> Made:
     path, identifier, sentences = item
     fields: dict[str, bytes] = {}
     for number in (0, 1):
-        file = root / f"{path}-img{number}.png"
-        if not file.is_file():
-            yield Rejected("image file missing")
-            return
-        image = usable_image(file.read_bytes(), resize)
+        data = bytes_of(root / f"{path}-img{number}.png")
+        image = data if isinstance(data, Rejected) else usable_image(data, resize)
         if isinstance(image, Rejected):
             yield image
             return
@@ -330,12 +397,11 @@ def image_folder(root: Path, resize: int) -> Plan:
     classes = sorted(p.name for p in need(root, "folders of images, one for each class").iterdir() if p.is_dir())
     if not classes:
         raise DataError(f"{root} holds no folders: expected one for each class, as root/n01440764/*.JPEG")
-    endings = {".jpg", ".jpeg", ".png", ".webp"}
     items = [
         (str(path.relative_to(root)), label, name)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in endings
+        if path.suffix.lower() in ENDINGS
     ]
     # classes lie together on disk: mixed here, so that a shard holds many of them
     mixed = [items[i] for i in generator(0, 15).permutation(len(items))]
@@ -344,67 +410,12 @@ def image_folder(root: Path, resize: int) -> Plan:
 
 def make_labelled(item: tuple, root: Path, resize: int) -> Made:
     path, label, name = item
-    image = usable_image((root / path).read_bytes(), resize)
+    data = bytes_of(root / path)
+    image = data if isinstance(data, Rejected) else usable_image(data, resize)
     if isinstance(image, Rejected):
         yield image
         return
     yield Sample({image[0]: image[1], "json": sample_json(label=label, **{"class": name}, file=path)}, 0)
-
-
-def arrow(inputs: Sequence[Path], resize: int, samples: int) -> Plan:
-    """The pyarrow files that ViLT's and VLMo's scripts write: captions, VQAv2, NLVR2, or text alone, by their columns."""
-    from vlmo_ds.data.prepare.arrow import open_table
-
-    rows = {str(path): open_table(str(need(path, "a pyarrow file"))).num_rows for path in inputs}
-    items = [(path, first, min(first + samples, n)) for path, n in rows.items() for first in range(0, n, samples)]
-    return Plan("arrow", items, partial(make_arrow, resize=resize), items_per_shard=1)
-
-
-def make_arrow(item: tuple, resize: int) -> Made:
-    from vlmo_ds.data.prepare.arrow import read_rows
-
-    for row in read_rows(*item):
-        if "image_0" in row:
-            yield from make_arrow_nlvr2(row, resize)
-        elif "questions" in row:
-            yield from make_arrow_vqa(row, resize)
-        else:
-            captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-            if "image" in row:
-                yield from pair(row["image"], captions, resize, image_id=row.get("image_id"))
-            else:
-                yield from write_text(captions)
-
-
-def make_arrow_vqa(row: dict, resize: int) -> Made:
-    image = usable_image(row["image"], resize)
-    if isinstance(image, Rejected):
-        yield image
-        return
-    columns = {
-        "question": "questions",
-        "question_id": "question_id",
-        "labels": "answer_labels",
-        "scores": "answer_scores",
-    }
-    present = {ours: row[theirs] for ours, theirs in columns.items() if row.get(theirs)}
-    questions = [dict(zip(present, values, strict=True)) for values in zip(*present.values(), strict=True)]
-    yield Sample(
-        {image[0]: image[1], "json": sample_json(image_id=row["image_id"], questions=questions)}, len(questions)
-    )
-
-
-def make_arrow_nlvr2(row: dict, resize: int) -> Made:
-    images = [usable_image(row[name], resize) for name in ("image_0", "image_1")]
-    bad = next((image for image in images if isinstance(image, Rejected)), None)
-    if bad:
-        yield bad
-        return
-    sentences = [{"sentence": s, "label": a} for s, a in zip(row["questions"], row["answers"], strict=True)]
-    fields = {f"{number}.{name}": data for number, (name, data) in enumerate(images)}
-    yield Sample(
-        fields | {"json": sample_json(image_id=f"nlvr2:{row['identifier']}", sentences=sentences)}, len(sentences)
-    )
 
 
 def text(inputs: Sequence[Path], words: int, tokenizer: str | None, max_text_len: int, samples: int) -> Plan:
@@ -483,7 +494,7 @@ def write_text(texts: Iterable[str]) -> Made:
         if len(words.split()) < 3:
             yield Rejected("fewer than three words")
         else:
-            yield Sample({"txt": words.encode()}, 1)
+            yield Sample({"txt": words.encode(errors="replace")}, 1)
 
 
 def synthetic_pairs(split: str, train: int, held_out: int, seed: int, size: int) -> Plan:

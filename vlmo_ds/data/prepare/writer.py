@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import webdataset as wds
-from tqdm import tqdm
 
 from vlmo_ds.data.index import INDEX, ShardIndex, dump_index, scan
 from vlmo_ds.data.storage import DataError, write_atomically
+from vlmo_ds.progress import Progress
 
 PARTIAL = ".partial"  # suffix of the folder that holds a set until it is whole
 PROGRESS = ".progress"  # in it: what was begun, and a report of each finished shard
@@ -84,18 +87,20 @@ def write_set(
     partial = folder.with_name(folder.name + PARTIAL)
     check_target(folder, overwrite)
     per_shard = plan.items_per_shard or samples_per_shard
-    begin(partial, plan, per_shard)
+    lock = begin(partial, plan, per_shard)
     count = -(-len(plan.items) // per_shard)
     reports = {n: report for n in range(count) if (report := read_report(partial, plan.prefix, n))}
     missing = [n for n in range(count) if n not in reports]
     done = sum(r.index.samples for r in reports.values())
-    with tqdm(total=len(plan.items), initial=min(len(reports) * per_shard, len(plan.items)), desc=str(folder)) as bar:
-        if done:
-            bar.write(f"{folder}: {len(reports)} shards of an earlier call are kept")
-        for number, report in run(plan, partial, per_shard, missing, processes):
-            reports[number] = report
-            bar.update(len(plan.shard_items(number, per_shard)))
+    if done:
+        print(f"{folder}: {len(reports)} shards of an earlier call are kept", file=sys.stderr)
+    bar = Progress(str(folder), len(plan.items), "items", done=min(len(reports) * per_shard, len(plan.items)))
+    for number, report in run(plan, partial, per_shard, missing, processes):
+        reports[number] = report
+        bar.advance(len(plan.shard_items(number, per_shard)))
+    bar.close()
     finish(partial, folder, plan, reports)
+    lock.close()
     return summary(folder, reports)
 
 
@@ -107,26 +112,35 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise DataError(f"{folder} exists and is not a shard set: choose another --output")
 
 
-def begin(partial: Path, plan: Plan, per_shard: int) -> None:
-    """Makes the folder, or checks that what is in it is of the same plan; temporary files of a killed call go."""
+def begin(partial: Path, plan: Plan, per_shard: int) -> IO:
+    """Makes the folder, or checks that what is in it is of the same plan; temporary files of a killed call go.
+
+    Returns the file whose lock keeps another call out. DataError where one is at work, or was begun otherwise.
+    """
     digest = hashlib.blake2b(repr((plan.prefix, per_shard, identity(plan.make))).encode(), digest_size=16)
     for item in plan.items:
-        digest.update(repr(item).encode())
+        digest.update(repr(item).encode(errors="surrogatepass"))
     made = {"items": len(plan.items), "items_per_shard": per_shard, "digest": digest.hexdigest()}
-    if partial.exists():
-        try:
-            found = json.loads((partial / PROGRESS / "plan.json").read_text())
-        except (OSError, ValueError):
-            found = None
-        if found != made:
-            raise DataError(
-                f"{partial} was begun with other input or settings: remove it, or repeat the call that began it"
-            )
-        for leftover in [*partial.glob("*.tmp"), *(partial / PROGRESS).glob("*.tmp")]:
-            leftover.unlink(missing_ok=True)
-        return
-    (partial / PROGRESS).mkdir(parents=True)
-    write_atomically(partial / PROGRESS / "plan.json", json.dumps(made).encode())
+    if not partial.exists():
+        (partial / PROGRESS).mkdir(parents=True)
+        write_atomically(partial / PROGRESS / "plan.json", json.dumps(made).encode())
+    try:
+        found = json.loads((partial / PROGRESS / "plan.json").read_text())
+    except (OSError, ValueError):
+        found = None
+    if found != made:
+        raise DataError(
+            f"{partial} was begun with other input or settings: remove it, or repeat the call that began it"
+        )
+    lock = open(partial / PROGRESS / "lock", "w")  # noqa: SIM115 (held until the set is whole)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: those it starts do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise DataError(f"{partial} is being written by another call of this command") from None
+    for leftover in [*partial.glob("*.tmp"), *(partial / PROGRESS).glob("*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    return lock
 
 
 def identity(make: Callable) -> tuple:
@@ -238,13 +252,10 @@ def finish(partial: Path, folder: Path, plan: Plan, reports: Mapping[int, ShardR
     for name, content in plan.extra.items():
         write_atomically(partial / name, content)
     write_atomically(partial / INDEX, dump_index(whole))
-    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        folder.rename(old)
+        folder.rename(partial / PROGRESS / "replaced")
     partial.rename(folder)
     shutil.rmtree(folder / PROGRESS)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def summary(folder: Path, reports: Mapping[int, ShardReport]) -> str:
