@@ -41,6 +41,13 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        elif not self.silent and (self.told == self.began or time.monotonic() - self.told > LINE_EVERY):
+            seconds = int(time.monotonic() - self.began)
+            print(
+                f"{self.what}: {self.done:,} {self.unit} in {seconds // 60}:{seconds % 60:02d}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def progress(
