@@ -31,7 +31,7 @@ from transformers import AutoProcessor
 
 from vlmo_ds.config import RecipeError, number
 from vlmo_ds.data.storage import write_atomically
-from vlmo_ds.data.transforms import upright
+from vlmo_ds.data.transforms import EncodedImage
 from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval, VLMoProcessor
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
@@ -150,8 +150,8 @@ def search(
 
 
 def thumbnail(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return ImageOps.pad(upright(image, image).convert("RGB"), (THUMBNAIL, THUMBNAIL), color="white")
+    whole = Image.fromarray(EncodedImage(file.read_bytes()).decode())
+    return ImageOps.pad(whole, (THUMBNAIL, THUMBNAIL), color="white")
 
 
 def as_html(found: Sequence[tuple[Query, list[Hit]]], images: Path) -> bytes:
