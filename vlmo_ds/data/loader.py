@@ -145,14 +145,14 @@ class BatchDataset(Dataset):
         if spec.questions:
             question = self.turn(raw.entries("questions", ("question", "labels", "scores")), raw, place)
             out["vqa_targets"] = self.targets(question, raw)
-            out["text_ids"] = self.token_ids(self.encode(str(question["question"]), raw))
+            out["text_ids"] = self.token_ids(self.encode(question["question"], raw))
         elif spec.image_pair:
             sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
             out["image_0"], out["image_1"] = (
                 self.image(raw.picture(f"{number}."), raw, place.source, rng) for number in (0, 1)
             )
             out["answers"] = int(is_true(sentence["label"]))
-            out["text_ids"] = self.token_ids(self.encode(str(sentence["sentence"]), raw))
+            out["text_ids"] = self.token_ids(self.encode(sentence["sentence"], raw))
         elif spec.text:
             encoding = self.encoded_text(raw, rng)
             ids = out["text_ids"] = self.token_ids(encoding)
@@ -178,7 +178,7 @@ class BatchDataset(Dataset):
         scores = np.zeros(self.spec.answers, dtype=np.float32)
         try:
             scores[question["labels"]] = question["scores"]
-        except (IndexError, ValueError, TypeError):
+        except IndexError:
             raise DataError(
                 f"{raw.name}: labels {question['labels']} and scores {question['scores']} of '{question['question']}' do "
                 f"not fit {self.spec.answers} answers (model.vqav2_label_size)"

@@ -19,7 +19,7 @@ from vlmo_ds.data import synthetic
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
-from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
+from vlmo_ds.data.shards import clean_texts, lines, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage
@@ -55,7 +55,7 @@ def read_json(path: Path, what: str) -> Any:
 
 def read_json_lines(path: Path, what: str) -> list[dict]:
     try:
-        return [json.loads(line) for line in need(path, what).read_text().splitlines() if line.strip()]
+        return [json.loads(line) for line in lines(need(path, what).read_text("utf-8")) if line.strip()]
     except ValueError as error:
         raise DataError(f"{path} does not hold one JSON object a line ({error}): expected {what}") from None
 
@@ -432,7 +432,7 @@ def text_parts(path: Path, size: int) -> list[tuple[str, int, int]]:
 def make_text(item: tuple, limit: int, tokenizer: str | None) -> Made:
     path, start, end = item
     pieces = word_counter(tokenizer) if tokenizer else None
-    for line in read_span(Path(path), start, end - start).decode("utf-8", "replace").splitlines():
+    for line in lines(read_span(Path(path), start, end - start).decode("utf-8", "replace")):
         line = "".join(clean_texts([line]))
         if not line or re.fullmatch(r"(= ?)+.*( ?=)+", line):  # a heading of Wikipedia text
             continue
