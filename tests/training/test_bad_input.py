@@ -363,3 +363,10 @@ def test_too_few_arguments_are_explained():
     )
     assert done.returncode == 2 and "recipe no.yaml does not exist; in launch/recipes: " in done.stderr
     assert run_ranks(["train_ds.py", "--help"], 1).count("key=value") >= 2
+
+
+def test_a_held_out_picture_that_cannot_be_read(tmp_path, synthetic):
+    recipe = tiny_recipe(synthetic)
+    recipe["retrieval"]["shards"].append(bad_shard(tmp_path, a_jpg=jpeg((90, 90))[:-300], a_txt=b"a dog"))
+    assert "retrieval: " in (output := fails(tmp_path, recipe, ranks=2))
+    assert "bad.tar:a: not a readable image" in output

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,7 +262,7 @@ def batches(
 ) -> Iterator[dict[str, Tensor | list]]:
     """Batches start .. stop-1 in order, whatever the number of workers."""
     loader = DataLoader(
-        dataset,
+        Told(dataset),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
@@ -270,7 +271,31 @@ def batches(
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=ignore_signals if workers else None,
     )
-    return iter(loader)
+    return raised(iter(loader))
+
+
+class Told(Dataset):
+    """A dataset with the DataError of an item in its place: out of a loader process it would come as a traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def raised(items: Iterable) -> Iterator:
+    """The items of Told, or its error."""
+    for item in items:
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
 def ignore_signals(worker: int) -> None:

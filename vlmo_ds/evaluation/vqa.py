@@ -50,6 +50,10 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found | {"questions": len(rows)}
 
 
+def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+    return {"image": raw.image}, raw.entries("questions", ("question", "question_id"))
+
+
 def evaluate(
     model: VLMo,
     config: EvaluationConfig,
@@ -58,10 +62,6 @@ def evaluate(
     collector: Collector,
 ) -> list[dict[str, Any]]:
     """question_id, answer (and accuracy, answer_type where the data has them) of every question, on every rank."""
-
-    def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
-        return {"image": raw.image}, raw.entries("questions", ("question", "question_id"))
-
     found = []
     for entry, best in runs.best_classes(model, "answer", read, "question", config, tokenizer, collector):
         row = {"question_id": entry["question_id"], "answer": answers[best]}
