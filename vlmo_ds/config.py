@@ -72,7 +72,7 @@ class RecipeError(ValueError):
 
 
 class Settings(BaseModel):
-    """Numbers are finite, and true and false are no numbers (YAML reads `yes` and `on` as true)."""
+    """Numbers are finite and of 64 bits; true and false are no numbers (YAML reads `yes` and `on` as true)."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -83,6 +83,13 @@ class Settings(BaseModel):
         held = value.values() if isinstance(value, dict) and get_origin(accepted) is dict else [value]
         if bool not in (accepted, *get_args(accepted)) and any(isinstance(one, bool) for one in held):
             raise ValueError("true and false are not accepted here")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def at_most_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("accepted: whole numbers of at most 64 bits")
         return value
 
 
@@ -535,6 +542,8 @@ def parse_recipe(data: dict, source: str) -> Recipe:
     except ValidationError as error:
         lines = [f"recipe {source}:"] + [f"  {explain(item, data)}" for item in error.errors()]
         raise RecipeError("\n".join(lines)) from None
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"recipe {source} holds half a surrogate pair, which is no character: {error}") from None
 
 
 def apply_override(data: dict, override: str) -> None:

@@ -25,11 +25,14 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from vlmo_ds.data.meta import parse_json
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, opened, retried, write_atomically
 
 INDEX = "index.json"
 BLOCK = tarfile.BLOCKSIZE
 TEXT_EXTENSIONS = ("txt", "caption", "json")
+# What Python's reader raises of damaged tars: its own errors, and others that come through it.
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass
@@ -43,11 +46,13 @@ class ShardIndex:
 
     def spans(self) -> np.ndarray | None:
         """[samples + 1] int64: where each sample begins, and where the last one ends."""
-        return None if not self.offsets else unpack(self.offsets, np.uint32).astype(np.int64).cumsum() * BLOCK
+        if not self.offsets:
+            return None
+        return unpack(self.offsets, np.uint32, self.samples + 1).astype(np.int64).cumsum() * BLOCK
 
     def text_lengths(self) -> np.ndarray | None:
         """[samples] uint16: bytes of text of each sample (of .txt or .caption, else of .json), at most 65535."""
-        return None if not self.lengths else unpack(self.lengths, np.uint16)
+        return None if not self.lengths else unpack(self.lengths, np.uint16, self.samples)
 
     def record(self) -> dict[str, int | str]:
         return {"samples": self.samples, "bytes": self.bytes, "offsets": self.offsets, "lengths": self.lengths}
@@ -58,8 +63,26 @@ def pack(values: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(little.tobytes(), 6)).decode()
 
 
-def unpack(text: str, dtype: type) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.dtype(dtype).newbyteorder("<"))
+def unpack(text: str, dtype: type, count: int) -> np.ndarray:
+    """So many values that pack has packed. DataError where it is another number of them, or none at all."""
+    size = count * np.dtype(dtype).itemsize
+    try:
+        unpacking = zlib.decompressobj()
+        content = unpacking.decompress(base64.b64decode(text, validate=True), size + 1)
+    except (ValueError, zlib.error) as error:
+        raise DataError(f"the index is damaged ({error}): delete it, and build it again") from None
+    if len(content) != size or not unpacking.eof:
+        raise DataError(f"the index is damaged (it does not hold {count} values): delete it, and build it again")
+    return np.frombuffer(content, dtype=np.dtype(dtype).newbyteorder("<"))
+
+
+class Header(tarfile.TarInfo):
+    """Without negative sizes, with which Python's reader goes back in the file, for ever (CVE-2025-8194)."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.InvalidHeaderError("a file of negative size")
+        return super()._block(count)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -71,7 +94,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def members(stream: BinaryIO, mode: str = "r:") -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """(key, extension, header, tar) of every file of a tar that belongs to a sample."""
-    with tarfile.open(fileobj=stream, mode=mode) as tar:
+    with tarfile.open(fileobj=stream, mode=mode, tarinfo=Header) as tar:
         for info in tar:
             key, extension = split_name(info.name)
             if info.isfile() and key and extension:
@@ -101,8 +124,8 @@ def scan(stream: BinaryIO, size: int, mode: str = "r:") -> tuple[ShardIndex, str
             end = after
             if extension in TEXT_EXTENSIONS and (extension != "json" or not lengths[-1]):
                 lengths[-1] = min(info.size, 65535)
-    except (tarfile.TarError, EOFError) as error:
-        problem = str(error)
+    except TAR_ERRORS as error:
+        problem = str(error) or type(error).__name__
         if size < 0 and starts:  # of a stream that ends early the last sample is not whole
             end = starts.pop()
             lengths.pop()
@@ -135,14 +158,14 @@ def scan_shard(url: str, storage: Storage) -> tuple[ShardIndex, str]:
 def parse_index(text: str | bytes, source: str) -> dict[str, ShardIndex]:
     """Shard name -> index. Raises DataError naming the file."""
     try:
-        records = json.loads(text)["shards"]
+        records = parse_json(text)["shards"]
         return {
             str(name): ShardIndex(
                 int(r["samples"]), int(r.get("bytes", -1)), str(r.get("offsets", "")), str(r.get("lengths", ""))
             )
             for name, r in records.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{source} is not an index ({error!r}): delete it, and build it again") from None
 
 

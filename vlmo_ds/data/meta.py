@@ -77,7 +77,7 @@ SENTENCE = {
 }
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes | str) -> Any:
     """What JSON holds. ValueError if it is none, is nested too deeply, or a text in it is no Unicode."""
     try:
         found = json.loads(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import tarfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from vlmo_ds.data.index import INDEX, ShardIndex, members, parse_index, scan_shard
+from vlmo_ds.data.index import BLOCK, INDEX, TAR_ERRORS, ShardIndex, members, parse_index, scan_shard
 from vlmo_ds.data.meta import check_unicode, parse_json, read_meta, truth
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
 
 ANSWERS = "answers.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_SAMPLES = 10**9  # of a shard whose size is not known
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class Shard:
     @property
     def text_lengths(self) -> np.ndarray:
         """[samples] bytes of text, as far as the index knows."""
-        return unpacked_lengths(self.index.lengths) if self.index.lengths else np.zeros(self.samples, dtype=np.uint16)
+        if not self.index.lengths:
+            return np.zeros(self.samples, dtype=np.uint16)
+        try:
+            return unpacked_lengths(self.index.lengths, self.samples)
+        except DataError as error:
+            raise DataError(f"shard {self.url}: {error}") from None
 
     def read(self, row: int) -> RawSample:
         """One sample, its .json checked. DataError where the shard or this part of it cannot be read or used."""
@@ -69,7 +74,9 @@ class Shard:
                 if info.size > len(data):  # of a sparse file, or a damaged header
                     raise DataError(f"shard {self.url} is damaged at sample {row}: {info.name} has {info.size} bytes")
                 key, fields[extension] = member_key, tar.extractfile(info).read()
-        except (tarfile.TarError, EOFError) as error:
+        except DataError:
+            raise
+        except TAR_ERRORS as error:
             raise DataError(f"shard {self.url} is damaged at sample {row}: {error}") from None
         if not fields:
             raise DataError(f"shard {self.url} does not fit its index at sample {row}: build the index again")
@@ -79,13 +86,13 @@ class Shard:
 
 
 @lru_cache(maxsize=512)
-def unpacked(packed: str) -> np.ndarray:
-    return ShardIndex(0, offsets=packed).spans()
+def unpacked(packed: str, samples: int) -> np.ndarray:
+    return ShardIndex(samples, offsets=packed).spans()
 
 
 @lru_cache(maxsize=512)
-def unpacked_lengths(packed: str) -> np.ndarray:
-    return ShardIndex(0, lengths=packed).text_lengths()
+def unpacked_lengths(packed: str, samples: int) -> np.ndarray:
+    return ShardIndex(samples, lengths=packed).text_lengths()
 
 
 @lru_cache(maxsize=100_000)
@@ -102,7 +109,10 @@ def scanned(path: Path) -> np.ndarray:
 
 def offsets(shard: Shard) -> np.ndarray:
     if shard.index.offsets:
-        return unpacked(shard.index.offsets)
+        try:
+            return unpacked(shard.index.offsets, shard.samples)
+        except DataError as error:
+            raise DataError(f"shard {shard.url}: {error}") from None
     return scanned(shard.storage.local(shard.url))
 
 
@@ -131,6 +141,11 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
                 raise DataError(f"shards: {url}: {problem}; expected members such as 000001.jpg and 000001.txt")
         elif not is_remote(url):
             check_size(url, known)
+        size = known.bytes if is_remote(url) else Path(url).stat().st_size
+        if not 0 <= known.samples <= (size // BLOCK if size >= 0 else MOST_SAMPLES):
+            raise DataError(
+                f"shards: the index says {known.samples} samples in the {size} bytes of {url}: delete it, and build it again"
+            )
         if known.samples == 0:
             raise DataError(f"shards: {url} holds no samples; expected members such as 000001.jpg and 000001.txt")
         shards.append(Shard(url, known, storage))
