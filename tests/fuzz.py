@@ -113,9 +113,10 @@ def fuzz(
             given = make(random.Random(f"{seed}:{number}"))
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             try:
-                read(given)
-            except accepted:
-                pass
+                try:
+                    read(given)
+                except accepted as error:
+                    str(error).encode()  # it can be printed
             except (Exception, TooLong):
                 pytest.fail(f"mutation {number} of seed {seed}: {repr(given)[:2000]}\n{traceback.format_exc()[-3000:]}")
             finally:

@@ -541,7 +541,7 @@ def parse_recipe(data: dict, source: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"recipe {source}:"] + [f"  {explain(item, data)}" for item in error.errors()]
-        raise RecipeError("\n".join(lines)) from None
+        raise RecipeError("\n".join(lines).encode("utf-8", "backslashreplace").decode()) from None
     except UnicodeEncodeError as error:
         raise RecipeError(f"recipe {source} holds half a surrogate pair, which is no character: {error}") from None
 

@@ -84,8 +84,8 @@ def test_members_of_a_sample(shard, count):
         attempt(lambda: raw.meta)
         for texts in (lambda: raw.captions, lambda: raw.texts, lambda: raw.asked):
             attempt(lambda texts=texts: [text.encode() for text in texts()])
-        for data in sets:
-            attempt(lambda data=data: collate([data.make(raw, Place(0, 1, 0, 0))], 20))
+        data = sets[len(changed["json"]) % len(sets)]
+        attempt(lambda: collate([data.make(raw, Place(0, 1, 0, 0))], 20))
         attempt(lambda: zero_shot.label_of(raw, ["cat", "dog"]))
         attempt(lambda: [vqa.accuracy("yes", e["answers"]) for e in vqa.read(raw)[1] if e.get("answers")])
         attempt(lambda: nlvr2.scores([{**e, "predicted": True} for e in nlvr2.read(raw)[1]]))
@@ -162,14 +162,10 @@ def test_whole_tars(shard, count, tmp_path):
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
-        for known in (lambda: list_shards([str(file)])[0], lambda: Shard(str(file), shard.index, Storage())):
-            try:
-                found = known()
-            except DataError as error:
-                str(error).encode()
-                continue
-            for row in range(min(found.samples, 20)):
-                attempt(lambda found=found, row=row: found.read(row).texts)
+        old_index = len(data) % 2
+        found = Shard(str(file), shard.index, Storage()) if old_index else list_shards([str(file)])[0]
+        for row in range(min(found.samples, 4)):
+            attempt(lambda row=row: found.read(row).texts)
 
     fuzz(count, 3, make, read, DataError)
 

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from vlmo_ds.data.meta import parse_json
+from vlmo_ds.data.meta import parse_json, printable
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, opened, retried, write_atomically
 
 INDEX = "index.json"
@@ -112,7 +112,7 @@ def scan(stream: BinaryIO, size: int, mode: str = "r:") -> tuple[ShardIndex, str
         for key, extension, info, _ in members(stream, mode):
             after = info.offset_data + -(-info.size // BLOCK) * BLOCK
             if size >= 0 and info.offset_data + info.size > size:
-                problem = f"it ends within {info.name}"
+                problem = f"it ends within {printable(info.name)}"
                 if keys and keys[-1] == key:
                     end = starts.pop()
                     lengths.pop()

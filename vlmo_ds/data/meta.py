@@ -6,7 +6,6 @@ Fields that this project does not know may hold anything.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ def is_label(value: Any) -> bool:
 
 
 def is_score(value: Any) -> bool:
-    return (is_whole(value) or isinstance(value, float)) and math.isfinite(value) and 0 <= value <= 1
+    return (is_whole(value) or isinstance(value, float)) and 0 <= value <= 1
 
 
 def truth(value: Any) -> bool | None:
@@ -136,3 +135,13 @@ def shown(value: Any, most: int = 60) -> str:
     """A value on one line, in ASCII where it would not be printable."""
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name that was read as UTF-8 was: tarfile and the file system put half surrogates for other bytes."""
+    return printable(name) == name
+
+
+def printable(name: str) -> str:
+    """A name with what is no UTF-8 in it written out."""
+    return name.encode("utf-8", "backslashreplace").decode()

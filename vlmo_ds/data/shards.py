@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from vlmo_ds.data.index import BLOCK, INDEX, TAR_ERRORS, ShardIndex, members, parse_index, scan_shard
-from vlmo_ds.data.meta import check_unicode, parse_json, read_meta, truth
+from vlmo_ds.data.meta import is_unicode, parse_json, printable, read_meta, truth
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
 
 ANSWERS = "answers.json"
@@ -295,19 +295,6 @@ def is_true(label: object) -> bool:
 def lines(text: str) -> list[str]:
     """The lines of a text, which end at newlines alone: str.splitlines ends them at nine other characters as well."""
     return re.split(r"\r\n|\n|\r", text)
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a name that was read as UTF-8 was: tarfile and the file system put half surrogates for other bytes."""
-    try:
-        check_unicode(name)
-    except ValueError:
-        return False
-    return True
-
-
-def printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def clean_texts(texts: Iterable[str]) -> list[str]:

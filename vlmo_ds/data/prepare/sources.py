@@ -87,7 +87,7 @@ def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
         out = io.BytesIO()
         image.resized(width, height).save(out, "JPEG", quality=JPEG_QUALITY)
         return "jpg", out.getvalue()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter where a stripe is too long for a JPEG
         return Rejected(f"image: {error}")
 
 
