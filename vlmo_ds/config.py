@@ -10,10 +10,10 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vlmo_ds import shipped
 
@@ -21,6 +21,7 @@ QUICKSTART = "launch/recipes/quickstart.yaml"  # the recipe of commands that nam
 LARGEST_YAML, MOST_YAML_VALUES, DEEPEST_YAML = 1 << 20, 50_000, 50  # bytes, values, levels
 FINE_TUNING = ("irtr", "vqa", "nlvr2")
 TASKS = ("mim", "textmlm", "mlm", "itc", "itm", *FINE_TUNING)
+LARGEST_BLOCK = 1_000_000  # samples
 ONE_MODALITY = dict.fromkeys(("mim", "textmlm"), "trains on one modality")
 REFERENCE_WEIGHTS = dict.fromkeys(TASKS, 1.0) | {"mlm": 0.25}
 
@@ -74,7 +75,25 @@ class RecipeError(ValueError):
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    """Numbers are finite and of 64 bits; true and false are no numbers (YAML reads `yes` and `on` as true)."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        accepted = cls.model_fields[info.field_name].annotation
+        held = value.values() if isinstance(value, dict) and get_origin(accepted) is dict else [value]
+        if bool not in (accepted, *get_args(accepted)) and any(isinstance(one, bool) for one in held):
+            raise ValueError("true and false are not accepted here")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def at_most_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("accepted: whole numbers of at most 64 bits")
+        return value
 
 
 class ModelConfig(Settings):
@@ -96,9 +115,9 @@ class ModelConfig(Settings):
     vqav2_label_size: int = Field(0, ge=0, description="answers that vqa chooses among; 0: those of its data")
     use_abs_pos_emb: bool = Field(False, description="absolute image positions")
     need_relative_position_embed: bool = Field(True, description="relative position bias; else absolute text positions")
-    layer_scale_init_values: float | None = Field(0.1, description="initial LayerScale; null: no LayerScale")
+    layer_scale_init_values: float | None = Field(0.1, gt=0, description="initial LayerScale; null: no LayerScale")
     init_std: float = Field(
-        0.02, gt=0, description="std of initial weights; narrow models want more, about 1/sqrt(embed_dim)"
+        0.02, gt=0, le=10, description="std of initial weights; narrow models want more, about 1/sqrt(embed_dim)"
     )
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     text_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of text embeddings; null: drop_path_rate")
@@ -126,6 +145,8 @@ class ModelConfig(Settings):
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves experts of embed_dim {self.embed_dim} no hidden unit")
         if self.vlffn_start_layer_index > self.depth:
             raise ValueError(
                 f"vlffn_start_layer_index is {self.vlffn_start_layer_index}, the model has {self.depth} blocks: "
@@ -165,7 +186,7 @@ class SourceConfig(Settings):
         min_length=1, description="tar files, folders of them, URLs; {000..009} and * are expanded"
     )
     index: str | None = Field(None, description="index file; null: the index.json beside the shards")
-    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of the samples, relative to the other sources")
     transform: Transform | None = Field(None, description="augmentation of this source's images; null: the data's")
 
 
@@ -195,15 +216,17 @@ class DataConfig(Settings):
     length_bucketing: int = Field(
         1, gt=0, description="batches whose samples are sorted by text length together and cut anew; 1: none"
     )
-    workers: int = Field(0, ge=0, description="loader processes per rank")
+    workers: int = Field(0, ge=0, le=1024, description="loader processes per rank")
     prefetch: int = Field(4, gt=0, description="batches that each loader process keeps ready")
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="stop when a larger share of a source's samples cannot be used"
     )
     cache: str | None = Field(None, description="folder for copies of remote shards; null: in the temporary directory")
     cache_size_gb: float = Field(100.0, gt=0, description="copies not used for longest are removed beyond this")
-    tries: int = Field(6, gt=0, description="times a remote shard is asked for before it counts as missing")
-    stall_seconds: float = Field(60.0, gt=0, description="a transfer without a byte for so long is begun anew")
+    tries: int = Field(6, gt=0, le=1000, description="times a remote shard is asked for before it counts as missing")
+    stall_seconds: float = Field(
+        60.0, gt=0, le=86_400, description="a transfer without a byte for so long is begun anew"
+    )
 
     @model_validator(mode="after")
     def check_sources(self) -> DataConfig:
@@ -216,6 +239,11 @@ class DataConfig(Settings):
         fractions = {name: s.weight for name, s in self.sources.items() if s.weight != int(s.weight)}
         if self.mixing == "exact" and fractions:
             raise ValueError(f"mixing 'exact' needs whole numbers as weights, found {fractions}")
+        if self.mixing == "exact" and (total := sum(s.weight for s in self.sources.values())) > LARGEST_BLOCK:
+            raise ValueError(
+                f"mixing 'exact' plans as many samples at a time as the weights add up to, found {total:,.0f}; accepted: "
+                f"{LARGEST_BLOCK:,} at most: divide the weights by a common factor, or take mixing 'random'"
+            )
         if self.image_only and (self.text_only or self.draw_false_text):
             raise ValueError("image_only leaves no text: text_only and draw_false_text have to be off")
         if self.text_only and self.draw_false_image:
@@ -228,13 +256,18 @@ class DataConfig(Settings):
         return self.sources or {"data": SourceConfig(shards=self.shards, index=self.index)}
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Settings):
     """AdamW (arXiv:1711.05101) with the reference's values."""
 
-    lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms, positions, tokens and scales")
+    lr: float = Field(2e-4, gt=0, le=10, description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's betas, from 0 to below 1")
+    eps: float = Field(1e-8, gt=0, lt=1, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        0.01, ge=0, le=100, description="not applied to biases, norms, positions, tokens and scales"
+    )
     head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the vqa and nlvr2 classifiers over lr")
     gradient_clipping: float = Field(0.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
@@ -244,6 +277,12 @@ class ScheduleConfig(Settings):
 
     name: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup_steps: int | float = Field(0.1, ge=0, description="steps, or a share of the stage's steps if below 1")
+
+    @model_validator(mode="after")
+    def check_warmup(self) -> ScheduleConfig:
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; accepted: a whole number, or a share below 1")
+        return self
 
 
 class InitConfig(Settings):
@@ -292,6 +331,18 @@ class StageConfig(Settings):
                 raise ValueError(f"task '{task}' is not known{nearest(task, TASKS)}; accepted: {', '.join(TASKS)}")
         if not self.tasks:
             raise ValueError(f"tasks is empty; accepted: {', '.join(TASKS)}")
+        for task, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(
+                    f"tasks.{task} is {weight}; accepted: a weight of at least 0, or null (the reference's)"
+                )
+        if not any(self.weights.values()):
+            raise ValueError(f"tasks: all weights are 0 ({', '.join(self.tasks)}), so that nothing would be trained")
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps is {self.schedule.warmup_steps}, longer than the stage, whose steps are {self.steps}; "
+                "accepted: at most the stage's steps, or a share of them below 1"
+            )
         for alone, why in {**ONE_MODALITY, **dict.fromkeys(FINE_TUNING, "has data of its own")}.items():
             if alone in self.tasks and len(self.tasks) > 1:
                 raise ValueError(f"task '{alone}' {why} and goes alone in a stage, found {list(self.tasks)}")
@@ -356,7 +407,7 @@ class HeldOutConfig(Settings):
 class EvaluationConfig(HeldOutConfig):
     """VQA or NLVR2 on held-out shards after the last stage."""
 
-    workers: int = Field(0, ge=0, description="loader processes per rank")
+    workers: int = Field(0, ge=0, le=1024, description="loader processes per rank")
 
 
 class RetrievalConfig(HeldOutConfig):
@@ -381,7 +432,9 @@ class Recipe(Settings):
     """A whole run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory is runs/<name>")
-    seed: int = Field(0, ge=0, description="seed of initial weights, data order, masks, augmentation and dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of initial weights, data order, masks, augmentation and dropout"
+    )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     stages: list[StageConfig] = Field(min_length=1)
@@ -408,6 +461,15 @@ class Recipe(Settings):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
+        if self.name.strip(".") == "":
+            raise ValueError(f"name is '{self.name}', which names no folder of its own below runs/")
+        patches = (self.model.image_size // self.model.patch_size) ** 2
+        for stage in self.stages:
+            if "mim" in stage.tasks and not 0 < round(stage.data.mim_ratio * patches) < patches:
+                raise ValueError(
+                    f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "
+                    "masked and some seen"
+                )
         return self
 
 
@@ -545,7 +607,9 @@ def parse_recipe(data: dict, source: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"recipe {source}:"] + [f"  {explain(item, data)}" for item in error.errors()]
-        raise RecipeError("\n".join(lines)) from None
+        raise RecipeError("\n".join(lines).encode("utf-8", "backslashreplace").decode()) from None
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"recipe {source} holds half a surrogate pair, which is no character: {error}") from None
 
 
 def apply_override(data: dict, override: str) -> None:

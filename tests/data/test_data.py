@@ -1,12 +1,14 @@
 """Masks, transforms, tokenizer, and the synthetic world."""
 
 import io
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 from data.files import jpeg
 from PIL import Image
+from transformers import BertTokenizer
 
 from vlmo_ds.data import synthetic as world
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
@@ -175,6 +177,82 @@ def test_berts_vocabulary(shared_data):
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "an", "una", "##ffa", "##ble", "dog", ".", "[SEP]"]
     assert (ids[0], ids[-1]) == (101, 102)
     assert len(tokenizer) == 30522
+
+
+UNCASED = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "[unused0]",
+    "<S>",
+    "a",
+    "dog",
+    "paris",
+    "cafe",
+    "Ⅱ",
+    "中",
+    "国",
+]
+CASED = [*UNCASED, "A", "Paris", "café"]
+GERMAN = [*UNCASED, "café"]  # lower case with accents
+SENTENCE = "A dog Paris café CAFÉ 中国"
+AS_UNCASED = ["a", "dog", "paris", "cafe", "cafe", "中", "国"]
+AS_CASED = ["A", "dog", "Paris", "café", "[UNK]", "中", "国"]
+
+
+@pytest.mark.parametrize(
+    "pieces, settings, wanted",
+    [
+        (UNCASED, None, AS_UNCASED),
+        (CASED, None, AS_CASED),
+        (GERMAN, None, ["a", "dog", "paris", "café", "café", "中", "国"]),
+        (CASED, {}, AS_CASED),
+        (CASED, {"do_lower_case": False}, AS_CASED),
+        (UNCASED, {"do_lower_case": False}, ["[UNK]", "dog", "[UNK]", "[UNK]", "[UNK]", "中", "国"]),
+        (CASED, {"do_lower_case": True}, AS_UNCASED),
+        (CASED, {"do_lower_case": True, "strip_accents": None}, AS_UNCASED),
+        (CASED, {"do_lower_case": True, "strip_accents": False}, ["a", "dog", "paris", "café", "café", "中", "国"]),
+        (CASED, {"do_lower_case": False, "strip_accents": True}, ["A", "dog", "Paris", "cafe", "[UNK]", "中", "国"]),
+        (UNCASED, {"tokenize_chinese_chars": False}, [*AS_UNCASED[:5], "[UNK]"]),
+    ],
+)
+def test_a_vocabulary_is_cased_as_its_files_or_its_pieces_say(pieces, settings, wanted, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", "utf-8")
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in (tmp_path, tmp_path / "vocab.txt"):
+        tokenizer = load_tokenizer(str(name))
+        assert tokenizer.tokenize(SENTENCE) == wanted
+    tokenizer.save_pretrained(tmp_path / "saved")  # as a run keeps it, and an exported model has it
+    assert load_tokenizer(str(tmp_path / "saved")).tokenize(SENTENCE) == wanted
+
+
+def test_a_folder_of_transformers_is_obeyed(tmp_path):
+    vocab = {piece: number for number, piece in enumerate(CASED)}
+    for lower, wanted in ((False, AS_CASED), (True, AS_UNCASED)):
+        BertTokenizer(vocab=vocab, do_lower_case=lower).save_pretrained(tmp_path / str(lower))
+        assert load_tokenizer(str(tmp_path / str(lower))).tokenize(SENTENCE) == wanted
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("tokenizer_config.json", b'{"do_lower_case": "no"}', "has do_lower_case 'no'; accepted: true, false or null"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json cannot be read"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json cannot be read"),
+        ("vocab.txt", b"caf\xe9\n", "vocab.txt is no list of word pieces"),
+        ("vocab.txt", b"a\nb\n", r"has no \[CLS\] or no \[SEP\]"),
+        ("tokenizer.json", b"{}", "cannot be read"),
+        ("tokenizer.json", b"\xff", "cannot be read"),
+    ],
+)
+def test_damaged_tokenizers_are_named(name, content, reason, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(UNCASED) + "\n", "utf-8")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"tokenizer: .*{reason}"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_tokenizer_that_is_not_there(tmp_path, monkeypatch):

@@ -58,11 +58,69 @@ def change_data(number, **settings):
         (change_data(0, text_only=True), r"data.text_only is true, which fits task 'textmlm' alone, found \['mim'\]"),
         (change_data(0, draw_false_text=1), r"data.draw_false_text is 1, but task 'mim' reads none"),
         (change_data(0, transform="square"), r"stages.image.data.transform: .*'square_transform'.*found 'square'"),
+        (lambda r: r.update(name=".."), r"name is '..', which names no folder of its own"),
     ],
 )  # fmt: skip
 def test_recipe_mistakes(synthetic, change, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe(recipe_with(synthetic, change), "r.yaml")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def change_optimizer(**settings):
+    return lambda recipe: recipe["stages"][2]["optimizer"].update(settings)
+
+
+def mixture(**weights):
+    return {"shards": [], "sources": {name: {"shards": ["x"], "weight": weight} for name, weight in weights.items()}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (change_stage(2, schedule={"warmup_steps": 4}), r"warmup_steps is 4, longer than the stage, whose steps are 3"),
+        (change_stage(2, schedule={"warmup_steps": 1.5}), r"joint.schedule: warmup_steps is 1.5; accepted: a whole number"),
+        *((change_stage(2, schedule={"warmup_steps": odd}), r"joint.schedule.warmup_steps") for odd in (-1, NAN, INF, True)),
+        *((change_optimizer(betas=odd), r"joint.optimizer.betas.[01]: .*found") for odd in ([1.5, 0.9], [0.9, 1.0], [-0.1, 0.9])),
+        *((change_optimizer(betas=odd), r"joint.optimizer.betas") for odd in ([NAN, 0.9], [0.9], [0.9, 0.9, 0.9], 0.9, [True, 0.9])),
+        *((change_optimizer(**{name: odd}), rf"joint.optimizer.{name}: .*found")
+          for name in ("lr", "eps", "weight_decay", "head_lr_multiplier", "gradient_clipping") for odd in (NAN, INF, -INF, -1, True)),
+        *((change_optimizer(lr=odd), r"joint.optimizer.lr: .*found") for odd in (0, 1e30, "inf", "nan")),
+        (change_optimizer(eps=1), r"joint.optimizer.eps: .*found"),
+        *((change_stage(2, tasks={"itc": 1, "mlm": odd}), r"joint.tasks") for odd in (NAN, INF, "many", True)),
+        (change_stage(2, tasks={"itc": 1, "mlm": -0.5}), r"joint: tasks.mlm is -0.5; accepted: a weight of at least 0"),
+        (change_stage(2, tasks={"itc": 0, "mlm": 0.0}), r"joint: tasks: all weights are 0 \(itc, mlm\)"),
+        *((change_data(0, **mixture(a=1, b=odd)), r"data.sources.b.weight: .*found") for odd in (0, -1, NAN, INF, 1e300, 1e-300, True)),
+        (change_data(0, **mixture(a=999_999, b=2), mixing="exact"), r"weights add up to, found 1,000,001; accepted: 1,000,000 at most"),
+        *((change_data(0, **{name: odd}), rf"data.{name}: .*found")
+          for name in ("mlm_probability", "mim_ratio", "max_bad_fraction", "cache_size_gb", "stall_seconds") for odd in (NAN, INF, -1)),
+        *((change_data(0, **{name: odd}), rf"data.{name}: .*found")
+          for name in ("lanes", "shuffle", "workers", "prefetch", "tries", "length_bucketing") for odd in (-1, NAN, INF, True, 0.5)),
+        (change_data(0, mim_ratio=0.01), r"stages.image.data.mim_ratio is 0.01: of 16 patches some have to be masked"),
+        (change_data(0, mim_ratio=0.99), r"stages.image.data.mim_ratio is 0.99"),
+        *((change_model(**{name: odd}), rf"model.{name}: .*found")
+          for name in ("mlp_ratio", "init_std", "drop_path_rate", "text_dropout", "layer_scale_init_values") for odd in (NAN, INF, -1)),
+        (change_model(mlp_ratio=0.001), r"mlp_ratio 0.001 leaves experts of embed_dim 32 no hidden unit"),
+        *((lambda r, odd=odd: r.update(loss_spike={"factor": odd}), r"loss_spike.factor: .*found") for odd in (NAN, INF, 1)),
+        *((lambda r, odd=odd: r.update(seed=odd), r"seed: .*found") for odd in (-1, 2**32, 10**400, NAN, INF, True)),
+        *((change_stage(2, **{name: odd}), rf"joint.{name}: .*found")
+          for name in ("steps", "global_batch_size", "micro_batch_size", "checkpoint_every") for odd in (-1, NAN, INF, True, 1.5)),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(recipe_with(tmp_path, change), "r.yaml")
+
+
+def test_numbers_at_the_edge_are_accepted(tmp_path):
+    def change(recipe):
+        recipe["seed"] = 2**32 - 1
+        recipe["stages"][2] |= {"tasks": {"itc": 1, "mlm": 0}, "schedule": {"warmup_steps": 3}}
+        recipe["stages"][2]["optimizer"] |= {"betas": [0, 0.999], "lr": "2e-4"}  # a text, as YAML reads it
+
+    assert parse_recipe(recipe_with(tmp_path, change), "r.yaml").stages[2].warmup == 3
 
 
 @pytest.mark.parametrize(
@@ -305,3 +363,10 @@ def test_too_few_arguments_are_explained():
     )
     assert done.returncode == 2 and "recipe no.yaml does not exist; in launch/recipes: " in done.stderr
     assert run_ranks(["train_ds.py", "--help"], 1).count("key=value") >= 2
+
+
+def test_a_held_out_picture_that_cannot_be_read(tmp_path, synthetic):
+    recipe = tiny_recipe(synthetic)
+    recipe["retrieval"]["shards"].append(bad_shard(tmp_path, a_jpg=jpeg((90, 90))[:-300], a_txt=b"a dog"))
+    assert "retrieval: " in (output := fails(tmp_path, recipe, ranks=2))
+    assert "bad.tar:a: not a readable image" in output

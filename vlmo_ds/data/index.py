@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from vlmo_ds.data.meta import parse_json, printable
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, opened, retried, write_atomically
 from vlmo_ds.progress import progress
 
@@ -33,6 +34,8 @@ TEXT_EXTENSIONS = ("txt", "caption", "json")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MOST_SAMPLES = 10_000_000  # of one shard: 5 GB of headers alone
 PACKERS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+# What Python's reader raises of damaged tars: its own errors, and others that come through it.
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass
@@ -124,7 +127,7 @@ class Scan:
         if key != self.key:
             self.end_sample()
             if key in self.known:
-                self.apart.append(info.name)
+                self.apart.append(printable(info.name))
             self.known.add(key)
             self.key, self.usable, self.dotted = key, False, ""
             self.starts.append(info.offset)
@@ -134,7 +137,7 @@ class Scan:
             self.lengths[-1] = min(info.size, 65535)
         self.usable |= is_read(extension)
         if not is_read(extension) and extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
-            self.dotted = info.name
+            self.dotted = printable(info.name)
 
     def end_sample(self) -> None:
         if not self.usable and self.dotted:
@@ -182,15 +185,15 @@ def scan(stream: BinaryIO, size: int, mode: str = "r:") -> tuple[ShardIndex, str
     try:
         for key, extension, info, _ in members(stream, mode):
             if size >= 0 and info.offset_data + info.size > size:
-                problem = f"it ends within {info.name}"
+                problem = f"it ends within {printable(info.name)}"
                 if found.key == key:
                     found.drop_last()
                 break
             found.add(key, extension, info)
         else:
             found.end_sample()
-    except (tarfile.TarError, EOFError) as error:
-        problem = str(error)
+    except TAR_ERRORS as error:
+        problem = str(error) or type(error).__name__
         if size < 0:  # of a stream that ends early the last sample is not whole
             found.drop_last()
     index = found.index(size)
@@ -234,7 +237,7 @@ def scan_shard(url: str, storage: Storage) -> tuple[ShardIndex, str]:
 def parse_index(text: str | bytes, source: str) -> dict[str, ShardIndex]:
     """Shard name -> index. Raises DataError naming the file."""
     try:
-        records = dict(json.loads(text)["shards"])
+        records = dict(parse_json(text)["shards"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{source} is not an index ({error!r:.200}): delete it, and build it again") from None
     return {name: parse_record(record, f"{source}, {name}") for name, record in records.items()}

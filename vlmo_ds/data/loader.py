@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,14 +155,14 @@ class BatchDataset(Dataset):
         if spec.questions:
             question = self.turn(raw.entries("questions", ("question", "labels", "scores")), raw, place)
             out["vqa_targets"] = self.targets(question, raw)
-            out["text_ids"] = self.token_ids(self.encode(str(question["question"]), raw))
+            out["text_ids"] = self.token_ids(self.encode(question["question"], raw))
         elif spec.image_pair:
             sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
             out["image_0"], out["image_1"] = (
                 self.image(raw.picture(f"{number}."), raw, place.source, rng) for number in (0, 1)
             )
             out["answers"] = int(is_true(sentence["label"]))
-            out["text_ids"] = self.token_ids(self.encode(str(sentence["sentence"]), raw))
+            out["text_ids"] = self.token_ids(self.encode(sentence["sentence"], raw))
         elif spec.text:
             encoding = self.encoded_text(raw, rng)
             ids = out["text_ids"] = self.token_ids(encoding)
@@ -187,7 +188,7 @@ class BatchDataset(Dataset):
         scores = np.zeros(self.spec.answers, dtype=np.float32)
         try:
             scores[question["labels"]] = question["scores"]
-        except (IndexError, ValueError, TypeError):
+        except IndexError:
             raise DataError(
                 f"{raw.name}: labels {question['labels']} and scores {question['scores']} of '{question['question']}' do "
                 f"not fit {self.spec.answers} answers (model.vqav2_label_size)"
@@ -270,7 +271,7 @@ def batches(
 ) -> Iterator[dict[str, Tensor | list]]:
     """Batches start .. stop-1 in order, whatever the number of workers."""
     loader = DataLoader(
-        dataset,
+        Told(dataset),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
@@ -279,7 +280,31 @@ def batches(
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=live_with_the_rank if workers else None,
     )
-    return iter(loader)
+    return raised(iter(loader))
+
+
+class Told(Dataset):
+    """A dataset with the DataError of an item in its place: out of a loader process it would come as a traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def raised(items: Iterable) -> Iterator:
+    """The items of Told, or its error."""
+    for item in items:
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
 def live_with_the_rank(worker: int) -> None:

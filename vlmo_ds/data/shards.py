@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import tarfile
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from vlmo_ds.data.index import IMAGE_EXTENSIONS, INDEX, ShardIndex, members, parse_index, scan_shard
+from vlmo_ds.data.index import (
+    BLOCK,
+    IMAGE_EXTENSIONS,
+    INDEX,
+    MOST_SAMPLES,
+    TAR_ERRORS,
+    ShardIndex,
+    members,
+    parse_index,
+    scan_shard,
+)
+from vlmo_ds.data.meta import is_unicode, parse_json, printable, read_meta, truth
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
 
 ANSWERS = "answers.json"
@@ -47,10 +58,13 @@ class Shard:
         """[samples] bytes of text, as far as the index knows."""
         if not self.index.lengths:
             return np.zeros(self.samples, dtype=np.uint16)
-        return unpacked_lengths(self.index.lengths, self.samples)
+        try:
+            return unpacked_lengths(self.index.lengths, self.samples)
+        except DataError as error:
+            raise DataError(f"shard {self.url}: {error}") from None
 
     def read(self, row: int) -> RawSample:
-        """One sample. Raises DataError where the shard or this part of it cannot be read."""
+        """One sample, its .json checked. DataError where the shard or this part of it cannot be read or used."""
         path = self.storage.local(self.url, self.index.bytes if self.index.bytes >= 0 else None)
         spans = offsets(self)
         if row >= len(spans) - 1:
@@ -62,14 +76,24 @@ class Shard:
             for member_key, extension, info, tar in members(io.BytesIO(data)):
                 if fields and member_key != key:
                     raise DataError(f"shard {self.url} does not fit its index at sample {row}: build the index again")
+                if not is_unicode(info.name):
+                    raise DataError(
+                        f"{self.url}: the name of a file in sample {row} is not UTF-8: {printable(info.name)}"
+                    )
                 if extension in fields:
                     raise DataError(f"{self.url}:{member_key} has two members .{extension}")
+                if info.size > len(data):  # of a sparse file, or a damaged header
+                    raise DataError(f"shard {self.url} is damaged at sample {row}: {info.name} has {info.size} bytes")
                 key, fields[extension] = member_key, tar.extractfile(info).read()
-        except (tarfile.TarError, EOFError) as error:
+        except DataError:
+            raise
+        except TAR_ERRORS as error:
             raise DataError(f"shard {self.url} is damaged at sample {row}: {error}") from None
         if not fields:
             raise DataError(f"shard {self.url} does not fit its index at sample {row}: build the index again")
-        return RawSample(self, key, fields)
+        raw = RawSample(self, key, fields)
+        _ = raw.meta  # checked here, for every reader
+        return raw
 
 
 @lru_cache(maxsize=512)
@@ -96,7 +120,10 @@ def scanned(path: Path) -> np.ndarray:
 
 def offsets(shard: Shard) -> np.ndarray:
     if shard.index.offsets:
-        return unpacked(shard.index.offsets, shard.samples)
+        try:
+            return unpacked(shard.index.offsets, shard.samples)
+        except DataError as error:
+            raise DataError(f"shard {shard.url}: {error}") from None
     return scanned(shard.storage.local(shard.url))
 
 
@@ -110,6 +137,8 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
         raise DataError(f"data.index: {index} does not exist or names no shard")
     shards = []
     for url in expand(patterns):
+        if not is_unicode(url):
+            raise DataError(f"shards: the name of {printable(url)} is not UTF-8: rename it")
         folder, _, name = url.rpartition("/")
         known = read_index(index or f"{folder or '.'}/{INDEX}", storage).get(name)
         if known is None and is_remote(url):
@@ -123,6 +152,11 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
                 raise DataError(f"shards: {url}: {problem}; expected members such as 000001.jpg and 000001.txt")
         elif not is_remote(url):
             check_size(url, known)
+        size = known.bytes if is_remote(url) else Path(url).stat().st_size
+        if not 0 <= known.samples <= (size // BLOCK if size >= 0 else MOST_SAMPLES):
+            raise DataError(
+                f"shards: the index says {known.samples} samples in the {size} bytes of {url}: delete it, and build it again"
+            )
         if known.samples == 0:
             raise DataError(f"shards: {url} holds no samples; expected members such as 000001.jpg and 000001.txt")
         shards.append(Shard(url, known, storage))
@@ -181,7 +215,7 @@ class RawSample:
     def entries(self, key: str, needed: Sequence[str]) -> list[dict]:
         """What .json lists under a key ("questions" of VQA, "sentences" of NLVR2), each with the fields needed."""
         found = self.meta.get(key)
-        if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
+        if not found:
             raise DataError(f"{self.name}: its .json lists no '{key}'; prepare the shards with vlmo_ds.data.prepare")
         for entry in found:
             if missing := [field for field in needed if field not in entry]:
@@ -191,12 +225,11 @@ class RawSample:
     @property
     def captions(self) -> list[str]:
         """All texts of the sample: the lines of .txt, or `caption(s)` of .json."""
-        texts: list[str] = []
         if "txt" in self.fields or "caption" in self.fields:
-            texts = self.fields.get("txt", self.fields.get("caption", b"")).decode("utf-8", "replace").splitlines()
-        elif "json" in self.fields:
-            found = self.meta.get("captions", self.meta.get("caption"))
-            texts = [found] if isinstance(found, str) else [str(t) for t in found or []]
+            texts = lines(self.fields.get("txt", self.fields.get("caption", b"")).decode("utf-8-sig", "replace"))
+        else:
+            found = self.meta.get("captions", self.meta.get("caption", []))
+            texts = [found] if isinstance(found, str) else found
         texts = clean_texts(texts)
         if not texts:
             raise DataError(f"{self.name} has an empty caption; expected text in .txt, or 'caption(s)' in .json")
@@ -206,7 +239,7 @@ class RawSample:
     def asked(self) -> list[str]:
         """The questions or sentences of a fine-tuning set."""
         fields = (("questions", "question"), ("sentences", "sentence"))
-        return [str(entry.get(field, "")) for key, field in fields for entry in self.meta.get(key, [])]
+        return [entry.get(field, "") for key, field in fields for entry in self.meta.get(key, [])]
 
     @property
     def texts(self) -> list[str]:
@@ -214,12 +247,14 @@ class RawSample:
         return clean_texts(self.asked) or self.captions
 
     @cached_property
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
+        """.json as vlmo_ds.data.meta checks it; empty where there is none."""
+        if "json" not in self.fields:
+            return {}
         try:
-            meta = json.loads(self.fields.get("json", b"{}"))
+            return read_meta(self.fields["json"])
         except ValueError as error:
-            raise DataError(f"{self.name}: its .json is not JSON ({error})") from None
-        return meta if isinstance(meta, dict) else {}
+            raise DataError(f"{self.name}: its .json {error}") from None
 
     @property
     def sample_id(self) -> int:
@@ -229,10 +264,10 @@ class RawSample:
     @property
     def image_id(self) -> int:
         """`image_id` of .json: samples that show the same picture have the same one. Without it, the sample's own."""
-        found = self.meta.get("image_id") if "json" in self.fields else None
+        found = self.meta.get("image_id")
         if found is None:
             return self.sample_id
-        return found if isinstance(found, int) else stable_id(str(found))
+        return found if isinstance(found, int) else stable_id(found)
 
 
 def answer_list(urls: Iterable[str], storage: Storage | None = None) -> list[str]:
@@ -241,11 +276,10 @@ def answer_list(urls: Iterable[str], storage: Storage | None = None) -> list[str
     for folder in dict.fromkeys(url.rpartition("/")[0] or "." for url in urls):
         file = f"{folder}/{ANSWERS}"
         try:
-            found[file] = json.loads(storage.read(file) if is_remote(file) else Path(file).read_bytes())
-        except (OSError, ValueError, DataError) as error:
+            content = storage.read(file) if is_remote(file) else Path(file).read_bytes()
+        except (OSError, DataError) as error:
             raise DataError(f"{file}: the list of answers beside VQA's shards cannot be read ({error})") from None
-        if not isinstance(found[file], list) or not all(isinstance(answer, str) for answer in found[file]):
-            raise DataError(f"{file} holds no list of answers")
+        found[file] = parse_answers(content, file)
     (first, answers), *others = found.items()
     for file, other in others:
         if other != answers:
@@ -253,9 +287,25 @@ def answer_list(urls: Iterable[str], storage: Storage | None = None) -> list[str
     return answers
 
 
+def parse_answers(content: bytes, file: str | Path) -> list[str]:
+    """The answers in an answers.json. DataError naming the file."""
+    try:
+        answers = parse_json(content)
+    except ValueError as error:
+        raise DataError(f"{file}, the list of VQA's answers, {error}") from None
+    if not answers or not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"{file} holds no list of answers")
+    return answers
+
+
 def is_true(label: object) -> bool:
     """A label of NLVR, which writes "true" or "True"."""
-    return str(label).lower() == "true"
+    return bool(truth(label))
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text, which end at newlines alone: str.splitlines ends them at nine other characters as well."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def clean_texts(texts: Iterable[str]) -> list[str]:

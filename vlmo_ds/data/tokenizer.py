@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,21 +30,22 @@ MAX_ALPHABET = 1000
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with padding id 0 and [CLS], [SEP], [MASK] tokens."""
+    """A tokenizer with padding id 0 and [CLS], [SEP], [MASK] tokens. DataError where there is none of this name."""
     path = Path(name)
     vocab = path / "vocab.txt" if path.is_dir() else path
     if vocab.name.endswith(".txt") and vocab.is_file() and not (path / "tokenizer.json").is_file():
-        tokenizer = wrap(wordpiece(models.WordPiece.from_file(str(vocab), unk_token="[UNK]")))
+        tokenizer = from_vocabulary(vocab)
     else:
         if path.exists() and not (path / "tokenizer.json").is_file():
             raise DataError(f"tokenizer: {name} holds neither tokenizer.json nor vocab.txt")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_is_reachable())
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=path.is_dir() or not hub_is_reachable())
+        except Exception as error:  # of damaged files the libraries raise whatever they come upon
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            where = "cannot be read" if path.is_dir() else "is no folder here and cannot be loaded from the hub"
             raise DataError(
-                f"tokenizer: '{name}' is no folder here and cannot be loaded from the hub ({reason}); accepted: a Hugging "
-                "Face name such as bert-base-uncased, a folder with tokenizer.json or vocab.txt, or 'train'"
+                f"tokenizer: '{name}' {where} ({reason}); accepted: a Hugging Face name such as bert-base-uncased, a folder "
+                "with tokenizer.json or vocab.txt, or 'train'"
             ) from None
     missing = [special for special in SPECIAL if getattr(tokenizer, special) is None]
     if missing or tokenizer.pad_token_id != 0:
@@ -51,6 +54,53 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "padding id 0 and the special tokens of BERT"
         )
     return tokenizer
+
+
+def from_vocabulary(vocab: Path) -> PreTrainedTokenizerFast:
+    """BERT's WordPiece with the pieces of a vocab.txt, one a line.
+
+    Cased or not, with accents or without: as tokenizer_config.json beside it says, else as the pieces are.
+    """
+    try:
+        pieces = vocab.read_text("utf-8").split("\n")
+        model = models.WordPiece.from_file(str(vocab), unk_token="[UNK]")
+    except Exception as error:  # the library raises a bare one
+        raise DataError(f"tokenizer: {vocab} is no list of word pieces, one a line ({error})") from None
+    settings = tokenizer_settings(vocab.with_name("tokenizer_config.json")) if vocab.name == "vocab.txt" else {}
+    words = [piece for piece in pieces if not re.fullmatch(r"\[.*\]|<.*>", piece)]
+    lowercase = settings.get("do_lower_case")
+    if lowercase is None:
+        lowercase = not any(map(has_capitals, words))
+        strips = lowercase and not any(map(has_accents, words))
+    else:
+        strips = lowercase  # BERT strips accents where it lower-cases
+    if settings.get("strip_accents") is not None:
+        strips = settings["strip_accents"]
+    return wrap(wordpiece(model, lowercase, strips, settings.get("tokenize_chinese_chars") is not False))
+
+
+def tokenizer_settings(file: Path) -> dict[str, bool | None]:
+    """How text is normalised, as far as the file says; nothing where there is no such file."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"tokenizer: {file} cannot be read: {error}") from None
+    kept = {name: found.get(name) for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
+    for name, value in kept.items():
+        if value not in (True, False, None):
+            raise DataError(f"tokenizer: {file} has {name} {value!r}; accepted: true, false or null")
+    return kept
+
+
+def has_capitals(word: str) -> bool:
+    return word != word.lower() and any(unicodedata.category(c) == "Lu" for c in word)
+
+
+def has_accents(word: str) -> bool:
+    """Whether BERT would strip something: of what Unicode writes as a letter and a mark, the mark."""
+    return not word.isascii() and any(unicodedata.category(c) == "Mn" for c in unicodedata.normalize("NFD", word))
 
 
 def hub_is_reachable() -> bool:
@@ -87,9 +137,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return wrap(wordpiece(models.WordPiece(learner.get_vocab(), unk_token="[UNK]")))
 
 
-def wordpiece(model: models.WordPiece) -> Tokenizer:
+def wordpiece(
+    model: models.WordPiece, lowercase: bool = True, strip_accents: bool = True, chinese: bool = True
+) -> Tokenizer:
+    """chinese: a space around every Chinese character."""
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer

@@ -1,4 +1,7 @@
-"""Image transforms with Pillow: bytes to uint8 pixels. Randomness comes from the generator that is passed in.
+"""Pictures: encoded bytes to uint8 pixels, by one decoder for every reader, and the transforms of training.
+
+What people see in a viewer is what is decoded: upright as the EXIF orientation says, transparency on white, more than 8
+bits scaled to 8, of an animation the first frame. Randomness comes from the generator that is passed in.
 
 square_transform          resize to a square (evaluation; and scenes whose captions speak of left and right)
 square_transform_randaug  the reference's: random crop of 50-100% of the area, flip, RandAugment
@@ -19,60 +22,60 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch.nn import functional
 
 MAX_PIXELS = 100_000_000  # a larger header is an attack or a mistake, and decoding it can exhaust the memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 BICUBIC = Image.Resampling.BICUBIC
 GREY = (128, 128, 128)  # zero after normalisation
-TURNS = {  # of EXIF orientations; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# What Pillow may open: no format whose decoder starts a program (EPS) or is not meant for pictures.
+FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF"}
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # [H, W, 3] made upright, by EXIF orientation; 1 is upright
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.transpose(1, 0, 2),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda stored: np.rot90(stored),
 }
 Box = tuple[int, int, int, int]
 
 
 class EncodedImage:
-    """An image whose size is known and whose pixels are decoded when a transform says how many it needs.
+    """A picture whose upright size is known and whose pixels are decoded when a transform says how many it needs.
 
     JPEGs are decoded at a half, a quarter or an eighth of their size where the part that is wanted keeps at least the
-    target's resolution. Raises ValueError with the reason when the bytes cannot be used.
+    target's resolution; other formats are decoded whole at once. Raises ValueError with the reason when the bytes cannot
+    be used.
     """
 
     def __init__(self, data: bytes):
         self.data = data
-        self.jpeg = data[:2] == b"\xff\xd8"
-        if self.jpeg:
-            try:
-                height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            except ValueError:
-                self.jpeg = False  # Pillow reads some that this decoder does not, or says what is wrong
-            else:
-                self.width, self.height = width, height
-                self.jpeg = colours not in ("CMYK", "YCCK")
-        if not self.jpeg:
-            self.file = opened(data)
-            self.width, self.height = self.file.size
-        if self.width * self.height > MAX_PIXELS:
-            raise ValueError(f"{self.width}x{self.height} pixels, at most {MAX_PIXELS:,} are accepted")
+        self.whole: np.ndarray | None = None  # [H, W, 3] uint8, upright, of what is not decoded on demand
+        self.orientation = 1
+        if stored := jpeg_size(data):
+            self.orientation = jpeg_orientation(data)
+            self.width, self.height = stored if self.orientation < 5 else stored[::-1]
+            check_size(*stored)
+        else:
+            self.whole = decoded(data)
+            self.height, self.width = self.whole.shape[:2]
 
     def decode(self, halvings: int = 0) -> np.ndarray:
         """[H, W, 3] uint8; both sides halved so many times (rounded up) where the format allows it, else whole."""
-        if self.jpeg:
-            height, width = (-(-side // (1 << halvings)) if halvings else 0 for side in (self.height, self.width))
-            try:
-                return simplejpeg.decode_jpeg(self.data, "RGB", min_height=height, min_width=width)
-            except ValueError:
-                self.file = opened(self.data)
+        if self.whole is not None:
+            return self.whole
+        height, width = (-(-side // (1 << halvings)) if halvings else 0 for side in (self.height, self.width))
+        if self.orientation >= 5:
+            height, width = width, height
         try:
-            return np.array(self.file.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise whatever a hostile file makes them raise
-            raise ValueError(f"not a readable image ({type(error).__name__}: {str(error)[:200]})") from None
+            stored = simplejpeg.decode_jpeg(self.data, "RGB", min_height=height, min_width=width)
+        except ValueError:  # Pillow reads some that this decoder does not, or says what is wrong
+            self.whole = decoded(self.data)
+            return self.whole
+        return turned(stored, self.orientation)
 
     def resized(self, width: int, height: int, box: Box | None = None) -> Image.Image:
         """The box (left, top, right, bottom; default: all) as an RGB image of width x height.
@@ -95,24 +98,103 @@ def resized(pixels_HW3: np.ndarray, width: int, height: int) -> Image.Image:
     return Image.fromarray(small[0].permute(1, 2, 0).numpy())
 
 
-def opened(data: bytes) -> Image.Image:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) as stored of a JPEG that the fast decoder reads; None of anything else."""
+    if data[:2] != b"\xff\xd8":
+        return None
     try:
-        return Image.open(io.BytesIO(data))
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return None if colours in ("CMYK", "YCCK") else (width, height)
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation, 1 to 8. Most JPEGs have no segment that could hold one, which takes microseconds to see."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"\xda", b"\xd9", b""):
+        end = place + 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
+        if data[place + 1] == 0xE1 and (  # EXIF, or XMP, which repeats it
+            data.startswith(b"Exif\0\0", place + 4) or data.find(b"tiff:Orientation", place, end) >= 0
+        ):
+            return orientation(opened(data))
+        place = end
+    return 1
+
+
+def opened(data: bytes) -> Image.Image:
+    Image.init()
+    try:
+        image = Image.open(io.BytesIO(data), formats=sorted(FORMATS & Image.OPEN.keys()))
     except UnidentifiedImageError:
         raise ValueError("not a readable image (no known format)") from None
-    except Exception as error:  # as in decode
+    except Exception as error:  # Pillow raises whatever a hostile file makes it raise
+        raise ValueError(f"not a readable image ({type(error).__name__}: {str(error)[:200]})") from None
+    check_size(*image.size)
+    return image
+
+
+def check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, at most {MAX_PIXELS:,} are accepted")
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return upright_pixels(opened(data))
+
+
+def upright_pixels(image: Image.Image) -> np.ndarray:
+    """[H, W, 3] uint8 of an image that Pillow has opened or made. ValueError where it cannot be decoded."""
+    try:
+        image.load()  # before the orientation is asked for: Pillow turns TIFFs itself, and then says so
+        return turned(np.array(as_rgb(image)), orientation(image))
+    except Exception as error:  # as in opened
         raise ValueError(f"not a readable image ({type(error).__name__}: {str(error)[:200]})") from None
 
 
-def upright(image: Image.Image, photo: Image.Image | bytes) -> Image.Image:
-    """The image turned as the EXIF orientation of the photo it was made of says; as it is where none can be read."""
+def orientation(image: Image.Image) -> int:
     try:
-        turn = TURNS.get(
-            (opened(photo) if isinstance(photo, bytes) else photo).getexif().get(ExifTags.Base.Orientation)
-        )
+        found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # pixels can be read where what a camera wrote about them is broken
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return found if found in TURNS else 1
+
+
+def turned(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [H, W, 3] made upright."""
+    return np.ascontiguousarray(TURNS[orientation](stored)) if orientation in TURNS else stored
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a colour, with transparency on white. Colour profiles are left aside."""
+    if image.mode.startswith(("I", "F")):
+        return scaled_grey(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    white = Image.new("RGBA", seen.size, "white")
+    return Image.alpha_composite(white, seen).convert("RGB")
+
+
+def scaled_grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, scaled to 8.
+
+    Of 16-bit samples black and white are 0 and 65,535. Of 32-bit integers and floats the file does not say what white is:
+    1, 255 or 65,535, the least of them that no sample is above (1 of floats alone).
+    """
+    values = np.asarray(image)
+    if image.mode.startswith("I;"):
+        bits = getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,))[0]  # TIFFs may have 12
+        white = 2 ** min(bits, 16) - 1
+    else:
+        low, high = float(values.min()), float(values.max())
+        white = next((top for top in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= top), None)
+        if white is None or not low >= 0:
+            raise ValueError(f"grey values from {low:g} to {high:g}; accepted: 0 to 1, 255 or 65,535")
+    grey = np.rint(values.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 def square(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:

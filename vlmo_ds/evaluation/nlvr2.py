@@ -48,15 +48,15 @@ def scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+    pictures = {f"image_{number}": raw.picture(f"{number}.") for number in (0, 1)}
+    return pictures, raw.entries("sentences", ("sentence", "label", "identifier"))
+
+
 def evaluate(
     model: VLMo, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
 ) -> list[dict[str, Any]]:
     """identifier, label and prediction (both bool) of every example, on every rank."""
-
-    def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
-        pictures = {f"image_{number}": raw.picture(f"{number}.") for number in (0, 1)}
-        return pictures, raw.entries("sentences", ("sentence", "label", "identifier"))
-
     found = [
         {
             "identifier": str(entry["identifier"]),

@@ -8,6 +8,7 @@ RUN is a run's directory (its last stage's weights are used) or a stage's final 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import RecipeError, RetrievalConfig, number
-from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.shards import RawSample, list_shards
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
@@ -48,25 +49,40 @@ class RetrievalSet:
         )
 
 
+def samples(config: RetrievalConfig) -> Iterator[tuple[RawSample, int, bool]]:
+    """Every sample of the set, the number of its image, and whether it is the first that shows it."""
+    index: dict[int, int] = {}
+    for shard in list_shards(config.shards):
+        for row in range(shard.samples):
+            raw = shard.read(row)
+            first = raw.image_id not in index
+            if first and config.max_images and len(index) == config.max_images:
+                continue
+            yield raw, index.setdefault(raw.image_id, len(index)), first
+
+
+def names_and_pictures(config: RetrievalConfig) -> Iterator[tuple[str, list[bytes]]]:
+    """Of every sample the name, and the picture if it is read. DataError or RecipeError where one could not be used."""
+    images = 0
+    for raw, _, first in samples(config):
+        _ = raw.captions
+        images += first
+        yield raw.name, [raw.image] if first else []
+    check_folds(images, config.folds)
+
+
 def load_set(
     config: RetrievalConfig, image_size: int, max_text_len: int, tokenizer: PreTrainedTokenizerBase
 ) -> RetrievalSet:
     """Reads whole shards; samples with the same image_id are one image with several captions."""
-    index: dict[int, int] = {}
     images, encoded, captions, owner = [], [], [], []
-    for shard in list_shards(config.shards):
-        for row in range(shard.samples):
-            raw = shard.read(row)
-            if raw.image_id not in index:
-                if config.max_images and len(index) == config.max_images:
-                    continue
-                index[raw.image_id] = len(index)
-                encoded.append(raw.image)
-                images.append(square_pixels(raw.image, image_size, raw.name))
-            heartbeat.beat("reading the held-out set")
-            for caption in raw.captions:
-                captions.append(caption)
-                owner.append(index[raw.image_id])
+    for raw, image, first in samples(config):
+        heartbeat.beat("reading the held-out set")
+        if first:
+            encoded.append(raw.image)
+            images.append(square_pixels(raw.image, image_size, raw.name))
+        captions += raw.captions
+        owner += [image] * len(raw.captions)
     ids = token_ids(captions, tokenizer, max_text_len)
     return RetrievalSet(torch.stack(images), encoded, captions, ids, torch.tensor(owner))
 
@@ -184,10 +200,14 @@ def directions(
 
 def parts_of(data: RetrievalSet, folds: int) -> list[tuple[Tensor, Tensor]]:
     """(images, captions) of so many equal parts of the images in order: COCO's 1k protocol is five parts of 5,000."""
-    if len(data.images) % folds:
-        raise RecipeError(f"retrieval.folds is {folds}, which does not divide {len(data.images)} images")
+    check_folds(len(data.images), folds)
     rows = torch.arange(len(data.images)).chunk(folds)
     return [(images, torch.isin(data.image_of_text, images).nonzero().squeeze(1)) for images in rows]
+
+
+def check_folds(images: int, folds: int) -> None:
+    if images % folds:
+        raise RecipeError(f"retrieval.folds is {folds}, which does not divide {images} images")
 
 
 def table(metrics: dict, images: int, captions: int) -> str:

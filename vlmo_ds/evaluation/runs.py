@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import TASKS, EvaluationConfig, Recipe, RecipeError, load_recipe
-from vlmo_ds.data.loader import collate
+from vlmo_ds.data.loader import Told, collate, raised
 from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import load_tokenizer
@@ -101,6 +101,18 @@ def share(total: int, batch: int, collector: Collector, compute: Callable[[Tenso
         return collector.gather(local)[:total]
 
 
+Read = Callable[[RawSample], tuple[dict[str, bytes], list[dict]]]  # pictures by their names in a batch, and entries
+
+
+def names_and_pictures(config: EvaluationConfig, read: Read) -> Iterator[tuple[str, list[bytes]]]:
+    """Name and pictures of every sample of a set. DataError where one could not be used."""
+    for shard in list_shards(config.shards):
+        for row in range(shard.samples):
+            raw = shard.read(row)
+            pictures, _ = read(raw)
+            yield raw.name, list(pictures.values())
+
+
 class Samples(Dataset):
     """This rank's samples of some shards, every world_size-th, each made into a list of examples by a function."""
 
@@ -119,10 +131,10 @@ class Samples(Dataset):
 
 def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -> Iterator[list[dict]]:
     """The examples of all samples in order, `size` at a time."""
-    loader = DataLoader(samples, batch_size=None, num_workers=workers)
+    loader = DataLoader(Told(samples), batch_size=None, num_workers=workers)
     waiting: list[dict] = []
     heartbeat.beat(f"evaluation: {about}")
-    for examples in progress(loader, about, len(samples), "samples", samples.silent):
+    for examples in progress(raised(loader), about, len(samples), "samples", samples.silent):
         waiting += examples
         while len(waiting) >= size:
             heartbeat.beat(f"evaluation: {about}")
@@ -136,7 +148,7 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
 def best_classes(
     model: VLMo,
     call: str,
-    read: Callable[[RawSample], tuple[dict[str, bytes], list[dict]]],
+    read: Read,
     text: str,
     config: EvaluationConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -154,7 +166,7 @@ def best_classes(
     def make(raw: RawSample) -> list[dict]:
         pictures, entries = read(raw)
         images = {name: square_pixels(data, size, raw.name) for name, data in pictures.items()}
-        ids = token_ids([str(entry[text]) for entry in entries], tokenizer, length)
+        ids = token_ids([entry[text] for entry in entries], tokenizer, length)
         return [{"images": images, "ids": row, "entry": entry} for row, entry in zip(ids, entries, strict=True)]
 
     samples = Samples(list_shards(config.shards), make, collector)

@@ -26,13 +26,13 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoProcessor
 
 from vlmo_ds.config import RecipeError, number
 from vlmo_ds.data.storage import write_atomically
-from vlmo_ds.data.transforms import upright
+from vlmo_ds.data.transforms import EncodedImage
 from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval, VLMoProcessor
+from vlmo_ds.progress import progress
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 INDEX = ".vlmo_ds_index"
@@ -101,7 +101,7 @@ def build(
     missing = [file for file, key in files.items() if key not in index.known]
     done = 0
     waiting: list[tuple[Path, Tensor]] = []
-    for start in tqdm(range(0, len(missing), batch), desc="indexing", unit="batch", disable=not missing):
+    for start in progress(range(0, len(missing), batch), "indexing", unit="batches", silent=not missing):
         readable, values = [], []
         for file in missing[start : start + batch]:
             try:
@@ -150,8 +150,8 @@ def search(
 
 
 def thumbnail(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return ImageOps.pad(upright(image, image).convert("RGB"), (THUMBNAIL, THUMBNAIL), color="white")
+    whole = Image.fromarray(EncodedImage(file.read_bytes()).decode())
+    return ImageOps.pad(whole, (THUMBNAIL, THUMBNAIL), color="white")
 
 
 def as_html(found: Sequence[tuple[Query, list[Hit]]], images: Path) -> bytes:

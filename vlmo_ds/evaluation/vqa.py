@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import EvaluationConfig, RecipeError
 from vlmo_ds.data.prepare.answers import normalize_answer
-from vlmo_ds.data.shards import ANSWERS, RawSample
+from vlmo_ds.data.shards import ANSWERS, RawSample, parse_answers
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
@@ -50,6 +50,10 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found | {"questions": len(rows)}
 
 
+def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+    return {"image": raw.image}, raw.entries("questions", ("question", "question_id"))
+
+
 def evaluate(
     model: VLMo,
     config: EvaluationConfig,
@@ -58,10 +62,6 @@ def evaluate(
     collector: Collector,
 ) -> list[dict[str, Any]]:
     """question_id, answer (and accuracy, answer_type where the data has them) of every question, on every rank."""
-
-    def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
-        return {"image": raw.image}, raw.entries("questions", ("question", "question_id"))
-
     found = []
     for entry, best in runs.best_classes(model, "answer", read, "question", config, tokenizer, collector):
         row = {"question_id": entry["question_id"], "answer": answers[best]}
@@ -73,10 +73,10 @@ def evaluate(
 
 
 def read_answers(run: Path, size: int) -> list[str]:
-    """The answers that a run was trained with. RecipeError unless there are so many."""
+    """The answers that a run was trained with. RecipeError or DataError unless there are so many."""
     try:
-        answers = json.loads((run / ANSWERS).read_text())
-    except (OSError, ValueError) as error:
+        answers = parse_answers((run / ANSWERS).read_bytes(), run / ANSWERS)
+    except OSError as error:
         raise RecipeError(f"{run / ANSWERS}, the list of answers that the run was trained with: {error}") from None
     if len(answers) != size:
         raise RecipeError(f"{run / ANSWERS} has {len(answers)} answers, the model {size}")

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import EvaluationConfig, RecipeError, number
-from vlmo_ds.data.shards import RawSample, list_shards
+from vlmo_ds.data.meta import is_label, is_whole, shown
+from vlmo_ds.data.shards import RawSample, lines, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
@@ -50,14 +51,19 @@ def class_features(
 
 
 def label_of(raw: RawSample, classes: Sequence[str]) -> int:
-    meta = raw.meta
-    label = meta.get("label")
-    if isinstance(label, int) and 0 <= label < len(classes):
+    """The number of a picture's class. DataError where .json names none, or label and class name different ones."""
+    label, name = raw.meta.get("label"), raw.meta.get("class")
+    if is_label(label) and label < len(classes):
+        if name in classes and name != classes[label]:
+            raise DataError(
+                f"{raw.name}: its .json has label {label}, which is '{classes[label]}', and class '{name}': is --classes in "
+                "the order of the labels?"
+            )
         return label
-    if meta.get("class") in classes:
-        return classes.index(meta["class"])
+    if not is_whole(label) and classes.count(name) == 1:
+        return classes.index(name)
     raise DataError(
-        f"{raw.name}: its .json has label {label!r} and class {meta.get('class')!r}; accepted: a label from 0 to "
+        f"{raw.name}: its .json has label {shown(label)} and class {shown(name)}; accepted: a label from 0 to "
         f"{len(classes) - 1}, or one of the class names"
     )
 
@@ -94,9 +100,9 @@ def evaluate(
 
 def read_lines(path: Path, what: str) -> list[str]:
     try:
-        found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise RecipeError(f"{path}, the {what}: {error.strerror}") from None
+        found = [line.strip() for line in lines(path.read_bytes().decode("utf-8-sig")) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}, the {what}: {error}") from None
     if not found:
         raise RecipeError(f"{path}, the {what}, is empty")
     return found

@@ -37,7 +37,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from vlmo_ds.config import ModelConfig
-from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright
+from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright_pixels
 from vlmo_ds.models.multiway import Stream
 from vlmo_ds.models.vlmo import IMAGE_MEAN, IMAGE_STD, VLMo, init_weights
 
@@ -213,11 +213,22 @@ class VLMoForImagesAndTextClassification(VLMoForClassification):
         return F.cross_entropy(logits, labels)
 
 
+def as_image(pixels_HWC: np.ndarray) -> Image.Image:
+    try:
+        return Image.fromarray(pixels_HWC)
+    except TypeError:
+        raise ValueError(
+            f"images: an array of shape {list(pixels_HWC.shape)} and type {pixels_HWC.dtype}; accepted: [height, width, 3], "
+            "uint8"
+        ) from None
+
+
 class VLMoImageProcessor(BaseImageProcessor):
     """Images to pixel_values [B, 3, S, S] in [-1, 1]: resized to a square, as in this project's evaluations.
 
-    Takes paths, encoded bytes, Pillow images and [H, W, 3] uint8 arrays. Paths and bytes are decoded as in training, where
-    a large JPEG is decoded at reduced size; photos are turned upright as their EXIF orientation says.
+    Takes paths, encoded bytes, Pillow images and [H, W, 3], [H, W, 4] or [H, W] uint8 arrays. Paths and bytes give the
+    pixels of training and evaluation to the bit. Of Pillow's images a large JPEG differs slightly: it was decoded at its
+    full size. All are upright as their EXIF orientation says, with transparency on white and grey of 16 bits scaled to 8.
     """
 
     model_input_names = ["pixel_values"]
@@ -244,10 +255,9 @@ class VLMoImageProcessor(BaseImageProcessor):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
             made = square(EncodedImage(image), self.size, np.random.default_rng(0))
-            made = upright(made, image)  # of a square: the same before and after resizing
         else:
-            whole = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-            made = resized(np.array(upright(whole, whole).convert("RGB")), self.size, self.size)
+            whole = image if isinstance(image, Image.Image) else as_image(np.asarray(image))
+            made = resized(upright_pixels(whole), self.size, self.size)
         return (pixels(made).astype(np.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
 
 

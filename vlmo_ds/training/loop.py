@@ -288,9 +288,10 @@ class StageTraining:
         if self.compare:
             check_ranks(run.collector, number, stage, batch)
         batch = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
-        batch["negative_seed"] = torch.tensor(self.seed * 1_000_003 + number)
+        seed = self.seed * 1_000_003 + number
+        batch["negative_seed"] = torch.tensor(seed % 2**63)
         # Dropout and stochastic depth need no saved state: they restart from a function of the step.
-        return Pass(batch, (self.seed * 1_000_003 + number) * 65_537 + run.collector.rank)
+        return Pass(batch, (seed * 65_537 + run.collector.rank) % 2**64)
 
     def forward_backward(self, one: Pass) -> StepOutput:
         torch.manual_seed(one.seed)

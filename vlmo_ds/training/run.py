@@ -24,6 +24,7 @@ from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, vqa
+from vlmo_ds.evaluation.held_out import check_held_out
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
 from vlmo_ds.progress import progress
@@ -146,6 +147,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
         recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
+        check_held_out(recipe, collector)
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
         monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
         run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards)

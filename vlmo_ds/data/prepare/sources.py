@@ -21,7 +21,7 @@ from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.answers import answer_vocabulary, soft_scores
 from vlmo_ds.data.prepare.pictures import ENDINGS, bytes_of
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
-from vlmo_ds.data.shards import clean_texts, list_shards, stable_id
+from vlmo_ds.data.shards import clean_texts, lines, list_shards, stable_id
 from vlmo_ds.data.storage import DataError, read_span
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage
@@ -100,7 +100,7 @@ def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
         out = io.BytesIO()
         image.resized(width, height).save(out, "JPEG", quality=JPEG_QUALITY)
         return "jpg", out.getvalue()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter where a stripe is too long for a JPEG
         return Rejected(f"image: {error}")
 
 
@@ -443,7 +443,7 @@ def text_parts(path: Path, size: int) -> list[tuple[str, int, int]]:
 def make_text(item: tuple, limit: int, tokenizer: str | None) -> Made:
     path, start, end = item
     pieces = word_counter(tokenizer) if tokenizer else None
-    for line in read_span(Path(path), start, end - start).decode("utf-8", "replace").splitlines():
+    for line in lines(read_span(Path(path), start, end - start).decode("utf-8", "replace")):
         line = "".join(clean_texts([line]))
         if not line or re.fullmatch(r"(= ?)+.*( ?=)+", line):  # a heading of Wikipedia text
             continue
