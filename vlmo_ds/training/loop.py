@@ -316,6 +316,8 @@ class StageTraining:
     def checkpoint(self, step: int, wait: bool) -> None:
         """Begins to write a checkpoint of so many steps; wait: until it is there."""
         self.failures.count(self.writer.finish())
+        if step == self.stage.steps:  # beside those that are kept to go back to
+            self.writer.keep = self.run.recipe.keep_checkpoints + 1
         memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
         problem = self.writer.start(self.engine, step, self.frozen, {**self.about, **memory})
         self.failures.count((step, problem) if problem else None)
