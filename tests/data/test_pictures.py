@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.nn import functional
 
+from vlmo_ds.data import transforms
 from vlmo_ds.data.inspect import difference_hash
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.prepare.sources import usable_image
@@ -185,7 +186,11 @@ def test_pictures_are_upright_everywhere(kind, orientation, tmp_path):
     small = Image.open(io.BytesIO(kept))
     assert name == "jpg" and small.getexif().get(ExifTags.Base.Orientation) is None
     assert small.size == ((32, 48) if orientation >= 5 else (48, 32))
-    assert usable_image(data, 0)[1] == data  # as it is, with what it says of its orientation
+    name, kept = usable_image(data, 0)
+    if kind in ("JPEG", "PNG", "WEBP"):
+        assert kept == data  # as it is, with what it says of its orientation
+    else:
+        assert name == "png" and np.array_equal(decoded(kept), upright)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -282,6 +287,65 @@ def test_profiles_are_left_aside():
 def test_formats_that_start_programs_are_not_opened():
     with pytest.raises(ValueError, match="no known format"):
         EncodedImage(encoded(NOISE, "EPS"))
+
+
+# ---- bounds on what a picture may cost ----
+
+
+def with_scans(data: bytes, more: int, trailing: bytes = b"") -> bytes:
+    """A JPEG whose last scan is repeated."""
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * more + data[end:] + trailing
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(mode):
+    picture = Image.fromarray(photograph((64, 48))).convert(mode)
+    progressive = encoded(picture, "JPEG", progressive=True)
+    scans = progressive.count(b"\xff\xda")
+    assert 3 < scans <= 20 and np.array_equal(
+        decoded(progressive), decoded(with_scans(progressive, 0, b"\xff\xda" * 999))
+    )
+    thumbnail = b"Exif\0\0" + b"\xff\xda\0\2" * 200
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    assert np.array_equal(decoded(progressive[:2] + segment + progressive[2:]), decoded(progressive))
+    assert decoded(with_scans(progressive, 100 - scans)).shape == (48, 64, 3)
+    with pytest.raises(ValueError, match="a JPEG of more than 100 scans, the most that are accepted of 64x48 pixels"):
+        EncodedImage(with_scans(progressive, 101 - scans))
+    assert usable_image(with_scans(progressive, 200), 0).reason.startswith("image: a JPEG of more than 100 scans")
+
+
+def test_large_jpegs_may_have_fewer_scans(monkeypatch):
+    progressive = encoded(photograph((64, 48)), "JPEG", progressive=True)
+    monkeypatch.setattr(transforms, "MAX_SCANNED_PIXELS", 64 * 48 * 12)
+    assert decoded(progressive).shape == (48, 64, 3)
+    with pytest.raises(ValueError, match="more than 12 scans"):
+        EncodedImage(with_scans(progressive, 12))
+
+
+def test_the_pixels_of_a_plain_jpeg_are_not_looked_through():
+    plain = encoded(NOISE, "JPEG", exif=exif(6))
+    assert transforms.jpeg_scans(plain, 100) == transforms.jpeg_scans(with_scans(plain, 500), 100) == 1
+    with pytest.raises(ValueError, match="not a readable image"):  # the decoders end at the second scan
+        decoded(with_scans(plain, 500))
+
+
+@pytest.mark.parametrize("kind, most", [("JPEG", 100), ("PNG", 50), ("WEBP", 50), ("TIFF", 50), ("JPEG2000", 16)])
+def test_formats_that_decode_slowly_may_have_fewer_pixels(monkeypatch, kind, most):
+    for name in ("MAX_PIXELS", "OTHER_PIXELS"):
+        monkeypatch.setattr(transforms, name, getattr(transforms, name) // 10_000)
+    monkeypatch.setitem(transforms.FEWER_PIXELS, "JPEG2000", transforms.FEWER_PIXELS["JPEG2000"] // 10_000)
+    side = int((most * 100) ** 0.5)
+    assert decoded(encoded(Image.new("RGB", (side, side)), kind)).shape == (side, side, 3)
+    with pytest.raises(ValueError, match=f"pixels, at most {most * 100:,} are accepted of {kind}"):
+        EncodedImage(encoded(Image.new("RGB", (side + 1, side + 1)), kind))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "PPM", "JPEG2000"])
+def test_formats_that_shards_do_not_hold_become_png(kind):
+    data = encoded(NOISE, kind)
+    name, kept = usable_image(data, 0)
+    assert name == "png" and kept.startswith(b"\x89PNG") and np.array_equal(decoded(kept), decoded(data))
 
 
 def test_the_processor_takes_arrays():

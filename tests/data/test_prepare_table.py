@@ -47,6 +47,11 @@ EXPECTED = {f"pictures/{i}.jpg": [caption] for i, caption in enumerate(["a red o
         ("t.tsv", 'a red one\tpictures/0.jpg\ngreen, I say\tpictures/1.jpg\na "blue" one\tpictures/2.jpg\n',
          ["--columns", "caption,image", "--no_quotes"]),
         ("t.jsonl", "\n".join(json.dumps({"url": f, "c": c}) for f, c in EXPECTED.items()), ["--url", "url", "--caption", "c"]),
+        ("t.json", json.dumps([{"image": f, "caption": c} for f, c in EXPECTED.items()], indent=1), []),
+        ("t.json", "\ufeff \n[" + " ,\n".join(json.dumps({"é": f, "caption": c}, ensure_ascii=False) for f, c in EXPECTED.items())
+         + "\r\n] \n", ["--image", "é"]),
+        ("t.json", "\n".join(json.dumps({"image": f, "caption": c}) for f, c in EXPECTED.items()), []),
+        ("t.jsonl", json.dumps([{"image": f, "caption": c} for f, c in EXPECTED.items()]), []),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("per_shard", [1, 2, 100])
@@ -123,9 +128,45 @@ def test_lines_that_cannot_be_used_are_counted(tree, capsys):
         assert f"rejected {count}: {reason}" in said, said
 
 
+def test_entries_of_an_array_that_cannot_be_used_are_counted(tree, capsys):
+    rows = [
+        b'{"image": "pictures/0.jpg", "caption": "a ] , [ { \\" caf\xc3\xa9"}',
+        b"[1, [2]]",
+        b"7",
+        b'{"image": "pictures/1.jpg", "caption": "half a pair: \\ud800"}',
+        b'{"image": "pictures/1.jpg", "caption": NaN}',
+        b'{"image": "pictures/1.jpg", "caption": "caf\xe9"}',
+    ]
+    (tree / "t.json").write_bytes(b"[" + b",\n ".join(rows) + b"]")
+    for per_shard in (1, 2, 100):
+        found, said = table(capsys, tree, "--samples_per_shard", per_shard, "--overwrite", name="t.json")
+        assert found == {"pictures/0.jpg": ['a ] , [ { " café'], "pictures/1.jpg": ["half a pair: ?"]}
+        for count, reason in [(1, "no caption"), (2, "entry that is no JSON object"), (1, "row that is not UTF-8")]:
+            assert f"rejected {count}: {reason}" in said, said
+
+
+def test_an_array_is_read_up_to_a_size(tree, capsys, monkeypatch):
+    monkeypatch.setattr("vlmo_ds.data.prepare.table.MOST_ARRAY", 1 << 20)
+    (tree / "t.json").write_bytes(b"[" + b" " * (2 << 20) + b"]")
+    _, said = table(capsys, tree, name="t.json", code=2)
+    assert "t.json: a JSON array of 2 MB; accepted: up to 1 MB, or any size with one object a line (jsonl)" in said
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
+        ("t.json", b"[]", "the first entry of its array is no JSON object"),
+        ("t.json", b"[[1]]", "the first entry of its array is no JSON object"),
+        ("t.json", b'[{"img": 1}]', "t.json has no column 'image'; it has 'img'"),
+        ("t.json", b'[{"image": "a", "caption": "b"}', "is no whole JSON array (expected ',' or ']'"),
+        ("t.json", b'[{"image": "a", "caption": "b"},]', "is no whole JSON array (Expecting value"),
+        ("t.json", b'[{"image": "a", "caption": "b"}] x', "is no whole JSON array (expected nothing more"),
+        ("t.json", b'[{"image": "a", "caption": "b"}, ' + b"[" * 100_000, "is no whole JSON array (maximum recursion"),
+        (
+            "t.json",
+            b'{"images": [],\n "annotations": []}',
+            "its first line is no JSON object; expected one a line, or an array",
+        ),
         ("t.csv", b"", "has no column 'image'"),
         ("t.csv", b"picture,text\n1,2\n", "has no column 'image'; it has 'picture', 'text': name them with --image"),
         ("t.csv", b"image,caption,image\na,b,c\n", "two columns 'image'"),

@@ -23,7 +23,7 @@ from data.test_stream import TOKENIZER
 
 from vlmo_ds.config import DataConfig
 from vlmo_ds.data.index import INDEX, ShardIndex, dump_index, pack, scan_shard
-from vlmo_ds.data.loader import BatchDataset, batches, check_samples, spec_for
+from vlmo_ds.data.loader import BatchDataset, batches, check_samples, source_shards, spec_for
 from vlmo_ds.data.shards import list_shards, read_index
 from vlmo_ds.data.storage import DataError, Storage, expand
 
@@ -315,6 +315,30 @@ def test_remote_shards_need_an_index(remote, tmp_path):
         with pytest.raises(DataError, match=r"data.index: .*no.json does not exist"):
             dataset(f"{url}/{{0..3}}.tar", index=str(tmp_path / "no.json"))
     assert "--output is needed" in index(f"{url}/0.tar", code=2).stderr
+
+
+def test_an_index_has_one_entry_for_a_name(tmp_path):
+    for folder, count in (("a", 3), ("b", 4)):
+        (tmp_path / folder).mkdir()
+        write_pairs(tmp_path / folder / "0.tar", count)
+        write_pairs(tmp_path / folder / f"{folder}.tar", 2)
+    named = tmp_path / "named.json"
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert "a/0.tar and " in index(*both, "--output", named, code=2).stderr
+    index(both[0], "--output", named)
+    message = rf"data.index: {named} has one entry 0.tar for {both[0]}/0.tar and {both[1]}/0.tar: give each folder"
+    with pytest.raises(DataError, match=message):
+        list_shards(both, index=str(named))
+    sources = {name: {"shards": [str(tmp_path / name)], "index": str(named)} for name in ("a", "b")}
+    with pytest.raises(DataError, match=message):
+        source_shards(DataConfig(sources=sources))
+    again = [
+        both[0],
+        f"{both[0]}/../a/0.tar",
+        f"{both[1]}/b.tar",
+    ]  # one shard under two names, one that is not in the index
+    assert [s.samples for s in list_shards(again, index=str(named))] == [3, 2, 3, 2]
+    assert [s.samples for s in list_shards(both)] == [3, 2, 4, 2]
 
 
 def test_a_pipe_command_is_read_and_its_failure_noticed(remote, tmp_path):

@@ -1,5 +1,7 @@
+import html
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch.nn.functional as F
 from conftest import run_ranks
 from models.tiny import tiny_model
 
+from vlmo_ds import ledger
 from vlmo_ds.config import RetrievalConfig
 from vlmo_ds.data.loader import collate
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation.report import curve, thin, write_report
+from vlmo_ds.evaluation import circumstances
+from vlmo_ds.evaluation.report import curve, duration, thin, write_report
 from vlmo_ds.evaluation.retrieval import RetrievalSet, evaluate, recalls, rerank
 
 
@@ -93,6 +97,57 @@ def test_report_is_self_contained_and_marks_the_right_answers(tmp_path):
     assert "&lt;caption 0&gt;" in page and "<caption" not in page and "a &lt;name&gt;" in page
     assert len(re.findall(r'<img class="hit"', page)) == 4  # the right image of each of the four queries
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_what_lets_others_in_is_not_on_the_page(tmp_path):
+    shards = ["https://me:secret@host/a.tar?signature=secret&b=1", "hf://datasets/a/b/c.tar", "/data/what?.tar"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(shards))
+    page = html.unescape(write_report(tmp_path, "a", None, None, 0).read_text())
+    assert "secret" not in page and json.dumps(["https://...@host/a.tar?...", *shards[1:]]) in page
+
+
+def test_the_commit_is_that_of_a_clone_that_keeps_the_file(tmp_path, monkeypatch):
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    assert circumstances.commit_of(code) == ""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "other").write_text("")
+    subprocess.run([*git, "add", "other"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    assert circumstances.commit_of(code) == ""
+    subprocess.run([*git, "add", "code.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", circumstances.commit_of(code))
+    code.write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{7,} \+ changes", circumstances.commit_of(code))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert circumstances.commit_of(code) == ""
+
+
+def test_the_time_of_a_stage_is_summed_over_starts_and_damage_is_harmless(tmp_path):
+    for _ in range(2):
+        clock = ledger.StageClock(tmp_path, "joint")
+        clock.started -= 100
+        clock.note(20, 10)
+    assert ledger.read(tmp_path)["joint"] == (pytest.approx(200, abs=5), 20, 10)
+    ledger.StageClock(tmp_path, "other").note(1, 1)
+    assert list(ledger.read(tmp_path)) == ["joint", "other"]
+    fine = {"seconds": 1, "parameters": 2, "trained": 1}
+    for damaged in ("", "[1]", "{", json.dumps({"a": fine, "b": {**fine, "seconds": "x"}, "c": 1, "d": None})):
+        (tmp_path / ledger.FILE).write_text(damaged)
+        assert ledger.read(tmp_path) == ({"a": (1, 2, 1)} if '"a"' in damaged else {})
+    ledger.StageClock(tmp_path / "nowhere", "joint").note(1, 1)
+
+
+def test_durations_are_read_at_a_glance():
+    assert [duration(s) for s in (1.25, 59.6, 3599, 3600, 90061)] == [
+        "1.2 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 00 min",
+        "25 h 01 min",
+    ]
 
 
 def test_curves_are_thinned_and_drawn():

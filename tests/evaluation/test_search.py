@@ -5,10 +5,12 @@ import pytest
 import torch
 from models.tiny import JOINT, tiny_model
 from PIL import Image
+from transformers import AutoProcessor
 
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.evaluation import search
 from vlmo_ds.interop.export import to_hugging_face
+from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval
 
 WORDS = train_tokenizer([f"is {i} a word" for i in range(30)], 50)
 
@@ -51,8 +53,8 @@ def test_an_image_finds_itself_and_a_text_every_image(model, images, tmp_path, c
 
 
 def test_reranking_adds_the_log_odds_of_the_first(model, images):
-    loaded = search.VLMoForImageTextRetrieval.from_pretrained(model).eval()
-    processor = search.AutoProcessor.from_pretrained(model)
+    loaded = VLMoForImageTextRetrieval.from_pretrained(model).eval()
+    processor = AutoProcessor.from_pretrained(model)
     index = search.Index(images, images / search.INDEX, "x")
     search.build(index, index.files(), loaded, processor, 2)
     files, features = index.features(index.files())
@@ -99,10 +101,38 @@ def test_an_index_goes_on_where_it_was_interrupted(model, images, tmp_path, caps
     "change, message",
     [
         (["--images", "/nowhere"], "--images: /nowhere is no folder"),
+        (["--images", "EMPTY"], "--images: EMPTY holds no image; accepted: .jpeg"),
         (["--model", "/nowhere"], "--model: /nowhere holds no exported model"),
+        (["--model", "IMAGES"], "--model: IMAGES holds no exported model"),
         (["--output", "x.pdf"], "--output: x.pdf; accepted: a file that ends in .html or .png"),
+        (["--output", "/nowhere/x.png"], "--output: /nowhere/x.png cannot be written: /nowhere is no folder"),
+        (["--image", "/nowhere.png"], "--image: /nowhere.png: No such file or directory; accepted: an image's file"),
+        (["--image", "IMAGES"], "--image: IMAGES: Is a directory; accepted"),
+        (["--image", "IMAGES/notes.txt"], "--image: IMAGES/notes.txt: not a readable image"),
+        (["--image", "IMAGES/broken.jpg"], "--image: IMAGES/broken.jpg: not a readable image"),
+        (["--image", "a\0b"], "--image: a\0b: "),
+        ([""], "query: ''; accepted: a text that is not empty"),
+        ([" \n"], "query: ' \\n'; accepted: a text that is not empty"),
+        (["\udcff"], "query: '\\\\udcff'; accepted"),
     ],
 )
-def test_what_cannot_be_used_is_named(model, images, tmp_path, capsys, change, message):
-    assert run(model, images, tmp_path, "a", *change) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_used_is_named_before_a_model_is_loaded(
+    model, images, tmp_path, capsys, monkeypatch, change, message
+):
+    monkeypatch.setattr(VLMoForImageTextRetrieval, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "empty").mkdir()
+
+    def filled(text: str) -> str:
+        return text.replace("IMAGES", str(images)).replace("EMPTY", str(tmp_path / "empty"))
+
+    assert run(model, images, tmp_path, "a", *map(filled, change)) == 2
+    printed, errors = capsys.readouterr()
+    assert filled(message) in errors and len(errors.splitlines()) == 1 and not printed
+    assert not (images / search.INDEX).exists()
+
+
+def test_names_that_are_not_utf8_are_searched_too(model, images, tmp_path, capsys):
+    (images / "0.png").rename(images / "\udcff.png")
+    query = images / "\udcff.png"
+    assert run(model, images, tmp_path, "--image", query, "--count", 1) == 0
+    assert "\\udcff.png" in capsys.readouterr().out and "\\udcff.png" in (tmp_path / "found.html").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from vlmo_ds.config import TRAINABLE, load_recipe
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation.report import duration
 from vlmo_ds.training.loop import build_model
 from vlmo_ds.training.optim import matches
 
@@ -111,6 +113,7 @@ def test_a_run_leaves_what_it_should(finished):
     assert {p.name for p in run.iterdir()} == {
         "recipe.yaml",
         "ds_config.json",
+        "stages.json",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
@@ -123,6 +126,20 @@ def test_a_run_leaves_what_it_should(finished):
     assert "text to image   itc+itm" in output and "samples/s" in output
     page = (run / "report" / "index.html").read_text()
     assert page.count("<svg") >= 4 and "data:image/jpeg;base64" in page and "http" not in page.replace("http-equiv", "")
+    text = " ".join(re.sub("<[^>]*>", " ", page).split())
+    noted = json.loads((run / "stages.json").read_text())
+    for stage, entry in noted.items():
+        assert 0 < entry["seconds"] < 240 and 0 < entry["trained"] <= entry["parameters"]
+        assert f"{stage} bf16 {entry['parameters']:,} {entry['trained']:,} {duration(entry['seconds'])}" in text
+    assert list(noted) == ["image", "text", "joint"] and noted["text"]["trained"] < noted["text"]["parameters"]
+    for shown in (
+        "(2 ranks)",
+        f"torch {torch.__version__}",
+        "vlffn_start_layer_index: 2",
+        "train_batch_size",
+        "whole run",
+    ):
+        assert shown in text, shown
     resolved = json.loads((run / "ds_config.json").read_text())["joint"]
     assert resolved["train_batch_size"] == 8 and resolved["train_micro_batch_size_per_gpu"] == 4
 

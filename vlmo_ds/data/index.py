@@ -294,10 +294,13 @@ def main() -> int:
         if not any(index.samples for index in found.values()):
             raise DataError(f"none of {len(found)} shards holds a sample; {faults[0]}")
         for target in sorted(set(folders.values())):
-            chosen = {url: found[url] for url in urls if folders[url] == target}
-            names = {url.rsplit("/", 1)[-1]: index for url, index in chosen.items()}
-            if len(names) < len(chosen):
-                raise DataError(f"two of the shards have the same name; {target} can hold one of them")
+            first: dict[str, str] = {}
+            for url in dict.fromkeys(url for url in urls if folders[url] == target):
+                if url != (other := first.setdefault(url.rsplit("/", 1)[-1], url)):
+                    raise DataError(
+                        f"{other} and {url} have the same name; {target} can hold one of them: build two indexes"
+                    )
+            names = {name: found[url] for name, url in first.items()}
             write_atomically(target, dump_index(names))
             print(f"{target}: {len(names)} shards, {sum(s.samples for s in names.values())} samples")
     except DataError as error:

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.config import DataConfig
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
-from vlmo_ds.data.shards import RawSample, Shard, is_true, list_shards
-from vlmo_ds.data.storage import DataError, Storage
+from vlmo_ds.data.shards import RawSample, Shard, check_names, is_true, list_shards
+from vlmo_ds.data.storage import DataError, Storage, expand
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
 from vlmo_ds.distributed import heartbeat
 
@@ -69,7 +69,11 @@ def source_shards(data: DataConfig) -> list[list[Shard]]:
     """The shards of each source."""
     settings = {"cache_bytes": int(data.cache_size_gb * 1e9), "tries": data.tries, "stall_seconds": data.stall_seconds}
     storage = Storage(**settings, **({"cache": Path(data.cache)} if data.cache else {}))
-    return [list_shards(source.shards, storage, source.index) for source in data.mixture.values()]
+    sources = data.mixture.values()
+    for index in dict.fromkeys(source.index for source in sources if source.index):
+        urls = (url for source in sources if source.index == index for url in expand(source.shards))
+        check_names(urls, index, storage)
+    return [list_shards(source.shards, storage, source.index) for source in sources]
 
 
 class BatchDataset(Dataset):

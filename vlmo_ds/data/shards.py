@@ -135,8 +135,11 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
     storage = storage or Storage()
     if index and not read_index(index, storage):
         raise DataError(f"data.index: {index} does not exist or names no shard")
+    urls = expand(patterns)
+    if index:
+        check_names(urls, index, storage)
     shards = []
-    for url in expand(patterns):
+    for url in urls:
         if not is_unicode(url):
             raise DataError(f"shards: the name of {printable(url)} is not UTF-8: rename it")
         folder, _, name = url.rpartition("/")
@@ -161,6 +164,19 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
             raise DataError(f"shards: {url} holds no samples; expected members such as 000001.jpg and 000001.txt")
         shards.append(Shard(url, known, storage))
     return shards
+
+
+def check_names(urls: Iterable[str], index: str, storage: Storage) -> None:
+    """DataError for shards of one name in different folders: an index knows shards by their names alone."""
+    names, seen = read_index(index, storage), {}
+    for url in urls:
+        name, place = url.rpartition("/")[2], url if is_remote(url) else str(Path(url).resolve())
+        first, where = seen.setdefault(name, (url, place))
+        if name in names and where != place:
+            raise DataError(
+                f"data.index: {index} has one entry {name} for {printable(first)} and {printable(url)}: give each folder "
+                "an index of its own, as a source of its own (data.sources)"
+            )
 
 
 def check_size(url: str, known: ShardIndex) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +26,14 @@ from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch.nn import functional
 
-MAX_PIXELS = 100_000_000  # a larger header is an attack or a mistake, and decoding it can exhaust the memory
+# A larger header is an attack or a mistake, and decoding it can exhaust the memory. What decodes more slowly than JPEG, or
+# not at reduced size, may have fewer: a picture takes a few seconds and 1 GB at most.
+MAX_PIXELS = 100_000_000
+FEWER_PIXELS = {"JPEG2000": 16_000_000}
+OTHER_PIXELS = 50_000_000
+# Scans of a JPEG: encoders write about 10 of a progressive one, and each costs a pass over all of its pixels.
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 16 * MAX_PIXELS
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # of a JPEG; the others belong to the pixels
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 BICUBIC = Image.Resampling.BICUBIC
 GREY = (128, 128, 128)  # zero after normalisation
@@ -58,7 +66,7 @@ class EncodedImage:
         if stored := jpeg_size(data):
             self.orientation = jpeg_orientation(data)
             self.width, self.height = stored if self.orientation < 5 else stored[::-1]
-            check_size(*stored)
+            check_cost(data, "JPEG", *stored)
         else:
             self.whole = decoded(data)
             self.height, self.width = self.whole.shape[:2]
@@ -130,13 +138,37 @@ def opened(data: bytes) -> Image.Image:
         raise ValueError("not a readable image (no known format)") from None
     except Exception as error:  # Pillow raises whatever a hostile file makes it raise
         raise ValueError(f"not a readable image ({type(error).__name__}: {str(error)[:200]})") from None
-    check_size(*image.size)
+    check_cost(data, image.format, *image.size)
     return image
 
 
-def check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, at most {MAX_PIXELS:,} are accepted")
+def check_cost(data: bytes, kind: str, width: int, height: int) -> None:
+    """ValueError for a picture that takes too long or too much memory to decode, as far as its headers tell."""
+    jpeg = data[:2] == b"\xff\xd8"
+    most = MAX_PIXELS if jpeg else FEWER_PIXELS.get(kind, OTHER_PIXELS)
+    if width * height > most:
+        raise ValueError(f"{width}x{height} pixels, at most {most:,} are accepted of {'JPEG' if jpeg else kind}")
+    most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(width * height, 1))
+    if jpeg and jpeg_scans(data, most) > most:
+        raise ValueError(f"a JPEG of more than {most} scans, the most that are accepted of {width}x{height} pixels")
+
+
+def jpeg_scans(data: bytes, most: int) -> int:
+    """Scans up to the end of the picture, counted to most + 1. A plain JPEG's are not looked for: its first has everything."""
+    scans, place, progressive, components = 0, 2, False, b""
+    while scans <= most and (found := MARKER.search(data, place)):
+        marker, place = found[1][0], found.end()
+        if marker == 0xD9:
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame
+            progressive, components = marker & 3 == 2, data[place + 7 : place + 8]
+        elif marker == 0xDA:
+            scans += 1
+            if scans == 1 and not progressive and data[place + 2 : place + 3] == components:
+                break
+        if marker >= 0xC0 and marker != 0xD8:
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def decoded(data: bytes) -> np.ndarray:

@@ -1,15 +1,20 @@
-"""The report of a run: one self-contained HTML file with loss curves, the retrieval table and a gallery."""
+"""The report of a run: one self-contained HTML file with results, loss curves, what the run was made with, and a
+gallery."""
 
 from __future__ import annotations
 
 import base64
 import html
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlmo_ds import metrics
+from vlmo_ds import ledger, metrics
 from vlmo_ds.data.storage import write_atomically
+from vlmo_ds.evaluation.circumstances import Hardware, hardware_table, versions
 from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
+from vlmo_ds.training.ds_config import precision_of
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1c2733; padding: 0 1rem }
@@ -21,6 +26,8 @@ small { font-weight: 400; margin-left: .4rem }
 .query { display: flex; gap: .6rem; align-items: flex-start; margin: 1rem 0; flex-wrap: wrap }
 .query > p { width: 17rem; margin: 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover }
 ol { margin: 0; padding-left: 1.4rem } li.hit { outline: none; color: #1a7f37; font-weight: 600 }
+table.facts td { text-align: left } pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: 12px }
+details { margin: .6rem 0 } summary { cursor: pointer }
 svg text { font: 11px system-ui, sans-serif; fill: #5b6876 }
 """
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")
@@ -141,6 +148,67 @@ def numbers_table(name: str, metrics: Mapping[str, float]) -> str:
     return f"<h2>{html.escape(name)}</h2><table>{rows}</table>"
 
 
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def stages_table(run: Path, configs: Mapping[str, dict], evaluation_seconds: float) -> str:
+    """Of each stage its precision, its parameters, and its time over all starts of the run."""
+    noted = ledger.read(run)
+    rows = []
+    for stage, config in configs.items():
+        entry = noted.get(stage)
+        counts = (f"{entry.parameters:,}", f"{entry.trained:,}", duration(entry.seconds)) if entry else ("",) * 3
+        rows.append((stage, precision_of(config), *counts))
+    seconds = sum(noted[stage].seconds for stage in configs if stage in noted)
+    rows.append(("evaluation", "", "", "", duration(evaluation_seconds)))
+    rows.append(("whole run", "", "", "", duration(seconds + evaluation_seconds)))
+    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f"<th>{name}</th>" for name in ("stage", "precision", "parameters", "trained", "time"))
+    note = "Times are summed over all starts of the run; of a start that was killed up to its last checkpoint."
+    return f"<table><tr>{head}</tr>{cells}</table><p class='note'>{note}</p>"
+
+
+def facts_table(title: str, facts: Mapping[str, str]) -> str:
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in facts.items())
+    return f"<h3>{html.escape(title)}</h3><table class='facts'>{rows}</table>"
+
+
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(without_keys(text))}</pre></details>"
+
+
+def without_keys(text: str) -> str:
+    """Without what URLs may hold that lets others in, a password or a signature: pages are passed on."""
+    text = re.sub(r"(\w://)[^/@\s\"']+@", r"\1...@", text)
+    return re.sub(r"(\w://[^\s\"'?]*\?)[^\s\"']+", r"\1...", text)
+
+
+def made_with(run: Path, ranks: Sequence[Hardware], evaluation_seconds: float) -> str:
+    """Stages, hardware, versions and settings of a run, from its directory and this process."""
+    recipe, config = (text_of(run / name) for name in ("recipe.yaml", "ds_config.json"))
+    configs = json.loads(config) if config else {}
+    return "".join(
+        (
+            "<h2>Stages</h2>" + stages_table(run, configs, evaluation_seconds),
+            "<h2>Made with</h2>",
+            facts_table("Hardware", hardware_table(ranks)) if ranks else "",
+            facts_table("Versions", versions()),
+            "<h3>Settings</h3>",
+            folded("Recipe, with every default", recipe) if recipe else "",
+            folded("DeepSpeed config of each stage", config) if config else "",
+        )
+    )
+
+
+def text_of(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""
+
+
 def write_report(
     run: Path,
     name: str,
@@ -148,13 +216,15 @@ def write_report(
     result: RetrievalResult | None,
     queries: int,
     tables: Mapping[str, Mapping[str, float]] | None = None,
+    ranks: Sequence[Hardware] = (),
+    evaluation_seconds: float = 0.0,
 ) -> Path:
-    """Writes <run>/report/index.html and returns its path. tables: further numbers, by evaluation."""
+    """Writes <run>/report/index.html and returns its path. tables: further numbers, by evaluation; ranks: what each runs on."""
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
     if result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
     body += [numbers_table(title, values) for title, values in (tables or {}).items()]
-    body.append("<h2>Training</h2>" + curves(run))
+    body.append("<h2>Training</h2>" + curves(run) + made_with(run, ranks, evaluation_seconds))
     if result is not None and queries:
         body.append(gallery(data, result, queries))
     page = (

@@ -19,20 +19,22 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoProcessor
 
 from vlmo_ds.config import RecipeError, number
+from vlmo_ds.data.meta import is_unicode, printable
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.data.transforms import EncodedImage
-from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval, VLMoProcessor
 from vlmo_ds.progress import progress
+
+if TYPE_CHECKING:  # seconds to import: `run` does it when the arguments have been checked
+    from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval, VLMoProcessor
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 INDEX = ".vlmo_ds_index"
@@ -48,7 +50,7 @@ class Query(NamedTuple):
 
     @property
     def title(self) -> str:
-        return self.text or f"like {self.image}"
+        return self.text or printable(f"like {self.image}")
 
 
 class Hit(NamedTuple):
@@ -108,7 +110,7 @@ def build(
                 values.append(processor.image_processor(file)["pixel_values"][0])
                 readable.append(file)
             except (ValueError, OSError) as error:
-                print(f"left out: {file}: {error}", file=sys.stderr)
+                print(f"left out: {printable(str(file))}: {error}", file=sys.stderr)
         if readable:
             features = model.get_image_features(torch.stack(values).to(model.device)).float().cpu()
             waiting += zip(readable, features, strict=True)
@@ -162,7 +164,7 @@ def as_html(found: Sequence[tuple[Query, list[Hit]]], images: Path) -> bytes:
             buffer = io.BytesIO()
             thumbnail(hit.file).save(buffer, "JPEG", quality=85)
             data = base64.b64encode(buffer.getvalue()).decode()
-            name = html.escape(str(hit.file.relative_to(images)))
+            name = html.escape(printable(str(hit.file.relative_to(images))))
             cells.append(
                 f'<figure><img alt="{name}" src="data:image/jpeg;base64,{data}"><figcaption>{hit.score:.2f} {name}'
                 "</figcaption></figure>"
@@ -189,24 +191,44 @@ def as_png(found: Sequence[tuple[Query, list[Hit]]]) -> bytes:
     return buffer.getvalue()
 
 
-def run(args: argparse.Namespace) -> None:
-    queries = [Query(text=text) for text in args.query] + [Query(image=file) for file in args.image]
+def check_arguments(args: argparse.Namespace) -> None:
+    """RecipeError for what cannot be searched for, in or with, before a model is loaded."""
+    for text in args.query:
+        if not text.strip() or not is_unicode(text):
+            raise RecipeError(f"query: {printable(text)!r}; accepted: a text that is not empty, in UTF-8")
     if not args.images.is_dir():
         raise RecipeError(f"--images: {args.images} is no folder")
     if args.output.suffix.lower() not in (".html", ".png"):
         raise RecipeError(f"--output: {args.output}; accepted: a file that ends in .html or .png")
-    if not (args.model / "config.json").is_file():
-        raise RecipeError(
-            f"--model: {args.model} holds no exported model; write one with python -m vlmo_ds.interop.export"
-        )
-    model = VLMoForImageTextRetrieval.from_pretrained(args.model).eval()
-    if not set(model.config.tasks) & {"itc", "irtr"}:
-        raise RecipeError(f"--model: {args.model} was trained for {model.config.tasks}; a search needs itc or irtr")
-    if args.rerank and "itm" not in model.vlmo.tasks:
-        raise RecipeError(f"--rerank: {args.model} has no itm head; it was trained for {', '.join(model.config.tasks)}")
-    if torch.cuda.is_available():
-        model.cuda()
-    processor = AutoProcessor.from_pretrained(args.model)
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        raise RecipeError(f"--output: {args.output} cannot be written: {args.output.parent} is no folder, or it is one")
+    tasks = tasks_of(args.model)
+    if not set(tasks) & {"itc", "irtr"}:
+        raise RecipeError(f"--model: {args.model} was trained for {', '.join(tasks)}; a search needs itc or irtr")
+    if args.rerank and "itm" not in tasks:
+        raise RecipeError(f"--rerank: {args.model} has no itm head; it was trained for {', '.join(tasks)}")
+    for file in args.image:
+        try:
+            EncodedImage(file.read_bytes()).decode()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"--image: {printable(str(file))}: {reason}; accepted: an image's file") from None
+
+
+def tasks_of(model: Path) -> list[str]:
+    """The tasks that an exported model was trained for. RecipeError where there is no such model."""
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+        if config["model_type"] == "vlmo" and (model / "model.safetensors").is_file():
+            return [str(task) for task in config["tasks"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise RecipeError(f"--model: {model} holds no exported model; write one with python -m vlmo_ds.interop.export")
+
+
+def run(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    queries = [Query(text=text) for text in args.query] + [Query(image=file) for file in args.image]
     weights = (args.model / "model.safetensors").stat()
     index = Index(
         args.images,
@@ -216,6 +238,15 @@ def run(args: argparse.Namespace) -> None:
     files = index.files()
     if not files:
         raise RecipeError(f"--images: {args.images} holds no image; accepted: {', '.join(sorted(ENDINGS))}")
+
+    from transformers import AutoProcessor
+
+    from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval
+
+    model = VLMoForImageTextRetrieval.from_pretrained(args.model).eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    processor = AutoProcessor.from_pretrained(args.model)
     try:
         added = build(index, files, model, processor, args.batch_size)
     except OSError as error:
@@ -230,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
         found.append((query, hits))
         print(f"{query.title}:")
         for hit in hits:
-            print(f"  {hit.score:8.3f}  {os.path.relpath(hit.file, args.images)}")
+            print(f"  {hit.score:8.3f}  {printable(os.path.relpath(hit.file, args.images))}")
     if found:
         write_atomically(
             args.output, as_png(found) if args.output.suffix.lower() == ".png" else as_html(found, args.images)

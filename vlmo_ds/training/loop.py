@@ -19,6 +19,7 @@ from vlmo_ds.data.tokenizer import vocabulary_digest
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.interop.official import read_weights, vocabulary_of
+from vlmo_ds.ledger import StageClock
 from vlmo_ds.models.vlmo import StepOutput, VLMo
 from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
@@ -123,13 +124,18 @@ def build_model(
                 print(f"{stage.name}:   {change}", flush=True)
     trained = set_trainable(model, stage)
     if collector.rank == 0:
-        total = sum(p.numel() for p in model.parameters())
-        learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total, learnt = parameter_counts(model)
         print(
             f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)",
             flush=True,
         )
     return model
+
+
+def parameter_counts(model: VLMo) -> tuple[int, int]:
+    """(all, trained), of a model that no engine has taken yet."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
 
 class Pass(NamedTuple):
@@ -147,9 +153,12 @@ def train_stage(run: Run, stage: StageConfig, resume_from: Path | None, skip: in
     steps in a row are not finite.
     """
     training = StageTraining(run, stage, resume_from, skip)
-    rollback = training.train()
-    if not rollback:
-        training.write_final()
+    try:
+        rollback = training.train()
+        if not rollback:
+            training.write_final()
+    finally:
+        training.note_time()
     release(training.engine)
     del training
     gc.collect()
@@ -163,6 +172,7 @@ class StageTraining:
 
     def __init__(self, run: Run, stage: StageConfig, resume_from: Path | None, skip: int | None):
         self.run, self.stage = run, stage
+        self.clock = StageClock(run.folder, stage.name)
         heartbeat.beat(f"{BUILDING} {stage.name}")
         recipe, collector = run.recipe, run.collector
         self.seed = stage_seed(recipe, stage)
@@ -181,6 +191,7 @@ class StageTraining:
         del source
         self.frozen = frozen_state(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.counts = parameter_counts(model)
         buffer_shapes = {name: buffer.shape for name, buffer in model.named_buffers()}
         self.engine = build_engine(model, stage, merge(run.ds_config, stage, collector.world_size))
         self.first = checkpoint.restore(self.engine, reader) if reader else 0
@@ -323,6 +334,11 @@ class StageTraining:
         self.failures.count((step, problem) if problem else None)
         if wait or not self.run.recipe.background_checkpoints:
             self.failures.count(self.writer.finish())
+        self.note_time()
+
+    def note_time(self) -> None:
+        if self.run.collector.rank == 0:
+            self.clock.note(*self.counts)
 
     def write_final(self) -> None:
         """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmo_ds import ledger
 from vlmo_ds.config import Recipe, RecipeError, StageConfig, parse_recipe, read_yaml
 from vlmo_ds.data.loader import source_shards
 from vlmo_ds.data.shards import Shard
@@ -55,6 +56,7 @@ OWN_FILES = (
     "recipe.yaml",
     "ds_config.json",
     "metrics.jsonl",
+    ledger.FILE,
     "answers.json",
     "retrieval.json",
     "vqa.json",

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, vqa
+from vlmo_ds.evaluation.circumstances import hardware
 from vlmo_ds.evaluation.held_out import check_held_out
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
@@ -295,6 +297,8 @@ def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[Stag
 
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
     """Evaluation after the last stage, and the report."""
+    started = time.monotonic()
+    ranks = collector.each_rank(hardware())
     last = recipe.stages[-1]
     final = run / "checkpoints" / last.name / "final"
     tables: dict[str, dict[str, float]] = {}
@@ -319,7 +323,8 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
         for name, values in tables.items():
             write_atomically(run / f"{name}.json", as_json(values))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
-        path = write_report(run, recipe.name, data, result, queries, tables)
+        seconds = time.monotonic() - started
+        path = write_report(run, recipe.name, data, result, queries, tables, ranks, seconds)
         print(f"report: {path}", flush=True)
 
     if collector.rank == 0:

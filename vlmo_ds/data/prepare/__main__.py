@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     sub = with_images(
         dataset(
             "table",
-            "csv, tsv, jsonl or parquet: a column of paths or URLs of images and one of captions",
+            "csv, tsv, jsonl, a JSON array or parquet: a column of paths or URLs of images and one of captions",
             lambda a: table.table(
                 a.input,
                 table.Columns(a.image, a.caption, a.image_id, a.columns, a.quotes),

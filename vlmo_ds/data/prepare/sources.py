@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.data import synthetic
@@ -89,13 +90,20 @@ def first_existing(*paths: Path) -> Path:
 
 
 def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
-    """(extension, bytes): as they are if they can be decoded, or with the shorter side reduced to `resize` pixels."""
+    """(extension, bytes): as they are if they can be decoded, or with the shorter side reduced to `resize` pixels.
+
+    Formats that shards do not hold (GIF, BMP, TIFF, ...) become PNGs of the pixels that are seen.
+    """
     try:
         image = EncodedImage(data)
         shorter = min(image.width, image.height)
         if not resize or shorter <= resize:
-            image.decode()
-            return IMAGE_NAMES.get(data[:2], "jpg"), data
+            seen = image.decode()
+            if data[:2] in IMAGE_NAMES:
+                return IMAGE_NAMES[data[:2]], data
+            out = io.BytesIO()
+            Image.fromarray(seen).save(out, "PNG")
+            return "png", out.getvalue()
         width, height = (round(side * resize / shorter) for side in (image.width, image.height))
         out = io.BytesIO()
         image.resized(width, height).save(out, "JPEG", quality=JPEG_QUALITY)

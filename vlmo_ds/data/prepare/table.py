@@ -1,9 +1,10 @@
-"""Tables of pictures and captions: csv, tsv, jsonl and parquet, of which a shard's rows are read at a time."""
+"""Tables of pictures and captions: csv, tsv, jsonl, JSON arrays and parquet, of which a shard's rows are read at a time."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +17,11 @@ from vlmo_ds.data.prepare.writer import Made, Plan, Rejected
 from vlmo_ds.data.storage import DataError, Storage, is_remote
 
 MOST_LINE = 16 << 20  # bytes; more in one line, or between two quotes, is no table of captions
+MOST_ARRAY = 512 << 20  # bytes of a JSON array, which is held in memory to find its rows
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}  # the first under which the columns are found
-KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+JSON_KINDS = (".json", ".jsonl", ".ndjson")  # one object a line, or one array of objects: the contents decide
+KINDS = (*DELIMITERS, *JSON_KINDS, ".parquet")
+ARRAY, SPACE = ".json", re.compile(r"[ \t\n\r]*")
 csv.field_size_limit(MOST_LINE)
 
 Row = dict[str, Any] | Rejected
@@ -40,7 +44,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a table: between two offsets in bytes, of parquet between two numbers of rows."""
+    """Some rows of a table: between two offsets in bytes, of parquet between two numbers of rows.
+
+    kind: .csv, .tsv, .parquet, .jsonl for one object a line, .json for an array of them.
+    """
 
     path: str
     kind: str
@@ -76,7 +83,9 @@ def parts_of(name: str, columns: Columns, samples: int) -> Iterable[Part]:
         check_columns(name, arrow.columns_of(path), columns)
         rows = arrow.count_of(path)
         return [Part(path, kind, n, min(n + samples, rows)) for n in range(0, rows, samples)]
-    return list(csv_parts(path, kind, columns, samples) if kind in DELIMITERS else json_parts(path, columns, samples))
+    if kind in DELIMITERS:
+        return list(csv_parts(path, kind, columns, samples))
+    return list((array_parts if is_array(path) else json_parts)(path, columns, samples))
 
 
 def check_columns(name: str, found: Iterable[str], columns: Columns) -> None:
@@ -204,7 +213,7 @@ def json_parts(path: str, columns: Columns, samples: int) -> Iterator[Part]:
 
     first = next(read_json(Part(path, ".jsonl", 0, size)), None)
     if not isinstance(first, dict):
-        raise DataError(f"{path}: its first line is no JSON object; expected one a line")
+        raise DataError(f"{path}: its first line is no JSON object; expected one a line, or an array of them")
     check_columns(path, first, columns)
     for start, end in cut(ends(), 0, samples):
         yield Part(path, ".jsonl", start, end)
@@ -227,6 +236,68 @@ def read_json(part: Part) -> Iterator[Row]:
                 yield row if isinstance(row, dict) else Rejected("line that is no JSON object")
 
 
+# ---- JSON arrays ----
+
+
+def is_array(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def array_rows(text: str) -> Iterator[tuple[Any, int, int]]:
+    """(value, start, end) of each entry of a JSON array that begins at the first bracket. ValueError where it is none."""
+    decoder = json.JSONDecoder()
+    at, sign = text.index("["), ""
+    while sign != "]":
+        at = SPACE.match(text, at + 1).end()
+        if not sign and text[at : at + 1] == "]":  # an empty one
+            break
+        value, end = decoder.raw_decode(text, at)
+        yield value, at, end
+        at = SPACE.match(text, end).end()
+        sign = text[at : at + 1]
+        if sign not in (",", "]"):
+            raise json.JSONDecodeError("expected ',' or ']'", text, at)
+    if text[at + 1 :].strip(" \t\n\r"):
+        raise json.JSONDecodeError("expected nothing more", text, at + 1)
+
+
+def array_parts(path: str, columns: Columns, samples: int) -> Iterator[Part]:
+    if (size := Path(path).stat().st_size) > MOST_ARRAY:
+        raise DataError(
+            f"{path}: a JSON array of {size >> 20} MB; accepted: up to {MOST_ARRAY >> 20} MB, or any size with one object a line (jsonl)"
+        )
+    text = Path(path).read_bytes().decode("latin-1")  # a byte is a character: places in one are places in the other
+    try:
+        _, start, end = next(array_rows(text), (None, 0, 0))
+        first = json.loads(text[start:end].encode("latin-1").decode("utf-8", "replace") or "null")
+        if isinstance(first, dict):
+            check_columns(path, first, columns)
+            ends = (end for _, _, end in array_rows(text))
+            yield from (Part(path, ARRAY, *span) for span in cut(ends, text.index("[") + 1, samples))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no whole JSON array ({error})") from None
+    if not isinstance(first, dict):
+        raise DataError(f"{path}: the first entry of its array is no JSON object; expected an array of objects")
+
+
+def read_array(part: Part) -> Iterator[Row]:
+    with open(part.path, "rb") as file:
+        file.seek(part.first)
+        rows = file.read(part.last - part.first).decode("utf-8", "surrogateescape")
+    text = "[" + rows.lstrip(", \t\n\r") + "]"
+    try:
+        for row, start, end in array_rows(text):
+            if not is_utf8(text[start:end]):
+                yield Rejected("row that is not UTF-8")
+            else:
+                yield row if isinstance(row, dict) else Rejected("entry that is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{part.path} has changed while it was read ({error})") from None
+
+
 # ---- samples ----
 
 
@@ -235,7 +306,9 @@ def rows_of(part: Part, columns: Columns) -> Iterator[Row]:
         from vlmo_ds.data.prepare import arrow
 
         return arrow.read_rows(part.path, part.first, part.last, columns.needed)
-    return read_csv(part, columns.quotes) if part.kind in DELIMITERS else read_json(part)
+    if part.kind in DELIMITERS:
+        return read_csv(part, columns.quotes)
+    return read_array(part) if part.kind == ARRAY else read_json(part)
 
 
 def make(item: tuple[Part, str], columns: Columns, resize: int) -> Made:
