@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from vlmo_ds.data.prepare.pictures import content_id, id_of, picture_of, texts_of
 from vlmo_ds.data.prepare.sources import pair
@@ -119,7 +119,7 @@ def csv_rows(part: Part, quotes: bool, strict: bool = False) -> Iterator[tuple[l
     with open(part.path, "rb") as file:
         file.seek(part.first)
         lines = lines_of(file, part.last, lambda at: offsets.__setitem__(0, at))
-        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         try:
             for cells in csv.reader(lines, delimiter=part.delimiter, quoting=quoting, strict=strict):
                 if cells:
