@@ -32,10 +32,10 @@ def cached_contrast(
     model.add_contrast(out, whole)
     loss = added(out.losses.values())
     gradient = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
-    gradients = {name: gradient[name].split(sizes) for name in features}
+    pieces = {name: gradient[name].split(sizes) for name in features}
     for i in range(parts):
         again = features_of(i)
-        terms = [(again[name] * gradients[name][i]).sum() for name in features]
+        terms = [(again[name] * pieces[name][i]).sum() for name in features]
         if i == 0:
             terms += [(again[name] * gradient[name]).sum() for name in scales]
         backward(added(terms))
