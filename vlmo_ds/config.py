@@ -10,10 +10,11 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from vlmo_ds import shipped
 
@@ -82,7 +83,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        accepted = cls.model_fields[info.field_name].annotation
+        accepted = cls.model_fields[info.field_name].annotation  # type: ignore[index]  # a field's validator has its name
         held = value.values() if isinstance(value, dict) and get_origin(accepted) is dict else [value]
         if bool not in (accepted, *get_args(accepted)) and any(isinstance(one, bool) for one in held):
             raise ValueError("true and false are not accepted here")
@@ -386,6 +387,9 @@ class StageConfig(Settings):
         return round(steps * self.steps) if steps < 1 else int(steps)
 
 
+HeldOut = TypeVar("HeldOut", bound="HeldOutConfig")
+
+
 class HeldOutConfig(Settings):
     """What every evaluation after the last stage reads."""
 
@@ -393,7 +397,7 @@ class HeldOutConfig(Settings):
     batch_size: int = Field(64, gt=0, description="images, pairs, questions or sentences per forward pass")
 
     @classmethod
-    def of(cls, settings: HeldOutConfig | None, name: str, **given: Any) -> HeldOutConfig:
+    def of(cls: type[HeldOut], settings: HeldOutConfig | None, name: str, **given: Any) -> HeldOut:
         """The recipe's settings, and over them those of the command line that are not None.
 
         RecipeError if neither names shards.
@@ -490,7 +494,7 @@ def number(kind: type, least: float | None = None) -> Callable[[str], Any]:
     return parse
 
 
-def nearest(word: str, known: Sequence[str] | dict) -> str:
+def nearest(word: str | int, known: Sequence[str] | dict) -> str:
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
@@ -569,10 +573,10 @@ class OpenNode:
 
 def look_through(text: str, source: str) -> None:
     """Reads YAML event by event, which needs neither time nor memory for what aliases and brackets would unfold to."""
-    sizes: dict[str, int] = {}  # anchor -> values that it stands for
+    sizes: dict[str | None, int] = {}  # anchor -> values that it stands for
     nodes: list[OpenNode] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        key, line = None, event.start_mark.line + 1
+        key, line = None, event.start_mark.line + 1  # type: ignore[union-attr]  # parsed events have one
         if isinstance(event, (yaml.DocumentStartEvent, yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             nodes.append(OpenNode(event))
             if len(nodes) > DEEPEST_YAML:
@@ -652,7 +656,7 @@ def descend(target: Any, part: str, source: str, parent: str) -> list[Any]:
     return [target[part]]
 
 
-def explain(item: dict, data: dict) -> str:
+def explain(item: ErrorDetails, data: dict) -> str:
     """One validation error as a sentence: where, what was found, what is accepted."""
     location = [part for part in item["loc"]]
     where = []

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlmo_ds.data.storage import write_atomically
 
@@ -31,7 +31,7 @@ def read(run: Path) -> dict[str, Entry]:
         return {}
 
 
-def entry_of(fields: object) -> Entry | None:
+def entry_of(fields: Any) -> Entry | None:
     try:
         entry = Entry(float(fields["seconds"]), int(fields["parameters"]), int(fields["trained"]))
     except (KeyError, TypeError, ValueError, OverflowError):

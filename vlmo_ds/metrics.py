@@ -33,8 +33,10 @@ def place_of(line: bytes) -> Place | None:
     found = BEGINNING.match(line)
     if found and line.endswith(b"}\n") and line.isascii() and b"\0" not in line:
         return found[1].decode(), int(found[2]), int(found[3])
+    if not line.endswith(b"\n"):
+        return None
     try:
-        record = json.loads(line) if line.endswith(b"\n") else None
+        record = json.loads(line)
         place = record["stage"], record["step"], record["step_of_run"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -55,7 +55,7 @@ def progress(
 ) -> Iterator[T]:
     """The items, with word of how many have been taken."""
     shown = Progress(
-        what, total if total is not None else len(items) if hasattr(items, "__len__") else None, unit, silent=silent
+        what, total if total is not None else len(items) if isinstance(items, Sized) else None, unit, silent=silent
     )
     try:
         for item in items:

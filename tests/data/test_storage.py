@@ -222,3 +222,12 @@ def test_a_tool_that_is_missing_is_named(monkeypatch):
     with pytest.raises(DataError, match="'gsutil' is not installed"):
         Storage(tries=6).read("gs://bucket/a.tar")
     assert time.monotonic() - start < 1
+
+
+def test_a_file_in_a_bucket_of_the_hub_is_refused_by_name(monkeypatch):
+    class InABucket:
+        bucket_id, path = "owner/name", "0.tar"
+
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", lambda *_: InABucket())
+    with pytest.raises(DataError, match=r"hf://buckets/owner/name/0\.tar is in a bucket"):
+        storage.request_for("hf://buckets/owner/name/0.tar")

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -49,11 +49,7 @@ class ShardIndex:
 
     def spans(self) -> np.ndarray | None:
         """[samples + 1] int64: where each sample begins, and where the last one ends. DataError if they do not fit."""
-        if not self.offsets:
-            return None
-        spans = unpack(self.offsets, np.uint32, self.samples + 1).cumsum(dtype=np.int64)
-        spans *= BLOCK
-        return spans
+        return None if not self.offsets else unpack_spans(self.offsets, self.samples)
 
     def text_lengths(self) -> np.ndarray | None:
         """[samples] uint16: bytes of text of each sample (of .txt or .caption, else of .json), at most 65535."""
@@ -82,6 +78,13 @@ def unpack(text: str, dtype: type, count: int) -> np.ndarray:
     return np.frombuffer(data, dtype=little)
 
 
+def unpack_spans(text: str, samples: int) -> np.ndarray:
+    """As ShardIndex.spans."""
+    spans = unpack(text, np.uint32, samples + 1).cumsum(dtype=np.int64)
+    spans *= BLOCK
+    return spans
+
+
 def split_name(name: str) -> tuple[str, str]:
     """(key, extension) of a tar member, as WebDataset splits them: at the first dot of the file name."""
     folder, _, file = name.rpartition("/")
@@ -89,7 +92,9 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder and stem else stem), extension.lower()
 
 
-def members(stream: BinaryIO, mode: str = "r:") -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
+def members(
+    stream: BinaryIO, mode: Literal["r:", "r|"] = "r:"
+) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """(key, extension, header, tar) of every file of a tar that belongs to a sample. TarError for a damaged one."""
     try:
         with tarfile.open(fileobj=stream, mode=mode) as tar:
@@ -176,7 +181,7 @@ def is_read(extension: str) -> bool:
     return extension in TEXT_EXTENSIONS or extension.removeprefix("0.").removeprefix("1.") in IMAGE_EXTENSIONS
 
 
-def scan(stream: BinaryIO, size: int, mode: str = "r:") -> tuple[ShardIndex, str]:
+def scan(stream: BinaryIO, size: int, mode: Literal["r:", "r|"] = "r:") -> tuple[ShardIndex, str]:
     """The index of a tar from its headers, and what is wrong with the file ("" if nothing is).
 
     Successive members with one key are a sample. Of a truncated file the whole samples count.
@@ -216,7 +221,7 @@ def scan_shard(url: str, storage: Storage) -> tuple[ShardIndex, str]:
 
         def stream() -> tuple[ShardIndex, str]:
             with opened(url, storage.stall_seconds) as source:
-                index, problem = scan(source, -1, "r|")
+                index, problem = scan(source, -1, "r|")  # type: ignore[arg-type]  # "r|" does nothing but read
                 while source.read(1 << 20):  # to the end: an interrupted transfer has to be noticed
                     pass
                 index.bytes = source.bytes

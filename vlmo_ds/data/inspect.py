@@ -218,7 +218,7 @@ def contact_sheet(
         except ValueError as error:
             figures.append(figure(None, html.escape(str(error))))
             continue
-        image = Image.fromarray(sample["image"].transpose(1, 2, 0)) if "image" in sample else None
+        image = Image.fromarray(np.asarray(sample["image"]).transpose(1, 2, 0)) if "image" in sample else None
         figures.append(figure(image, masked_words(sample, tokenizer) + name))
     return "".join(figures)
 

@@ -47,7 +47,7 @@ class SampleSpec:
 
 
 def spec_for(
-    tasks: Mapping[str, float], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
+    tasks: Mapping[str, float | None], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
 ) -> SampleSpec:
     """answers: those that vqa chooses among."""
     return SampleSpec(
@@ -67,8 +67,9 @@ def spec_for(
 
 def source_shards(data: DataConfig) -> list[list[Shard]]:
     """The shards of each source."""
-    settings = {"cache_bytes": int(data.cache_size_gb * 1e9), "tries": data.tries, "stall_seconds": data.stall_seconds}
-    storage = Storage(**settings, **({"cache": Path(data.cache)} if data.cache else {}))
+    storage = Storage(cache_bytes=int(data.cache_size_gb * 1e9), tries=data.tries, stall_seconds=data.stall_seconds)
+    if data.cache:
+        storage = replace(storage, cache=Path(data.cache))
     sources = data.mixture.values()
     for index in dict.fromkeys(source.index for source in sources if source.index):
         urls = (url for source in sources if source.index == index for url in expand(source.shards))
@@ -176,8 +177,8 @@ class BatchDataset(Dataset):
                     encoding.word_ids(),
                     probability=self.data.mlm_probability,
                     whole_word=self.data.whole_word_masking,
-                    mask_id=self.tokenizer.mask_token_id,
-                    vocab_size=len(self.tokenizer),
+                    mask_id=self.needed_tokenizer.mask_token_id,
+                    vocab_size=len(self.needed_tokenizer),
                     rng=rng,
                 )
         return out
@@ -211,8 +212,14 @@ class BatchDataset(Dataset):
         captions = raw.captions
         return self.encode(captions[int(rng.integers(len(captions)))], raw)
 
+    @property
+    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("texts are asked of a dataset that was made without a tokenizer")
+        return self.tokenizer
+
     def encode(self, text: str, raw: RawSample):
-        encoding = self.tokenizer(text, truncation=True, max_length=self.spec.max_text_len)
+        encoding = self.needed_tokenizer(text, truncation=True, max_length=self.spec.max_text_len)
         if len(encoding["input_ids"]) < 3:
             raise DataError(f"{raw.name} has an empty text after tokenisation")
         return encoding
@@ -253,7 +260,7 @@ def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int) -> di
     """Stacks samples; texts are padded to the longest, rounded up to a multiple of 8 (at most max_text_len)."""
     batch: dict[str, Tensor] = {}
     for key in samples[0]:
-        values = [sample[key] for sample in samples]
+        values: list[Any] = [sample[key] for sample in samples]
         if key.startswith(("text_", "false_text_")):
             fill = -100 if key == "text_labels_mlm" else 0
             length = min(-(-max(len(v) for v in values) // 8) * 8, max_text_len)
@@ -294,7 +301,7 @@ class Told(Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its subclasses
 
     def __getitem__(self, index: int) -> Any:
         try:

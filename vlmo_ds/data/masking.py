@@ -11,7 +11,7 @@ IGNORE = -100
 
 
 def mask_tokens(
-    ids: Sequence[int],
+    ids: Sequence[int] | np.ndarray,
     word_of: Sequence[int | None],
     *,
     probability: float,
@@ -57,7 +57,7 @@ def mask_blocks(window: int, ratio: float, rng: np.random.Generator) -> np.ndarr
     rest is filled with single patches, so that every image has the same number of masked patches.
     """
     total = round(ratio * window * window)
-    mask = np.zeros((window, window), dtype=bool)
+    mask: np.ndarray = np.zeros((window, window), dtype=bool)
     smallest = min(16, max(1, total // 2))
     for _ in range(64):
         room = total - int(mask.sum())

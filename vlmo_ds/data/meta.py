@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 DEEPEST = 64  # objects and lists within each other; Python's own limit depends on who calls
 LARGEST_LABEL = 2**31 - 1
@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     accepted: str
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -36,7 +36,7 @@ def is_id(value: Any) -> bool:
     return -(2**63) <= value < 2**63 if is_whole(value) else is_text(value) and bool(value)
 
 
-def is_label(value: Any) -> bool:
+def is_label(value: Any) -> TypeGuard[int]:
     return is_whole(value) and 0 <= value <= LARGEST_LABEL
 
 

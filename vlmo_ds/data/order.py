@@ -158,6 +158,7 @@ class BatchOrder:
 
     def batch(self, index: int, size: int) -> list[Place]:
         """Batch `index` of `size` samples, sorted by lane."""
+        positions: Sequence[int]
         if self.bucket > 1:
             positions = self.sorted_group(index // self.bucket, size)[index % self.bucket]
         else:
@@ -175,6 +176,9 @@ class BatchOrder:
 
     def _sorted_group(self, group: int, size: int) -> list[list[int]]:
         positions = range(group * self.bucket * size, (group + 1) * self.bucket * size)
-        ordered = sorted(positions, key=lambda p: (self.length(self.place(p)), p))
+        length = self.length
+        if length is None:
+            raise ValueError(f"buckets of {self.bucket} batches need the length of each sample")
+        ordered = sorted(positions, key=lambda p: (length(self.place(p)), p))
         chosen = generator(self.seed, 7, group).permutation(self.bucket)
         return [ordered[i * size : (i + 1) * size] for i in chosen]

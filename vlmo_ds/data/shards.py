@@ -25,6 +25,8 @@ from vlmo_ds.data.index import (
     members,
     parse_index,
     scan_shard,
+    unpack,
+    unpack_spans,
 )
 from vlmo_ds.data.meta import is_unicode, parse_json, printable, read_meta, truth
 from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
@@ -71,7 +73,8 @@ class Shard:
             raise DataError(f"shard {self.url} holds {len(spans) - 1} samples, its index says {self.samples}")
         start, end = int(spans[row]), int(spans[row + 1])
         data = read_span(path, start, end - start)
-        key, fields = "", {}
+        key = ""
+        fields: dict[str, bytes] = {}
         try:
             for member_key, extension, info, tar in members(io.BytesIO(data)):
                 if fields and member_key != key:
@@ -84,7 +87,7 @@ class Shard:
                     raise DataError(f"{self.url}:{member_key} has two members .{extension}")
                 if info.size > len(data):  # of a sparse file, or a damaged header
                     raise DataError(f"shard {self.url} is damaged at sample {row}: {info.name} has {info.size} bytes")
-                key, fields[extension] = member_key, tar.extractfile(info).read()
+                key, fields[extension] = member_key, tar.extractfile(info).read()  # type: ignore[union-attr]  # a file
         except DataError:
             raise
         except TAR_ERRORS as error:
@@ -98,12 +101,12 @@ class Shard:
 
 @lru_cache(maxsize=512)
 def unpacked(packed: str, samples: int) -> np.ndarray:
-    return ShardIndex(samples, offsets=packed).spans()
+    return unpack_spans(packed, samples)
 
 
 @lru_cache(maxsize=512)
 def unpacked_lengths(packed: str, samples: int) -> np.ndarray:
-    return ShardIndex(samples, lengths=packed).text_lengths()
+    return unpack(packed, np.uint16, samples)
 
 
 @lru_cache(maxsize=100_000)
@@ -168,7 +171,8 @@ def list_shards(patterns: Sequence[str], storage: Storage | None = None, index: 
 
 def check_names(urls: Iterable[str], index: str, storage: Storage) -> None:
     """DataError for shards of one name in different folders: an index knows shards by their names alone."""
-    names, seen = read_index(index, storage), {}
+    names = read_index(index, storage)
+    seen: dict[str, tuple[str, str]] = {}
     for url in urls:
         name, place = url.rpartition("/")[2], url if is_remote(url) else str(Path(url).resolve())
         first, where = seen.setdefault(name, (url, place))

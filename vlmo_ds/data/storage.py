@@ -301,7 +301,7 @@ def is_remote(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(url: str, stall_seconds: float) -> Iterator[BinaryIO]:
+def opened(url: str, stall_seconds: float) -> Iterator[Counted]:
     """A stream of a remote file's bytes; OSError where it cannot be opened or stalls."""
     if url.startswith(("http://", "https://", "hf://")):
         try:
@@ -321,7 +321,7 @@ def opened(url: str, stall_seconds: float) -> Iterator[BinaryIO]:
             yield Counted(stream)
         return
     with ended_with_its_group(command_for(url)) as process:
-        counted = Counted(process.stdout)
+        counted = Counted(process.stdout)  # type: ignore[arg-type]  # a pipe
         done = threading.Event()
         watcher = threading.Thread(target=end_stalled, args=(process, counted, stall_seconds, done), daemon=True)
         watcher.start()
@@ -347,6 +347,8 @@ def request_for(url: str) -> urllib.request.Request:
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
 
     place = HfFileSystem().resolve_path(url)
+    if not hasattr(place, "repo_id"):
+        raise DataError(f"{url} is in a bucket; accepted are files of repositories, hf://datasets/OWNER/NAME/FILE")
     request = urllib.request.Request(
         hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
     )
@@ -382,7 +384,7 @@ def ended_with_its_group(command: str | list[str]) -> Iterator[subprocess.Popen]
         yield process
     finally:
         end_group(process)
-        process.stdout.close()
+        process.stdout.close()  # type: ignore[union-attr]  # a pipe
         process.wait()
 
 

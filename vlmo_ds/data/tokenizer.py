@@ -74,8 +74,8 @@ def from_vocabulary(vocab: Path) -> PreTrainedTokenizerFast:
         strips = lowercase and not any(map(has_accents, words))
     else:
         strips = lowercase  # BERT strips accents where it lower-cases
-    if settings.get("strip_accents") is not None:
-        strips = settings["strip_accents"]
+    if (said := settings.get("strip_accents")) is not None:
+        strips = said
     return wrap(wordpiece(model, lowercase, strips, settings.get("tokenize_chinese_chars") is not False))
 
 

@@ -138,7 +138,7 @@ def opened(data: bytes) -> Image.Image:
         raise ValueError("not a readable image (no known format)") from None
     except Exception as error:  # Pillow raises whatever a hostile file makes it raise
         raise ValueError(f"not a readable image ({type(error).__name__}: {str(error)[:200]})") from None
-    check_cost(data, image.format, *image.size)
+    check_cost(data, image.format or "this format", *image.size)
     return image
 
 

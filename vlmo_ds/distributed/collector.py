@@ -12,6 +12,7 @@ one-rank case of the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ class Collector:
         if self.world_size > 1:
             dist.barrier(group=self.group)
 
-    def from_rank0(self, value: object) -> object:
+    def from_rank0(self, value: Any) -> Any:
         """Rank 0's Python object, on every rank."""
         box = [value]
         if self.world_size > 1:

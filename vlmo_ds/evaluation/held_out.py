@@ -6,6 +6,7 @@ An evaluation measures all samples or none: where training replaces a sample tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from vlmo_ds.config import HeldOutConfig, Recipe
 from vlmo_ds.data.storage import DataError
@@ -15,7 +16,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, runs, vqa
 from vlmo_ds.progress import progress
 
-Reader = Callable[[HeldOutConfig], Iterator[tuple[str, list[bytes]]]]  # name and pictures of all that is read
+Reader = Callable[[Any], Iterator[tuple[str, list[bytes]]]]  # of its section: name and pictures of all that is read
 READERS: dict[str, tuple[set[str], Reader]] = {  # setting -> tasks of the last stage that it is for, its reader
     "retrieval": ({"itc", "irtr"}, retrieval.names_and_pictures),
     "vqa": ({"vqa"}, lambda config: runs.names_and_pictures(config, vqa.read)),

@@ -221,11 +221,11 @@ def write_report(
 ) -> Path:
     """Writes <run>/report/index.html and returns its path. tables: further numbers, by evaluation; ranks: what each runs on."""
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
-    if result is not None:
+    if data is not None and result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
     body += [numbers_table(title, values) for title, values in (tables or {}).items()]
     body.append("<h2>Training</h2>" + curves(run) + made_with(run, ranks, evaluation_seconds))
-    if result is not None and queries:
+    if data is not None and result is not None and queries:
         body.append(gallery(data, result, queries))
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"

@@ -253,11 +253,11 @@ def run(args: argparse.Namespace) -> None:
         raise RecipeError(
             f"the index cannot be written to {index.folder} ({error.strerror}): name a folder with --index"
         ) from None
-    files, features = index.features(files)
-    print(f"{len(files)} images, {added} of them newly indexed in {index.folder}")
+    usable, features = index.features(files)
+    print(f"{len(usable)} images, {added} of them newly indexed in {index.folder}")
     found = []
     for query in queries:
-        hits = search(query, files, features, model, processor, args.count, args.rerank)
+        hits = search(query, usable, features, model, processor, args.count, args.rerank)
         found.append((query, hits))
         print(f"{query.title}:")
         for hit in hits:

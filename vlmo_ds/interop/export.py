@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from vlmo_ds.interop.huggingface import (
 from vlmo_ds.interop.official import read_weights
 
 
-def class_for(tasks: set[str]) -> type[VLMoPreTrainedModel]:
+def class_for(tasks: set[str]) -> Callable[[VLMoConfig], VLMoPreTrainedModel]:
     if "vqa" in tasks:
         return VLMoForQuestionAnswering
     if "nlvr2" in tasks:

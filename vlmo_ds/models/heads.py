@@ -13,6 +13,8 @@ class TextEmbeddings(nn.Module):
     `position_embeddings` is used only with absolute positions; it is always there, as in the official checkpoints.
     """
 
+    position_ids: Tensor
+
     def __init__(self, vocab_size: int, embed_dim: int, max_text_len: int, absolute_positions: bool, dropout: float):
         super().__init__()
         self.absolute_positions = absolute_positions

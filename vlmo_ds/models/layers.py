@@ -53,8 +53,15 @@ class QkvLinear(nn.Linear):
     def __init__(self, dim: int):
         super().__init__(dim, 3 * dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]  # a module's forward is its own
         return F.linear(x, self.weight, bias)
+
+
+def given(tensor: Tensor | None, what: str) -> Tensor:
+    """A tensor that not every call needs; ValueError where one that needs it goes without."""
+    if tensor is None:
+        raise ValueError(f"{what} is needed here, and is None")
+    return tensor
 
 
 def additive_mask(bias_HLL: Tensor | None, key_mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -132,7 +139,11 @@ class Attention(nn.Module):
             q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             bias_HLL = None
             if bias_table_RH is not None:
-                bias_HLL = F.embedding(group.bias_index_LL, bias_table_RH).permute(2, 0, 1).contiguous()
+                bias_HLL = (
+                    F.embedding(given(group.bias_index_LL, "bias_index_LL"), bias_table_RH)
+                    .permute(2, 0, 1)
+                    .contiguous()
+                )
             out = attend(q, k, v, bias_HLL, group.key_mask_BL).transpose(1, 2).reshape(batch, length, -1)
             lengths = [n for _, _, n in group.parts]
             for (start, _, _), piece in zip(group.parts, out.split(lengths, dim=1), strict=True):

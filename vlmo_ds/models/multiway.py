@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from vlmo_ds.models.layers import AttentionGroup, Block, PackedLayout, PatchEmbed
+from vlmo_ds.models.layers import AttentionGroup, Block, PackedLayout, PatchEmbed, given
 from vlmo_ds.models.position import joint_position_index
 
 
@@ -50,7 +50,7 @@ class Stream(NamedTuple):
 
     @property
     def batch(self) -> int:
-        return len(self.text_BLD if self.text_BLD is not None else self.image_rows_B)
+        return len(self.text_BLD if self.text_BLD is not None else given(self.image_rows_B, "image_rows_B"))
 
 
 class Encoded(NamedTuple):
@@ -150,7 +150,9 @@ class MultiWayTransformer(nn.Module):
         """
         for stream in streams:
             stream.check()
-        images = None if image_BCHW is None else self.visual_embed(image_BCHW, mask_BP) + image_type
+        images = None
+        if image_BCHW is not None:
+            images = self.visual_embed(image_BCHW, mask_BP) + given(image_type, "image_type")
         image_len = self.patch_embed.num_patches + 1
         lower = place(streams, lower_order(streams), image_len)
         upper = place(streams, upper_order(streams), image_len)
@@ -159,11 +161,13 @@ class MultiWayTransformer(nn.Module):
 
         def embedded(piece: Piece) -> Tensor:
             stream = streams[piece.owner]
-            return stream.text_BLD if piece.part == "text" else images.index_select(0, stream.image_rows_B)
+            if piece.part == "text":
+                return given(stream.text_BLD, "text_BLD")
+            return given(images, "image_BCHW").index_select(0, given(stream.image_rows_B, "image_rows_B"))
 
         x_ND = torch.cat([embedded(p).flatten(0, 1) for p in lower])
         layout = self.layout(streams, lower, device, relative)
-        tables = bias_table.split(self.num_heads, dim=1) if relative else [None] * len(self.blocks)
+        tables = [None] * len(self.blocks) if bias_table is None else bias_table.split(self.num_heads, dim=1)
         for i, block in enumerate(self.blocks):
             if i == self.vlffn_start_layer_index:
                 x_ND = repack(x_ND, lower, upper)
@@ -183,7 +187,7 @@ class MultiWayTransformer(nn.Module):
         """[B, 3, S, S] -> [B, 1 + P, D]: class token, then patches."""
         x_BLD = self.patch_embed(image_BCHW)
         if mask_BP is not None:
-            x_BLD = torch.where(mask_BP[:, :, None], self.mask_token, x_BLD)
+            x_BLD = torch.where(mask_BP[:, :, None], given(self.mask_token, "the mask token"), x_BLD)
         x_BLD = torch.cat((self.cls_token.expand(len(x_BLD), -1, -1), x_BLD), dim=1)
         return x_BLD if self.pos_embed is None else x_BLD + self.pos_embed
 
@@ -202,7 +206,8 @@ class MultiWayTransformer(nn.Module):
             length = sum(p.length for p in parts)
             key_mask_BL = stream.text_mask_BL
             if stream.joint:
-                key_mask_BL = nn.functional.pad(key_mask_BL, (0, length - key_mask_BL.shape[1]), value=1)
+                text_mask_BL = given(key_mask_BL, "text_mask_BL")
+                key_mask_BL = nn.functional.pad(text_mask_BL, (0, length - text_mask_BL.shape[1]), value=1)
             groups.append(
                 AttentionGroup(
                     parts=[(p.start, p.batch, p.length) for p in parts],
@@ -261,7 +266,7 @@ def repack(x_ND: Tensor, lower: list[Piece], upper: list[Piece]) -> Tensor:
         if piece.part == "joint":
             return torch.cat((rows[piece.owner, "text"], rows[piece.owner, "image"]), dim=1)
         if piece.part == "twin":
-            return rows.get((piece.owner, "text"), rows.get((piece.owner, "image")))
+            return rows[piece.owner, "text" if (piece.owner, "text") in rows else "image"]
         return rows[piece.owner, piece.part]
 
     return torch.cat([tokens(p).flatten(0, 1) for p in upper])

@@ -7,8 +7,9 @@ position table, the logit scales) are there only inside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vlmo_ds.config import ModelConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.models.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
+from vlmo_ds.models.layers import given
 from vlmo_ds.models.multiway import Encoded, MultiWayTransformer, Stream
 from vlmo_ds.models.position import num_distances
 from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
@@ -46,6 +48,11 @@ class StepOutput(NamedTuple):
     values: dict[str, Tensor]
 
 
+def added(values: Iterable[Tensor]) -> Tensor:
+    """The sum, in order. Python's own begins with a whole number, and of nothing is one."""
+    return reduce(add, values)
+
+
 def init_weights(module: nn.Module, std: float) -> None:
     """Truncated normal for linear layers and embeddings, zeros for biases and the padding word."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -53,7 +60,7 @@ def init_weights(module: nn.Module, std: float) -> None:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():
                 module.weight[module.padding_idx].zero_()
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -97,7 +104,8 @@ class VLMo(nn.Module):
         self.pooler = Pooler(dim)
         if config.need_relative_position_embed:
             rows = num_distances(config.image_size // config.patch_size, config.max_text_len_of_initckpt)
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, config.num_heads * config.depth))
+            table = nn.Parameter(torch.zeros(rows, config.num_heads * config.depth))
+            self.relative_position_bias_table: nn.Parameter | None = table
         else:
             self.relative_position_bias_table = None
         if "mim" in tasks:
@@ -154,7 +162,7 @@ class VLMo(nn.Module):
             self.record(out, "nlvr2", nlvr2_loss(self.compare(batch), batch["answers"], self.collector))
         else:
             self.pretraining_step(batch, out)
-        return out._replace(loss=sum(out.losses.values()))
+        return out._replace(loss=added(out.losses.values()))
 
     def pretraining_step(self, batch: Batch, out: StepOutput) -> None:
         """Two walks of the block stack: wave 1 encodes all that needs no mined negatives, wave 2 the mined pairs."""
@@ -172,7 +180,9 @@ class VLMo(nn.Module):
         joint = [name for name, task in (("masked", "mlm"), ("clean", "itm")) if task in tasks]
         if joint:  # pairs of equal shape are one stream
             streams["joint"] = Stream(
-                torch.cat([text[name] for name in joint]), mask.repeat(len(joint), 1), rows.repeat(len(joint))
+                torch.cat([text[name] for name in joint]),
+                given(mask, "text_masks").repeat(len(joint), 1),
+                given(rows, "image").repeat(len(joint)),
             )
         if "textmlm" in tasks:
             streams["textmlm"] = Stream(text["masked"], mask)
@@ -185,7 +195,12 @@ class VLMo(nn.Module):
 
         if "mim" in tasks:
             out_mim = mim_loss(
-                wave1["mim"].tokens_BLD, images, batch["image_mask"], self.mim_score, self.mim_target, self.collector
+                wave1["mim"].tokens_BLD,
+                given(images, "image"),
+                batch["image_mask"],
+                self.mim_score,
+                self.mim_target,
+                self.collector,
             )
             self.record(out, "mim", out_mim)
         if "textmlm" in tasks:
@@ -200,7 +215,8 @@ class VLMo(nn.Module):
         if "itc" in tasks:
             main = self.add_contrast(out, self.itc_features(wave1["image"], wave1["text"]) | self.log_scales())
         if "itm" in tasks:
-            cls = torch.cat((pairs["clean"][:, 0], self.mined_pairs(batch, images, text["clean"], types, main)))
+            mined = self.mined_pairs(batch, given(images, "image"), text["clean"], types, main)
+            cls = torch.cat((pairs["clean"][:, 0], mined))
             self.record(out, "itm", itm_loss(self.itm_score(self.pooler(cls)), self.collector))
 
     # ---- image-text contrast ----
@@ -211,7 +227,7 @@ class VLMo(nn.Module):
         return "itc" in self.tasks
 
     def log_scales(self) -> dict[str, Tensor]:
-        scales = {"logit_scale": self.logit_scale}
+        scales: dict[str, Tensor] = {"logit_scale": self.logit_scale}
         return scales | {"logit_vl_scale": self.logit_vl_scale} if self.has_twin else scales
 
     def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
@@ -310,11 +326,11 @@ class VLMo(nn.Module):
         if image is not None:
             features["image"] = self.itc_image_proj(image.tokens_BLD[:, 0])
             if self.has_twin:
-                features["vl_image"] = self.itc_vl_image_proj(image.twin_BLD[:, 0])
+                features["vl_image"] = self.itc_vl_image_proj(given(image.twin_BLD, "twin_BLD")[:, 0])
         if text is not None:
             features["text"] = self.itc_text_proj(text.tokens_BLD[:, 0])
             if self.has_twin:
-                features["vl_text"] = self.itc_vl_text_proj(text.twin_BLD[:, 0])
+                features["vl_text"] = self.itc_vl_text_proj(given(text.twin_BLD, "twin_BLD")[:, 0])
         return features
 
     # ---- evaluation, and the steps of fine-tuning ----
@@ -363,8 +379,8 @@ class VLMo(nn.Module):
     def init_vl_experts(self, source: str) -> None:
         """Copies each layer's text or image expert ("text", "imag") into its VL expert."""
         for block in self.transformer.blocks[self.config.vlffn_start_layer_index :]:
-            block.mlp_vl.load_state_dict(getattr(block, f"mlp_{source}").state_dict())
-            block.norm2_vl.load_state_dict(getattr(block, f"norm2_{source}").state_dict())
+            for part in ("mlp", "norm2"):
+                block.get_submodule(f"{part}_vl").load_state_dict(block.get_submodule(f"{part}_{source}").state_dict())
 
 
 def normalize(image: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,15 @@ def mine_negatives(
 ) -> Negatives:
     """Draws one wrong image per text and one wrong text per image from the contrastive similarities."""
     ids_G2 = collector.gather(torch.stack((sample_id_B, image_id_B), dim=1))
-    shared = {
-        "query_id_B": sample_id_B,
-        "candidate_id_G": ids_G2[:, 0],
-        "query_image_B": image_id_B,
-        "candidate_image_G": ids_G2[:, 1],
-    }
-    image_B = sample_negatives(contrast.text_BD, contrast.all_image_GD, contrast.scale, seed=2 * seed, **shared)
-    text_B = sample_negatives(contrast.image_BD, contrast.all_text_GD, contrast.scale, seed=2 * seed + 1, **shared)
+    draw = partial(
+        sample_negatives,
+        query_id_B=sample_id_B,
+        candidate_id_G=ids_G2[:, 0],
+        query_image_B=image_id_B,
+        candidate_image_G=ids_G2[:, 1],
+    )
+    image_B = draw(contrast.text_BD, contrast.all_image_GD, contrast.scale, seed=2 * seed)
+    text_B = draw(contrast.image_BD, contrast.all_text_GD, contrast.scale, seed=2 * seed + 1)
     return Negatives(image_B, text_B)
 
 

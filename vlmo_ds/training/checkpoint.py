@@ -183,7 +183,7 @@ class CheckpointWriter:
 
     def finish(self) -> tuple[int, str] | None:
         """Waits for all ranks and publishes what is pending (every rank has to call)."""
-        if not self.pending:
+        if self.step is None or self.thread is None:
             return None
         self.thread.join()
         outcomes = self.collector.each_rank((self.problem, self.checksum))
@@ -292,7 +292,7 @@ class Reader:
                 out = value.new_empty(count) if out is None else out
                 out[begin - start : end - start] = value
                 found += end - begin
-        if found != count:
+        if out is None or found != count:
             raise RecipeError(f"checkpoint {self.path} holds {found} of {count} elements of {kind} {name}")
         return out
 
@@ -326,9 +326,9 @@ def restore(engine: deepspeed.DeepSpeedEngine, reader: Reader) -> int:
     layout = layout_of(engine)
     layout.create_moments(reader.state["optimizer_steps"])
     for name, parameter in layout.parameters.items():
-        span = layout.held(parameter)
-        for kind in MOMENTS if span else ():
-            layout.set(parameter, kind, reader.read(kind, name, *span))
+        if span := layout.held(parameter):
+            for kind in MOMENTS:
+                layout.set(parameter, kind, reader.read(kind, name, *span))
     set_progress(engine, reader.state)
     return int(reader.state["step"])
 

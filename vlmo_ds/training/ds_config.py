@@ -114,9 +114,10 @@ def accepted_from_elsewhere(config: dict[str, Any]) -> dict[str, Any]:
         if config.get(name) == "auto":
             config[name] = {"enabled": "auto"}
     zero = config.get("zero_optimization")
-    for key, size in AUTO_SIZES.items() if isinstance(zero, dict) else ():
-        if zero.get(key) == "auto":
-            zero[key] = size
+    if isinstance(zero, dict):
+        for key, size in AUTO_SIZES.items():
+            if zero.get(key) == "auto":
+                zero[key] = size
     scheduler = config.get("scheduler")
     if isinstance(scheduler, dict):
         given = scheduler.get("params", {})

@@ -97,8 +97,9 @@ def folder() -> Path | None:
 
 @cache
 def parsed(file: str) -> ast.Module | None:
+    installed = folder()
     try:
-        return ast.parse((folder() / file).read_text()) if folder() else None
+        return ast.parse((installed / file).read_text()) if installed else None
     except (OSError, SyntaxError):
         return None  # another DeepSpeed: its own check comes with the import
 
@@ -123,8 +124,9 @@ def settings_of(section: str) -> dict[str, str] | None:
             kind = kind if kind in KINDS else ""
             settings[node.target.id] = kind
             for keyword in node.value.keywords if isinstance(node.value, ast.Call) else ():
-                if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
-                    settings[keyword.value.value] = kind
+                alias = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                if keyword.arg == "alias" and isinstance(alias, str):
+                    settings[alias] = kind
     return settings
 
 
@@ -132,7 +134,8 @@ def removed(name: str) -> set[str]:
     """Keys that the installed DeepSpeed refuses by name, from one of its tables."""
     for node in tree.body if (tree := parsed("runtime/config.py")) else ():
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == name:
-            return {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+            keys = (key.value for key in node.value.keys if isinstance(key, ast.Constant))
+            return {key for key in keys if isinstance(key, str)}
     return set()
 
 

@@ -19,9 +19,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch import nn
 
 from vlmo_ds.config import StageConfig
+from vlmo_ds.models.vlmo import VLMo
 from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
@@ -96,7 +96,7 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def build_engine(model: nn.Module, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_engine(model: VLMo, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     for parameter in model.parameters():
         if (
             parameter.dim() == 0

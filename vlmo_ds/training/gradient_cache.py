@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmo_ds.models.vlmo import StepOutput, VLMo
+from vlmo_ds.models.vlmo import StepOutput, VLMo, added
 
 
 def cached_contrast(
@@ -30,13 +30,13 @@ def cached_contrast(
     del found
     out = StepOutput(torch.zeros(()), {}, {}, {})
     model.add_contrast(out, whole)
-    loss = sum(out.losses.values())
-    loss.backward()
-    gradients = {name: whole[name].grad.split(sizes) for name in features}
+    loss = added(out.losses.values())
+    gradient = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
+    pieces = {name: gradient[name].split(sizes) for name in features}
     for i in range(parts):
         again = features_of(i)
-        terms = [(again[name] * gradients[name][i]).sum() for name in features]
+        terms = [(again[name] * pieces[name][i]).sum() for name in features]
         if i == 0:
-            terms += [(again[name] * whole[name].grad).sum() for name in scales]
-        backward(sum(terms))
+            terms += [(again[name] * gradient[name]).sum() for name in scales]
+        backward(added(terms))
     return out._replace(loss=loss.detach(), losses={name: value.detach() for name, value in out.losses.items()})

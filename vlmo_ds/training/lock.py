@@ -37,13 +37,13 @@ class RunLock:
 
     def take(self) -> None:
         """RecipeError, which names who holds it, if another start is at work in the directory."""
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             # A lock of the process, not of the open file: loader processes, which inherit the file, do not hold it.
-            fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN) or self.lease_counts(self.holder()):
-                raise self.refusal() from None
+            if error.errno in (errno.EACCES, errno.EAGAIN) or self.lease_counts(self.holder(handle)):
+                raise self.refusal(handle) from None
             self.leased = True  # ENOLCK, ENOSYS, ...: a file system without locks
         self.sign()
         if self.leased:
@@ -59,6 +59,9 @@ class RunLock:
         self.handle = None
 
     def sign(self) -> None:
+        handle = self.handle
+        if handle is None:  # released meanwhile
+            return
         entry = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -68,17 +71,17 @@ class RunLock:
         }
         with contextlib.suppress(OSError):  # a full disk: who holds it cannot be said, but it is held
             data = json.dumps(entry).encode()
-            os.pwrite(self.handle, data, 0)
-            os.ftruncate(self.handle, len(data))
+            os.pwrite(handle, data, 0)
+            os.ftruncate(handle, len(data))
 
     def renew(self) -> None:
         while not self.ended.wait(RENEWED):
             self.sign()
 
-    def holder(self) -> dict[str, Any]:
+    def holder(self, handle: int) -> dict[str, Any]:
         """What the holder has written of itself; {} if that cannot be read."""
         try:
-            found = json.loads(os.pread(self.handle, 1 << 16, 0))
+            found = json.loads(os.pread(handle, 1 << 16, 0))
             return found if isinstance(found, dict) else {}
         except (OSError, ValueError):
             return {}
@@ -93,9 +96,9 @@ class RunLock:
         renewed = holder.get("renewed")
         return isinstance(renewed, (int, float)) and time.time() - renewed < EXPIRES
 
-    def refusal(self) -> RecipeError:
-        found = self.holder()
-        os.close(self.handle)
+    def refusal(self, handle: int) -> RecipeError:
+        found = self.holder(handle)
+        os.close(handle)
         self.handle = None
         who = f"process {found.get('pid', '?')} on {found.get('host', '?')}"
         started = found.get("started")

@@ -181,6 +181,7 @@ class StageTraining:
         self.dataset = build_dataset(recipe, stage, run.tokenizer, collector, known_shards)
         reader = checkpoint.Reader(resume_from) if resume_from else None
         vocabulary = vocabulary_digest(run.tokenizer)
+        source: dict[str, Tensor] | None
         if reader:
             source, origin = reader.weights(), str(resume_from)
             refuse_other_words(vocabulary, reader.state.get("vocabulary"), stage, origin)

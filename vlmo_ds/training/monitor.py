@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds import metrics
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.metrics import AppendedFile
-from vlmo_ds.models.vlmo import StepOutput
+from vlmo_ds.models.vlmo import StepOutput, added
 
 SHOWN_EVERY, SHOWN_EVERY_IN_A_LOG = 2.0, 30.0  # seconds between two lines, on a terminal and elsewhere
 TOLD_EVERY = 60.0  # seconds between two words about a full disk
@@ -35,10 +35,10 @@ def global_metrics(
     tasks = list(outputs[0].losses)
     ratio_names, value_names = list(outputs[0].ratios), list(outputs[0].values)
     share = 1.0 / (len(outputs) * collector.world_size)
-    local = [sum(o.losses[t].detach().double() for o in outputs) * share for t in tasks]
+    local = [added(o.losses[t].detach().double() for o in outputs) * share for t in tasks]
     for name in ratio_names:
-        local += [sum(o.ratios[name][i].detach().double() for o in outputs) for i in (0, 1)]
-    local += [sum(o.values[name].double() for o in outputs) * share for name in value_names]
+        local += [added(o.ratios[name][i].detach().double() for o in outputs) for i in (0, 1)]
+    local += [added(o.values[name].double() for o in outputs) * share for name in value_names]
     device = local[0].device
     local += [torch.tensor(count, dtype=torch.float64) for count in counts.values()]
     total = collector.sum(torch.stack([x.to(device) for x in local]))
@@ -80,6 +80,12 @@ class Monitor:
         later = last > offset + step  # a stage after this one has been trained before it
         self.curves = Curves(self.run / "tensorboard", None if later else offset + step + 1)
 
+    def opened(self) -> tuple[AppendedFile, Curves]:
+        """The files that rank 0 writes between begin and close."""
+        if self.metrics is None or self.curves is None:
+            raise ValueError(f"{self.run}: no stage has begun to write its metrics")
+        return self.metrics, self.curves
+
     def log(self, step: int, steps: int, values: Mapping[str, float], samples: int) -> None:
         """step: optimiser steps done in this stage; samples: of this step, over all ranks."""
         self.samples += samples
@@ -88,10 +94,11 @@ class Monitor:
         number = self.offset + step
         record = {"stage": self.stage, "step": step, "step_of_run": number, **values}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.metrics.append(metrics.dump(finite))
+        lines, curves = self.opened()
+        lines.append(metrics.dump(finite))
         rate = self.samples / max(time.monotonic() - self.started, 1e-9)
         scalars = {**values, "throughput/samples_per_second": rate}
-        self.curves.add({f"{self.stage}/{name}": value for name, value in scalars.items()}, number)
+        curves.add({f"{self.stage}/{name}": value for name, value in scalars.items()}, number)
         self.tell_of_problems()
         if step == steps or time.monotonic() - self.shown_at > self.show_every:
             self.shown_at = time.monotonic()
@@ -104,7 +111,7 @@ class Monitor:
             )
 
     def tell_of_problems(self) -> None:
-        problems = [p for p in (self.metrics.problem, self.curves.problem) if p]
+        problems = [file.problem for file in self.opened() if file.problem]
         if problems and time.monotonic() - self.told_at > TOLD_EVERY:
             self.told_at = time.monotonic()
             print(
@@ -113,19 +120,20 @@ class Monitor:
                 flush=True,
             )
 
-    def images(self, step: int, batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def images(self, step: int, batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
         if self.active and ("image" in batch or "image_0" in batch):
-            self.curves.add_image(f"{self.stage}/samples", contact_sheet(batch, tokenizer), self.offset + step)
+            _, curves = self.opened()
+            curves.add_image(f"{self.stage}/samples", contact_sheet(batch, tokenizer), self.offset + step)
 
     def close(self) -> None:
         """Closes the files; lines that still cannot be written are told of."""
-        if self.metrics:
-            for file in (self.metrics, self.curves):
-                try:
+        for file in (self.metrics, self.curves):
+            try:
+                if file is not None:
                     file.close()
-                except OSError as error:
-                    print(f"warning: {error}", file=sys.stderr, flush=True)
-            self.metrics = self.curves = None
+            except OSError as error:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+        self.metrics = self.curves = None
 
 
 class Curves:
@@ -179,10 +187,10 @@ def event(**fields: Any) -> bytes:
 
 
 def contact_sheet(
-    batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, count: int = 8, cell: int = 224
+    batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, count: int = 8, cell: int = 224
 ) -> np.ndarray:
     """[H, W, 3] uint8: inputs as the model sees them, masked patches grey, masked words as [MASK]."""
-    images = batch.get("image", batch.get("image_0"))[:count].cpu()
+    images = batch["image" if "image" in batch else "image_0"][:count].cpu()
     rows = -(-len(images) // 4)
     text_height = 74 if "text_ids" in batch else 4
     sheet = Image.new("RGB", (4 * cell, rows * (cell + text_height)), "white")

@@ -165,6 +165,8 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
     trained = [p for p in everything if p.requires_grad]
     count, learnt = (sum(p.numel() for p in some) for some in (everything, trained))
     gradient = 4 if merged.get("data_types", {}).get("grad_accum_dtype") == "fp32" else b
+    weights: float
+    optimizer: float
     buffers = 0.0
     if level == 0:
         weights, gradients = b * count, b * learnt
@@ -202,7 +204,8 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
 def sequences_of(config: ModelConfig, stage: StageConfig) -> list[tuple[float, float, int]]:
     """(times below the VL experts, times from there on, length) of the sequences of one sample."""
     text, image = config.max_text_len, (config.image_size // config.patch_size) ** 2 + 1
-    tasks, found = stage.tasks, []
+    tasks = stage.tasks
+    found: list[tuple[float, float, int]] = []
     joint = ("mlm" in tasks) + 3 * ("itm" in tasks)  # masked; matched and the two kinds of wrong pairs
     if joint:
         found.append((joint, joint, text + image))
@@ -352,7 +355,8 @@ def forward_flops(config: ModelConfig, stage: StageConfig, samples: float = 1.0)
 def plan(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: int, machine: Machine) -> Plan:
     """A stage on so many ranks. Raises RecipeError where the batch cannot be split among them."""
     model = build(recipe, stage)
-    memory, wire = (of(recipe, stage, config, ranks, model) for of in (memory_of, wire_of))
+    memory = memory_of(recipe, stage, config, ranks, model)
+    wire = wire_of(recipe, stage, config, ranks, model)
     settings = settled(recipe)
     # the backward pass is worth two forward ones
     passes = 3 + (settings.activation_checkpoint_every == 1) + stage.gradient_cache

@@ -378,10 +378,10 @@ def table(hosts: Sequence[str], rows: Sequence[Row]) -> str:
     columns = max(len(line) for line in lines)
     widths = [max((len(str(line[i])) for line in lines if i < len(line) - 1), default=0) for i in range(columns)]
     out = []
-    for line, row in zip(lines, [None, *rows], strict=True):
+    for line, about in zip(lines, [None, *rows], strict=True):
         out.append("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
-        if row and row.fix:
-            out.append(f"      -> {row.fix}")
+        if about and about.fix:
+            out.append(f"      -> {about.fix}")
     return "\n".join(out)
 
 

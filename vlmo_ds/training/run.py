@@ -188,7 +188,7 @@ def train_if_needed(run: Run, stage: StageConfig, command: Command) -> None:
     if path and path.parent.name == stage.name:
         if fault := checkpoint.shared_fault(path, collector):
             raise RecipeError(f"--resume: {path} is damaged: {fault}")
-        start = path
+        start: Path | None = path
     else:
         start = checkpoint.latest_whole(run.folder_of(stage), collector) if resume != "never" else None
     train_to_its_end(run, stage, start)
@@ -205,12 +205,12 @@ def train_to_its_end(run: Run, stage: StageConfig, resume_from: Path | None) -> 
     """Trains a stage, and goes back and on when its loss jumps, as often as the recipe allows."""
     rollback = train_stage(run, stage, resume_from)
     rollbacks = 0
+    most = run.recipe.loss_spike.max_rollbacks if run.recipe.loss_spike else 0
     while rollback:
         rollbacks += 1
-        if rollbacks > run.recipe.loss_spike.max_rollbacks:
+        if rollbacks > most:
             raise Diverged(
-                f"stage '{stage.name}': {rollback.message}: {rollbacks} times back, "
-                f"loss_spike.max_rollbacks is {run.recipe.loss_spike.max_rollbacks}"
+                f"stage '{stage.name}': {rollback.message}: {rollbacks} times back, loss_spike.max_rollbacks is {most}"
             )
         if run.collector.rank == 0:
             print(f"warning: {stage.name}: {rollback.message}", file=sys.stderr, flush=True)
@@ -328,7 +328,7 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
         print(f"report: {path}", flush=True)
 
     if collector.rank == 0:
-        if result is not None:
+        if data is not None and result is not None:
             print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
         for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
             if name in tables:

@@ -61,7 +61,7 @@ class Layout:
 
     def get(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """The written part."""
-        start, count = self.written(parameter)
+        start, count = needed(self.written(parameter))
         return self.whole(parameter, kind)[start : start + count]
 
     def set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
@@ -87,17 +87,20 @@ class Layout:
         return next((int(state["step"]) for state in self.inner.state.values() if "step" in state), 0)
 
 
+# DeepSpeed hangs what it knows of a parameter on the parameter itself, as attributes that torch's types do not have.
+
+
 class FlatLayout(Layout):
     """ZeRO-1/2: all parameters of a group in one vector, of which each rank has an even part."""
 
     def held(self, parameter: nn.Parameter) -> Span | None:
-        mapping = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
     written = held
 
     def get(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        mapping = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if kind == "weight":
             return mapping.get_hp_fragment()
         # Not by the mapping's own moments: DeepSpeed 0.19 links them after the first group's first step, when the
@@ -117,9 +120,9 @@ class PartitionedLayout(Layout):
     """ZeRO-3: of each parameter every rank has an even part, padded at the end."""
 
     def held(self, parameter: nn.Parameter) -> Span | None:
-        part = parameter.ds_tensor.ds_numel
-        rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)
-        return clipped(rank * part, part, parameter.ds_numel)
+        part = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)  # type: ignore[attr-defined]
+        return clipped(rank * part, part, parameter.ds_numel)  # type: ignore[attr-defined]
 
     written = held
 
@@ -128,10 +131,11 @@ class PartitionedLayout(Layout):
             found = safe_get_local_fp32_param(parameter)
         else:
             found = safe_get_local_optimizer_state(parameter, kind)
-        return found[: self.held(parameter)[1]]
+        return found[: needed(self.held(parameter))[1]]
 
     def set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        padded = nn.functional.pad(value, (0, parameter.ds_tensor.ds_numel - value.numel()))
+        part = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        padded = nn.functional.pad(value, (0, part - value.numel()))
         if kind == "weight":
             safe_set_local_fp32_param(parameter, padded)
         else:
@@ -153,6 +157,12 @@ class PartitionedLayout(Layout):
 
 def layout_of(engine: deepspeed.DeepSpeedEngine) -> Layout:
     return (Layout, FlatLayout, FlatLayout, PartitionedLayout)[int(engine.zero_optimization_stage())](engine)
+
+
+def needed(span: Span | None) -> Span:
+    if span is None:
+        raise ValueError("a part of a parameter is asked for of which this rank has none")
+    return span
 
 
 def clipped(start: int, count: int, total: int) -> Span | None:

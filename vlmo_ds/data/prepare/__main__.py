@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     names = top.add_subparsers(dest="name", required=True, metavar="NAME")
 
     def dataset(
-        name: str, about: str, plan: Callable[[argparse.Namespace], Plan], root: str = ""
+        name: str, about: str, plan: Callable[[argparse.Namespace], Plan] | None, root: str = ""
     ) -> argparse.ArgumentParser:
         sub = names.add_parser(name, help=about, description=about)
         sub.add_argument("--output", type=Path, required=True, help="folder for the shards")
@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
             "--processes", type=positive, default=cores, help="default: the cores of this machine, %(default)s"
         )
         sub.add_argument("--overwrite", action="store_true", help="replace a finished shard set")
-        sub.set_defaults(plans=lambda args: {args.output: plan(args)})
+        if plan:
+            sub.set_defaults(plans=lambda args: {args.output: plan(args)})
         return sub
 
     def with_images(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -217,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     sub = dataset(
         "synthetic",
         "the built-in world: folders train, test and text under --output",
-        lambda a: None,
+        None,
     )
     sub.add_argument("--train", type=positive, default=16000, help="training scenes (default: %(default)s)")
     sub.add_argument("--test", type=positive, default=256, help="held-out scenes (default: %(default)s)")

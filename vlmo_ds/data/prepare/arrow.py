@@ -112,9 +112,11 @@ def make_picture(row: dict, layout: Layout, folder: str, resize: int) -> Made:
         yield image
         return
     label = row.get("label")
-    meta = {"label": label} if type(label) is int and label >= 0 else {}
-    if meta and label < len(layout.classes):
-        meta["class"] = layout.classes[label]
+    meta: dict[str, Any] = {}
+    if type(label) is int and label >= 0:
+        meta["label"] = label
+        if label < len(layout.classes):
+            meta["class"] = layout.classes[label]
     yield Sample({image[0]: image[1], "json": sample_json(**meta)}, 0)
 
 
@@ -143,11 +145,13 @@ def make_pairs(row: dict, layout: Layout, folder: str, resize: int) -> Made:
     A sentence's own identifier gets its number in the pair; sentence_id says which examples share a sentence, since
     the file no longer does: those of one set with the same words.
     """
-    images = [encoded(row[name], folder, resize) for name in ("image_0", "image_1")]
-    bad = next((image for image in images if isinstance(image, Rejected)), None)
-    if bad:
-        yield bad
-        return
+    images = []
+    for name in ("image_0", "image_1"):
+        image = encoded(row[name], folder, resize)
+        if isinstance(image, Rejected):
+            yield image
+            return
+        images.append(image)
     pair_id = str(row["identifier"])
     set_id = pair_id.rpartition("-")[0] or pair_id
     sentences = [
@@ -183,13 +187,13 @@ def files_of(path: Path, split: str | None) -> list[Path]:
         with shaped(file, saved):
             return [path / Path(entry["filename"]).name for entry in read_json(file, saved)["_data_files"]]
     found = sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    sets = {}
+    files: dict[str, list[Path]] = {}
     for file in found:
         if not file.name.startswith("cache-"):  # what datasets' map() leaves
-            sets.setdefault(PART.sub("", file.stem), []).append(file)
-    if not sets:
+            files.setdefault(PART.sub("", file.stem), []).append(file)
+    if not files:
         raise DataError(f"{path} holds no .arrow or .parquet files: expected a folder of Hugging Face datasets")
-    return chosen(sets, split, path)
+    return chosen(files, split, path)
 
 
 def chosen(sets: dict[str, Any], split: str | None, path: Path) -> Any:

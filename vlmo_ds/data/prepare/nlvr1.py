@@ -73,10 +73,13 @@ def make(item: tuple, kind: str, resize: int) -> Made:
     name, members, example, colours = item
     original = colours == tuple(COLOURS)
     pictures = [member.read() if original else recoloured(member.read(), colours) for member in members]
-    images = [usable_image(data, resize) for data in pictures]
-    if broken := next((image for image in images if isinstance(image, Rejected)), None):
-        yield broken
-        return
+    images = []
+    for data in pictures:
+        image = usable_image(data, resize)
+        if isinstance(image, Rejected):
+            yield image
+            return
+        images.append(image)
     presentation = "-".join(name.split("-")[:2])
     identifier = name if original else "-".join((name, *colours))
     label, sentence = is_true(example["label"]), renamed(example["sentence"], colours)
@@ -242,8 +245,8 @@ def features(box: Box, towers: bool) -> str:
     if towers:
         colours = upwards(box)
         return f"{several(len(box), 'block')} {colours[-1]} at the top {colours[0]} at the base"
-    colours, shapes = (Counter(item[what] for item in box) for what in ("color", "type"))
-    parts = [several(len(box), "item"), *(f"{NUMBERS[n]} {colour}" for colour, n in colours.items())]
+    of_colour, shapes = (Counter(item[what] for item in box) for what in ("color", "type"))
+    parts = [several(len(box), "item"), *(f"{NUMBERS[n]} {colour}" for colour, n in of_colour.items())]
     return " ".join([*parts, *(several(n, shape) for shape, n in shapes.items())])
 
 

@@ -115,9 +115,8 @@ def usable_image(data: bytes, resize: int) -> tuple[str, bytes] | Rejected:
 def pair(data: bytes | Path, captions: Iterable[str], resize: int, **meta) -> Made:
     """One image with its captions."""
     captions = clean_texts(text for text in captions if isinstance(text, str))
-    if isinstance(data, Path):
-        data = bytes_of(data)
-    image = data if isinstance(data, Rejected) else usable_image(data, resize)
+    content = bytes_of(data) if isinstance(data, Path) else data
+    image = content if isinstance(content, Rejected) else usable_image(content, resize)
     if isinstance(image, Rejected):
         yield image
     elif not captions:
@@ -222,6 +221,7 @@ def coco_captions(annotations: Path, images: Path | None, resize: int) -> Plan:
     """
     what = "COCO's captions: 'images' with id and file_name, 'annotations' with image_id and caption"
     captions: dict[int, list[str]] = defaultdict(list)
+    items: list[tuple[str | None, Any, list[str]]]
     with shaped(annotations, what):
         content = read_json(annotations, what)
         for entry in content["annotations"]:
@@ -289,9 +289,9 @@ def vqav2(root: Path, split: str, least: int, resize: int) -> Plan:
     of_image: dict[int, list[dict]] = defaultdict(list)
     with shaped(root / questions, "VQAv2's questions, or the annotations are not theirs"):
         known = {
-            s: read_json(root / VQA_FILES[s][2], "VQAv2's annotations")["annotations"]
-            for s in ("train", "val")
-            if annotations
+            s: read_json(root / file, "VQAv2's annotations")["annotations"]
+            for s, (_, _, file) in VQA_FILES.items()
+            if file and annotations
         }
         vocabulary = answer_vocabulary((a["multiple_choice_answer"] for s in known for a in known[s]), least)
         labels = {answer: i for i, answer in enumerate(vocabulary)}

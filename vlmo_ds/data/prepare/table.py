@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from vlmo_ds.data.prepare.pictures import content_id, id_of, picture_of, texts_of
 from vlmo_ds.data.prepare.sources import pair
@@ -128,7 +128,7 @@ def csv_rows(part: Part, quotes: bool, strict: bool = False) -> Iterator[tuple[l
     with open(part.path, "rb") as file:
         file.seek(part.first)
         lines = lines_of(file, part.last, lambda at: offsets.__setitem__(0, at))
-        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         try:
             for cells in csv.reader(lines, delimiter=part.delimiter, quoting=quoting, strict=strict):
                 if cells:
@@ -244,17 +244,22 @@ def is_array(path: str) -> bool:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
+def after_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
 def array_rows(text: str) -> Iterator[tuple[Any, int, int]]:
     """(value, start, end) of each entry of a JSON array that begins at the first bracket. ValueError where it is none."""
     decoder = json.JSONDecoder()
     at, sign = text.index("["), ""
     while sign != "]":
-        at = SPACE.match(text, at + 1).end()
+        at = after_space(text, at + 1)
         if not sign and text[at : at + 1] == "]":  # an empty one
             break
         value, end = decoder.raw_decode(text, at)
         yield value, at, end
-        at = SPACE.match(text, end).end()
+        at = after_space(text, end)
         sign = text[at : at + 1]
         if sign not in (",", "]"):
             raise json.JSONDecodeError("expected ',' or ']'", text, at)

@@ -206,8 +206,8 @@ def write_shard(make: Callable[[Any], Made], partial: Path, prefix: str, number:
                 report.content_bytes += sum(map(len, made.fields.values()))
                 report.index.samples += 1
     if report.index.samples:
-        with open(temporary, "rb") as file:
-            report.index, problem = scan(file, temporary.stat().st_size)
+        with open(temporary, "rb") as written:
+            report.index, problem = scan(written, temporary.stat().st_size)
         if problem:
             raise DataError(f"{temporary}: {problem}: the disk is failing")
     record = {"index": report.index.record(), "rejects": report.rejects}
