@@ -88,7 +88,11 @@ def test_members_of_a_sample(shard, count):
         attempt(lambda: collate([data.make(raw, Place(0, 1, 0, 0))], 20))
         attempt(lambda: zero_shot.label_of(raw, ["cat", "dog"]))
         attempt(lambda: [vqa.accuracy("yes", e["answers"]) for e in vqa.read(raw)[1] if e.get("answers")])
-        attempt(lambda: nlvr2.scores([{**e, "predicted": True} for e in nlvr2.read(raw)[1]]))
+        attempt(
+            lambda: nlvr2.scores(
+                [{**e, "identifier": str(e["identifier"]), "predicted": True} for e in nlvr2.read(raw)[1]]
+            )
+        )
         attempt(lambda: Findings().look_at(raw, "a.tar", 0))
 
     fuzz(count, 1, make, read, DataError)

@@ -151,6 +151,14 @@ def test_sixteen_bits_are_scaled(data):
     assert torch.equal(in_memory, VLMoImageProcessor(size=32)(data)["pixel_values"])
 
 
+def test_twelve_bits_are_scaled():
+    """A TIFF of four samples, packed: 0, a third, two thirds, white."""
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bytes.fromhex("000555aaafff")
+    assert decoded(data)[0, :, 0].tolist() == [0, 85, 170, 255]
+
+
 @pytest.mark.parametrize("values", [-1, 70000, np.nan, np.inf])
 def test_grey_without_a_known_white_is_refused(values):
     for kind in (np.int32, np.float32) if np.isfinite(values) else (np.float32,):

@@ -218,15 +218,20 @@ def scaled_grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;"):
         bits = getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,))[0]  # TIFFs may have 12
         white = 2 ** min(bits, 16) - 1
+        grey = to_8_bits(np.arange(1 << 16), white)[values]  # a table: one float for every pixel would be slow
     else:
         low, high = float(values.min()), float(values.max())
         white = next((top for top in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= top), None)
         if white is None or not low >= 0:
             raise ValueError(f"grey values from {low:g} to {high:g}; accepted: 0 to 1, 255 or 65,535")
-    grey = np.rint(values.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
+        grey = to_8_bits(values, white)
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)
+
+
+def to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
+    return np.rint(values.astype(np.float32) * np.float32(255 / white)).clip(0, 255).astype(np.uint8)
 
 
 def square(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
