@@ -145,7 +145,8 @@ def test_no_loader_runs_pickled_code(tmp_path, written):
     step = tmp_path / "run" / "step-00000002"
     step.mkdir(parents=True)
     original = written / "False-2" / "step-00000002"
-    (step / "state.json").write_bytes((original / "state.json").read_bytes())
+    for name in ("state.json", "manifest.json"):
+        (step / name).write_bytes((original / name).read_bytes())
     torch.save(Malicious(mark), step / "rank-00000.safetensors")
     with pytest.raises(RecipeError, match="rank-00000.safetensors"):
         checkpoint.Reader(step)

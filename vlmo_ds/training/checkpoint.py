@@ -262,8 +262,11 @@ class Reader:
         self.path = path
         try:
             self.state = json.loads((path / STATE).read_text())
-            names = sorted(name for name in listed(path) if PARTS.fullmatch(name))
         except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"checkpoint {path} cannot be read: {STATE}: {error}") from None
+        try:
+            names = sorted(name for name in listed(path) if PARTS.fullmatch(name))
+        except ValueError as error:
             raise RecipeError(f"checkpoint {path} cannot be read: {error}") from None
         if not isinstance(self.state, dict) or self.state.get("format") != FORMAT:
             found = self.state.get("format") if isinstance(self.state, dict) else self.state
