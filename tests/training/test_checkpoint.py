@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from vlmo_ds.config import RecipeError
 from vlmo_ds.interop.official import read_weights
+from vlmo_ds.manifest import crc32, write_manifest
 from vlmo_ds.training import checkpoint
 
 WORKER = """
@@ -180,6 +181,7 @@ def test_parts_that_are_missing_are_named(tmp_path, written):
     step.mkdir()
     (step / "state.json").write_bytes((original / "state.json").read_bytes())
     (step / "rank-00000.safetensors").write_bytes((original / "rank-00000.safetensors").read_bytes())
+    write_manifest(step, {file.name: crc32(file) for file in step.iterdir()})
     with pytest.raises(RecipeError, match=r"holds \d+ of \d+ elements of weight "):
         checkpoint.Reader(step).weights()
     state = json.loads((step / "state.json").read_text())
