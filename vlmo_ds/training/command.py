@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, StageConfig, load_recipe, nearest, number
+from vlmo_ds.data.storage import DataError, expand
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
 from vlmo_ds.training.exit_status import UNUSABLE
 
@@ -153,14 +154,25 @@ def check(args: argparse.Namespace) -> Command:
     return command
 
 
+def check_shards_are_there(command: Command) -> None:
+    """DataError for shards that are named and missing; what is in them is looked at later."""
+    for stage in command.stages:
+        for source in stage.data.mixture.values():
+            expand(source.shards)
+    for held_out in (command.recipe.retrieval, command.recipe.vqa, command.recipe.nlvr2):
+        if held_out:
+            expand(held_out.shards)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done; UNUSABLE, DIVERGED, LOST_A_RANK, ASKED_TO_STOP as docs/resuming.md says; 1 anything else."""
     args = parse_arguments(argv)
     try:
         name_ranks()
         command = check(args)
-    except RecipeError as error:
-        if os.environ.get("RANK", "0") == "0":
+        check_shards_are_there(command)
+    except (RecipeError, DataError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # on each machine: a file may be missing on one of them
             print(f"error: {error}", file=sys.stderr, flush=True)
         return UNUSABLE
     try:
