@@ -1,5 +1,7 @@
 """Files of other code bases, built here with their names: VLMo's, BEiT's, BERT's; nested, prefixed, in half precision."""
 
+import argparse
+
 import pytest
 import torch
 from models.tiny import JOINT, tiny_model
@@ -162,3 +164,40 @@ def test_a_third_token_type_begins_as_the_second():
     report = hand_over(model, source, init, "source")
     assert torch.equal(model.token_type_embeddings.weight, source["token_type_embeddings.weight"][[0, 1, 1]])
     assert any("a second image begins as the first" in change for change in report["converted"])
+
+
+class Settings:
+    """An object that a file of weights may carry along."""
+
+
+def test_pickled_objects_are_named_with_what_to_do(tmp_path):
+    file = tmp_path / "with_objects.pt"
+    torch.save({"model": {"w": torch.zeros(2)}, "args": Settings()}, file)
+    with pytest.raises(
+        RecipeError, match=r"it holds a pickled \S+\.Settings, and pickles can run code: .* save the weights alone"
+    ):
+        read_weights(file)
+
+
+def test_pickled_arguments_are_no_obstacle(tmp_path):
+    file = tmp_path / "with_arguments.pt"
+    torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1e-3, name="x", sizes=[1, 2])}, file)
+    assert read_weights(file)["w"].tolist() == [1, 1]
+
+
+def test_checkpoints_of_deepspeed_are_known(tmp_path):
+    stub = tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    torch.save({"module": {f"w{i}": torch.zeros(0) for i in range(3)}, "ds_config": {"a": 1}}, stub)
+    with pytest.raises(
+        RecipeError,
+        match=r"3 empty tensors \(w0, ...\): it is one rank's file of a ZeRO-3 checkpoint .* zero_to_fp32.py",
+    ):
+        read_weights(stub)
+    (tmp_path / "latest").write_text("global_step1")
+    with pytest.raises(RecipeError, match="is a checkpoint of DeepSpeed, for one number of ranks and one ZeRO stage"):
+        read_weights(tmp_path)
+    within = tmp_path / "step-00000005"
+    within.mkdir()
+    (within / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="is a checkpoint within a stage: .*checkpoint consolidate"):
+        read_weights(within)
