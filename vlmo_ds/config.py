@@ -187,7 +187,7 @@ class SourceConfig(Settings):
         min_length=1, description="tar files, folders of them, URLs; {000..009} and * are expanded"
     )
     index: str | None = Field(None, description="index file; null: the index.json beside the shards")
-    weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of the samples, relative to the other sources")
+    weight: float = Field(1.0, ge=1e-9, le=1e12, description="share of the samples, relative to the other sources")
     transform: Transform | None = Field(None, description="augmentation of this source's images; null: the data's")
 
 
