@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(tmp_path,
     codes, output = start(tmp_path / "second", synthetic, 1, 2, None, "--resume", str(path), *settings)
     assert codes == [2]
     assert f"{path} was written by another recipe" in output
-    assert "stages.0.optimizer.lr: was 0.001, is 0.5" in output and "model.mlp_ratio: was 4.0, is 2.0" in output
+    assert "stages.image.optimizer.lr: was 0.001, is 0.5" in output and "model.mlp_ratio: was 4.0, is 2.0" in output
     assert "checkpoint_every" not in output
     codes, output = start(tmp_path / "second", synthetic, 2, 3, None, "--resume", str(path), "--stages", "image")
     assert codes == [0, 0], output[-3000:]

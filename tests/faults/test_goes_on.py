@@ -27,7 +27,7 @@ def finished(tmp_path_factory, synthetic):
     return arguments, folder / "run"
 
 
-@pytest.mark.parametrize("number, stage", enumerate(["image", "text", "joint"]))
+@pytest.mark.parametrize("number, stage", [(0, "image"), (1, "text"), (2, "joint")])
 def test_resume_names_a_checkpoint_of_any_stage(tmp_path, finished, number, stage):
     """It goes on in that stage; what the stages before it have left stays as it is."""
     arguments, done = finished
