@@ -97,7 +97,9 @@ def unbraced(pattern: str) -> list[str]:
     if not is_remote(pattern) and os.path.exists(pattern):
         return [pattern]
     ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
-    if math.prod(1 + abs(int(last) - int(first)) for first, last in ranges) > MOST_NAMES:
+    lists = re.findall(r"\{([^{}]*,[^{}]*)\}", pattern)
+    counts = [*(1 + abs(int(last) - int(first)) for first, last in ranges), *(1 + names.count(",") for names in lists)]
+    if math.prod(counts) > MOST_NAMES:  # said at once: to write that many names out takes a minute
         raise DataError(f"shards: {pattern} stands for more than {MOST_NAMES:,} names")
     try:
         names = list(itertools.islice(braceexpand(pattern), MOST_NAMES + 1))
