@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from common import measured, write_results
-from step import TASKS, batch_of, matrix_rate
+from step import TASKS, batch_of
 
 from vlmo_ds.config import load_recipe
 from vlmo_ds.models.vlmo import VLMo
@@ -31,6 +31,12 @@ def step_seconds(dtype: torch.dtype, device: torch.device, pairs: int, repeats: 
         model(batch).loss.backward()
 
     return measured(step, repeats, 1)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of products of [1024, 768] and [768, 3072]; few of them, as each may take seconds."""
+    a, b = torch.randn(1024, 768, dtype=dtype, device=device), torch.randn(768, 3072, dtype=dtype, device=device)
+    return 2 * 1024 * 768 * 3072 / measured(lambda: a @ b, 3, 1)
 
 
 def adamw_seconds(fused: bool, device: torch.device) -> float:

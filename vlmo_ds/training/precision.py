@@ -19,7 +19,7 @@ NATIVE_ON_CPU = (
     "avx512_bf16",
     "amx_bf16",
 )  # bf16 matrix products elsewhere are emulated, 100 times slower than float32
-SLOW = "about 15 times slower than float32"  # training on a CPU of AVX2, benchmarks/results/precision_*.json
+SLOW = "ten times slower than float32, or more"  # on a CPU of AVX2: benchmarks/results/precision_epyc_zen3_2core.json
 
 
 class Native(NamedTuple):
@@ -108,5 +108,5 @@ def settle(config: dict[str, Any], begun: str | None, collector: Collector) -> t
         if chosen != device.precision:
             line += f" (a new one would take {device.precision}: {device.reason})"
     if chosen == "bf16" and device.kind == "cpu" and device.precision == "float32":
-        line = f'warning: {line}: {SLOW} here, as {device.reason}; "bf16": {{"enabled": "auto"}} takes float32'
+        line = f'warning: {line}: {SLOW}, here, as {device.reason}; "bf16": {{"enabled": "auto"}} takes float32'
     return with_precision(config, chosen), line
