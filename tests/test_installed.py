@@ -1,5 +1,6 @@
 """The wheel: recipes and configs are in it and are found by name from anywhere; one command leads to everything."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,12 +16,17 @@ from vlmo_ds.__main__ import COMMANDS
 def installed(tmp_path_factory):
     """The wheel's content in a folder."""
     folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy: setuptools leaves a build/ folder, whose old files would be in the next wheel
+    for name in ("vlmo_ds", "launch", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     build = [
         sys.executable,
         "-m",
         "pip",
         "wheel",
-        str(ROOT),
+        str(source),
         "--no-deps",
         "--no-build-isolation",
         "-q",
