@@ -66,13 +66,7 @@ def test_the_same_command_twice(tmp_path, synthetic):
     assert places(tmp_path / "run") == [("image", step) for step in range(1, 41)]
 
 
-def interrupted(process, times: int, pause: float) -> None:
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
-        time.sleep(pause)
-
-
-def test_ctrl_c_writes_a_checkpoint_and_a_second_one_ends_at_once(tmp_path, synthetic):
+def test_ctrl_c_writes_a_checkpoint(tmp_path, synthetic):
     """In a stage shorter than checkpoint_every, too."""
     arguments = [
         *command(tmp_path, synthetic, retrieval=None),
@@ -112,22 +106,41 @@ def slow(doing: str, arguments: list[str]) -> None:
     sys.exit(run.main(arguments))
 
 
+def start_slow(folder, data, doing: str, ranks: int, slow_ranks: str, *more: str):
+    """Ranks of a run of one step, of which those named never end what they do."""
+    recipe = tiny_recipe(data)
+    recipe["stages"] = recipe["stages"][2:]
+    recipe["stages"][0] |= {"steps": 1, "init": {}}
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    file = write_yaml(folder / "r.yaml", recipe)
+    arguments = [
+        "--recipe",
+        str(file),
+        "--deepspeed_config",
+        str(folder / "ds.json"),
+        "--output_dir",
+        str(folder / "run"),
+    ]
+    code = f"from faults.test_goes_on import slow; slow({doing!r}, {[*arguments, *more]!r})"
+    return start_ranks(["-c", code], ranks, SLOW=slow_ranks)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, synthetic):
+    """In a rank that would take for ever over what comes before its checkpoint."""
+    (process,) = start_slow(tmp_path, synthetic, "end", 1, "0")
+    wait_for(tmp_path / "run" / "metrics.jsonl", 1, [process])
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=5)
+    assert process.returncode == 130 and "Ctrl-C again ends at once" in output and "Traceback" not in output
+
+
 @pytest.mark.parametrize("doing, said", [("start", "before training"), ("evaluation", "in the evaluation")])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_outside_of_the_stages(tmp_path, synthetic, doing, said, ranks):
-    recipe = tiny_recipe(synthetic)
-    recipe["stages"] = recipe["stages"][2:]
-    recipe["stages"][0] |= {"steps": 1, "init": {}}
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
-    arguments = [
-        "--recipe",
-        str(write_yaml(tmp_path / "r.yaml", recipe)),
-        "--deepspeed_config",
-        str(tmp_path / "ds.json"),
-    ]
-    arguments += ["--output_dir", str(tmp_path / "run")]
-    code = f"from faults.test_goes_on import slow; slow({doing!r}, {arguments!r})"
-    processes = start_ranks(["-c", code], ranks, SLOW="0")
+    processes = start_slow(tmp_path, synthetic, doing, ranks, "0")
     if doing == "evaluation":
         wait_for(tmp_path / "run/checkpoints/joint/final/manifest.json", 1, processes)
     else:
@@ -144,19 +157,7 @@ def test_ctrl_c_outside_of_the_stages(tmp_path, synthetic, doing, said, ranks):
     [("start", "what rank 0 does for all"), ("evaluation", "evaluation"), ("end", "gathering the weights")],
 )
 def test_a_rank_that_hangs_outside_of_the_steps(tmp_path, synthetic, doing, said):
-    recipe = tiny_recipe(synthetic)
-    recipe["stages"] = recipe["stages"][2:]
-    recipe["stages"][0] |= {"steps": 1, "init": {}}
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
-    arguments = [
-        "--recipe",
-        str(write_yaml(tmp_path / "r.yaml", recipe)),
-        "--deepspeed_config",
-        str(tmp_path / "ds.json"),
-    ]
-    arguments += ["--output_dir", str(tmp_path / "run"), "--timeout", "8"]
-    code = f"from faults.test_goes_on import slow; slow({doing!r}, {arguments!r})"
-    processes = start_ranks(["-c", code], 2, SLOW="0" if doing == "start" else "1")
+    processes = start_slow(tmp_path, synthetic, doing, 2, "0" if doing == "start" else "1", "--timeout", "8")
     outputs = [p.communicate(timeout=90)[0] for p in processes]
     assert [p.returncode for p in processes] == [69, 69], outputs[0][-2000:]
     assert f" s in '{said}" in "".join(outputs), outputs[0][-2000:]

@@ -54,9 +54,9 @@ def global_metrics(
 class Monitor:
     """Writes on rank 0; silent elsewhere. What cannot be written (a full disk) waits, and training goes on."""
 
-    def __init__(self, run: Path, rank: int, total_steps: int):
+    def __init__(self, run: Path, rank: int):
         self.active = rank == 0
-        self.run, self.total_steps = run, total_steps
+        self.run = run
         self.metrics: AppendedFile | None = None
         self.curves: Curves | None = None
         self.shown_at = self.told_at = -math.inf

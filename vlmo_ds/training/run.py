@@ -151,7 +151,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
         check_held_out(recipe, collector)
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
-        monitor = Monitor(folder, collector.rank, sum(stage.steps for stage in recipe.stages))
+        monitor = Monitor(folder, collector.rank)
         run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards)
         stop.at_once = None
         try:
