@@ -33,6 +33,9 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], output: 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # libgomp has read its number of threads when the server imported PyTorch: the bits of sums depend on it
+    threads = environment.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
+    sys.modules["torch"].set_num_threads(int(threads))
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(":") if path and path not in sys.path]
     first, *rest = arguments
     if first == "-c":
