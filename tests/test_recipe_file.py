@@ -95,6 +95,7 @@ def test_every_setting_is_explained():
     text = explanation([])
     assert "stages.<name>.optimizer.lr  (number; 0.0002)\n    peak learning rate" in text
     assert "retrieval.rerank  (int; 16)" in text and "stages.<name>.data.sources.<name>.weight" in text
+    assert "optimizer.betas  ([number, number]; [0.9, 0.98])" in text and "metadata" not in text
     assert explanation(["model.attention"]).count("\n") == 1
     with pytest.raises(RecipeError, match="no setting begins with modle"):
         explanation(["modle"])

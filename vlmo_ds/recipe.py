@@ -11,7 +11,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -39,6 +39,8 @@ def type_name(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if parts and all(isinstance(part, str) for part in parts):  # Literal
         return " | ".join(parts)
+    if origin is Annotated:
+        return type_name(parts[0])
     if origin is list:
         return f"list of {type_name(parts[0])}"
     if origin is dict:
