@@ -13,16 +13,19 @@ from pathlib import Path
 import torch
 
 from vlmo_ds.data.storage import write_atomically
+from vlmo_ds.training.precision import cpu_flags, cpu_name
+
+INSTRUCTIONS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what the speed of matrix products hangs on
 
 
 def machine() -> dict[str, str | int]:
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+        name, instructions = torch.cuda.get_device_name(), ""
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+        name, instructions = cpu_name(), " ".join(sorted(INSTRUCTIONS & cpu_flags()))
     return {
         "device": name,
+        "instructions": instructions,
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a pretrained small VLMo with its retrieval scores: installs into .venv, makes data, trains three stages.
+# From nothing to a pretrained small VLMo with its retrieval scores: installs into .venv, makes data, pretrains in stages.
 # Further arguments go to train_ds.py, such as stages.joint.steps=1000.
 set -euo pipefail
 cd "$(dirname "$0")/.."

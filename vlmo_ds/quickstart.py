@@ -1,4 +1,4 @@
-"""From nothing to a pretrained small VLMo with its retrieval scores: makes data, trains three stages.
+"""From nothing to a pretrained small VLMo with its retrieval scores: makes data, pretrains in stages.
 
     vlmo quickstart [key=value ...] [options of vlmo train]
 
