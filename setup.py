@@ -1,5 +1,6 @@
 """Package metadata; see README.md for what each dependency is for."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -7,9 +8,11 @@ from setuptools import find_packages, setup
 # Recipes and DeepSpeed configs lie where a clone shows them, and are data of the package where it is installed.
 SHIPPED = {"vlmo_ds.recipes": "launch/recipes", "vlmo_ds.ds_configs": "ds_configs"}
 
+VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("vlmo_ds").joinpath("__init__.py").read_text())[1]
+
 setup(
     name="vlmo_ds",
-    version="0.2.0",
+    version=VERSION,
     description="Pretraining of vision-language mixture-of-modality-experts transformers under DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from vlmo_ds import shipped
+from vlmo_ds import __version__, shipped
 from vlmo_ds.__main__ import COMMANDS
 
 
@@ -57,6 +57,14 @@ def test_recipes_and_configs_are_found_from_an_empty_folder(installed, tmp_path)
     assert output.rstrip().endswith(f"in ds_configs: {', '.join(shipped.names('ds_configs'))}")
     (tmp_path / "quickstart").write_text("name: mine")  # a file of the user's comes first
     assert "recipe quickstart" in vlmo(installed, tmp_path, "recipe", "quickstart", code=2)
+
+
+def test_there_is_one_version(installed):
+    """The wheel's, the one that reports show, and that of the citation."""
+    (metadata,) = installed.glob("vlmo_ds-*.dist-info/METADATA")
+    assert f"\nVersion: {__version__}\n" in metadata.read_text()
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_console_command_is_in_the_wheel(installed):

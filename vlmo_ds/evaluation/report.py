@@ -224,9 +224,10 @@ def write_report(
     if data is not None and result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
     body += [numbers_table(title, values) for title, values in (tables or {}).items()]
-    body.append("<h2>Training</h2>" + curves(run) + made_with(run, ranks, evaluation_seconds))
+    body.append("<h2>Training</h2>" + curves(run))
     if data is not None and result is not None and queries:
         body.append(gallery(data, result, queries))
+    body.append(made_with(run, ranks, evaluation_seconds))
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"
     )
