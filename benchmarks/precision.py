@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from common import measured, write_results
-from step import TASKS, batch_of
+from step import TASKS, batch_of, matrix_rate
 
 from vlmo_ds.config import load_recipe
 from vlmo_ds.models.vlmo import VLMo
@@ -31,12 +31,6 @@ def step_seconds(dtype: torch.dtype, device: torch.device, pairs: int, repeats: 
         model(batch).loss.backward()
 
     return measured(step, repeats, 1)
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of products of [1024, 768] and [768, 3072]; few of them, as each may take seconds."""
-    a, b = torch.randn(1024, 768, dtype=dtype, device=device), torch.randn(768, 3072, dtype=dtype, device=device)
-    return 2 * 1024 * 768 * 3072 / measured(lambda: a @ b, 3, 1)
 
 
 def adamw_seconds(fused: bool, device: torch.device) -> float:
@@ -62,7 +56,7 @@ def main() -> None:
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
         seconds = step_seconds(dtype, device, args.pairs, args.repeats)
-        rate = matrix_rate(dtype, device)
+        rate = matrix_rate(dtype, device, repeats=3, warmup=1)  # emulated, each takes seconds
         row = {"precision": name, "seconds_per_joint_step": round(seconds, 4), "pairs": args.pairs}
         results.append(row | {"matrix_product_gflop_per_second": round(rate / 1e9, 1)})
         print(results[-1], flush=True)

@@ -19,6 +19,8 @@ from pathlib import Path
 import yaml
 from common import write_results
 
+from vlmo_ds.training.ds_config import precision_of
+
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "quickstart"
 RERANKED = ("text_to_image", "itc+itm", "R@1")
@@ -26,11 +28,10 @@ RERANKED = ("text_to_image", "itc+itm", "R@1")
 
 def scores(run: Path) -> dict:
     """A finished run's seed, precision and retrieval scores."""
-    stages = json.loads((run / "ds_config.json").read_text()).values()
-    precisions = {name for stage in stages for name in ("bf16", "fp16") if stage.get(name, {}).get("enabled")}
+    configs = json.loads((run / "ds_config.json").read_text()).values()
     return {
         "seed": yaml.safe_load((run / "recipe.yaml").read_text())["seed"],
-        "precision": " ".join(sorted(precisions)) or "float32",
+        "precision": " ".join(sorted({precision_of(config) for config in configs})),
         "retrieval": json.loads((run / "retrieval.json").read_text()),
     }
 

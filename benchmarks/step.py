@@ -28,11 +28,11 @@ TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
 MEMORY = "what the C library does with freed memory on a CPU: kept as in training, or returned as is its default"
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+def matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20, warmup: int = 5) -> float:
     """FLOP/s of large matrix products of the shapes that the blocks use."""
     rows, d = (1536, 768) if device.type == "cpu" else (16384, 4096)
     a, b = torch.randn(rows, d, dtype=dtype, device=device), torch.randn(d, 4 * d, dtype=dtype, device=device)
-    return 2 * rows * d * 4 * d / measured(lambda: a @ b, 20, 5)
+    return 2 * rows * d * 4 * d / measured(lambda: a @ b, repeats, warmup)
 
 
 def batch_of(config: ModelConfig, pairs: int, text_len: int, device: torch.device) -> dict[str, torch.Tensor]:

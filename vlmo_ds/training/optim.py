@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 
 
 def adamw(groups: list[dict], config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
-    """torch's AdamW in one kernel, on a CPU too (six times faster there, benchmarks/results/precision_*.json); DeepSpeed's compiled
+    """torch's AdamW in one kernel, on a CPU too (three times faster there, benchmarks/results/precision_*.json); DeepSpeed's compiled
     CPU Adam where a GPU run keeps its optimiser states in host memory."""
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if offloaded and torch.cuda.is_available():
