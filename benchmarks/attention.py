@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from common import measured, write_results
 
-from vlmo_ds.models.layers import ATTENTION
+from vlmo_ds.blocks.attention import ATTENTION
 
 HEADS, LENGTH, WIDTH = 12, 237, 64
 

@@ -108,7 +108,7 @@ def texts(shards: list[str]) -> list[str]:
 
 def dataset(shards: list[str], size: int, tokenizer) -> BatchDataset:
     data = DataConfig(shards=shards, transform="crop_flip", lanes=16)
-    spec = spec_for({"itc": 1.0, "mlm": 1.0}, size, 16, 40, 0)
+    spec = spec_for({"image", "text", "masked_text"}, size, 16, 40, 0)
     return BatchDataset(data, spec, tokenizer, rank=0, world_size=1, batch_size=BATCH)
 
 

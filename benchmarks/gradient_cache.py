@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from common import measured, write_results
 
-from vlmo_ds.config import ModelConfig
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.vlmo.config import VLMoSettings
+from vlmo_ds.families.vlmo.model import VLMo
 from vlmo_ds.training.gradient_cache import cached_contrast
 from vlmo_ds.training.host import prepare_cpu
 
@@ -32,7 +32,7 @@ def one(batch: int, size: int, gradients: str) -> dict:
         prepare_cpu()
     torch.manual_seed(0)
     settings = {"embed_dim": 256, "depth": 6, "num_heads": 4, "image_size": 96, "patch_size": 16, "max_text_len": 24}
-    model = VLMo(ModelConfig(**settings, vocab_size=1000), {"irtr": 1.0}).to(device).train()
+    model = VLMo(VLMoSettings(**settings, vocab_size=1000), {"irtr": 1.0}).to(device).train()
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 1000, (batch, 24), generator=g)
     images = torch.randint(0, 256, (batch, 3, 96, 96), generator=g).to(torch.uint8)

@@ -15,8 +15,8 @@ import torch
 from common import measured, write_results
 from step import TASKS, batch_of, matrix_rate
 
-from vlmo_ds.config import load_recipe
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.vlmo.model import VLMo
+from vlmo_ds.recipe_file import load_recipe
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.precision import native
 

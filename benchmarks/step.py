@@ -3,7 +3,7 @@
     python benchmarks/step.py [--arch vlmo_base_patch16] [--batch 4 8] [--dtype float32 bfloat16] [--output FILE]
 
 One process, forward and backward of itc + itm + mlm on random pairs, each setting in a process of its own. The useful
-work is counted from the shapes (plan.forward_flops); recomputation and padding do not count.
+work is counted from the shapes (families.vlmo.cost); recomputation and padding do not count.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from common import measured, write_results
 
-from vlmo_ds.config import DataConfig, ModelConfig, StageConfig
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.config import DataConfig
+from vlmo_ds.families.vlmo import FAMILY
+from vlmo_ds.families.vlmo.config import VLMoSettings
+from vlmo_ds.families.vlmo.cost import forward_flops
+from vlmo_ds.families.vlmo.model import VLMo
 from vlmo_ds.training.host import prepare_cpu
-from vlmo_ds.training.plan import forward_flops
 
 TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
 MEMORY = "what the C library does with freed memory on a CPU: kept as in training, or returned as is its default"
@@ -35,7 +37,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20, war
     return 2 * rows * d * 4 * d / measured(lambda: a @ b, repeats, warmup)
 
 
-def batch_of(config: ModelConfig, pairs: int, text_len: int, device: torch.device) -> dict[str, torch.Tensor]:
+def batch_of(config: VLMoSettings, pairs: int, text_len: int, device: torch.device) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, config.vocab_size, (pairs, text_len), generator=g)
     labels = torch.full_like(ids, -100)
@@ -58,7 +60,7 @@ def one(arch: str, pairs: int, dtype_name: str, memory: str, repeats: int, text_
     if device.type == "cpu" and memory == "kept":
         prepare_cpu()
     dtype = getattr(torch, dtype_name)
-    config = ModelConfig(arch=arch, vocab_size=30522, max_text_len=text_len)
+    config = VLMoSettings(arch=arch, vocab_size=30522, max_text_len=text_len)
     model = VLMo(config, TASKS).to(device=device, dtype=dtype).train()
     batch = batch_of(config, pairs, text_len, device)
 
@@ -74,7 +76,7 @@ def one(arch: str, pairs: int, dtype_name: str, memory: str, repeats: int, text_
     )
     masked = int((batch["text_labels_mlm"] != -100).sum())
     data = DataConfig(shards=["-"], mlm_probability=masked / pairs / text_len)
-    stage = StageConfig(name="joint", tasks=TASKS, data=data, global_batch_size=pairs, steps=1)
+    stage = FAMILY.stage(name="joint", tasks=TASKS, data=data, global_batch_size=pairs, steps=1)
     useful = 3 * forward_flops(config, stage, pairs)
     rate = matrix_rate(dtype, device)
     return {

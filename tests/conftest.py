@@ -12,9 +12,16 @@ import pytest
 import torch
 import yaml
 
+from vlmo_ds.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def reads(*tasks: str) -> frozenset[str]:
+    """What VLMo's tasks read of a sample."""
+    return frozenset().union(*(FAMILIES["vlmo"].tasks[task].reads for task in tasks))
 
 
 def golden(name: str) -> Path:

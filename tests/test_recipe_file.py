@@ -7,9 +7,13 @@ import pytest
 import yaml
 from conftest import ROOT, tiny_recipe
 
-from vlmo_ds.config import RecipeError, load_recipe, read_yaml
+from vlmo_ds.config import RecipeError
+from vlmo_ds.families import FAMILIES
 from vlmo_ds.recipe import every_setting, explanation
+from vlmo_ds.recipe_file import load_recipe, read_yaml
 from vlmo_ds.shipped import names
+
+RECIPE = FAMILIES["vlmo"].recipe
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
@@ -90,12 +94,12 @@ def test_every_recipe_that_is_shipped_is_found_by_name():
 
 
 def test_every_setting_is_explained():
-    rows = list(every_setting())
+    rows = list(every_setting(RECIPE))
     assert not [name for name, _, _, meaning in rows if not meaning]
-    text = explanation([])
+    text = explanation([], RECIPE)
     assert "stages.<name>.optimizer.lr  (number; 0.0002)\n    peak learning rate" in text
     assert "retrieval.rerank  (int; 16)" in text and "stages.<name>.data.sources.<name>.weight" in text
     assert "optimizer.betas  ([number, number]; [0.9, 0.98])" in text and "metadata" not in text
-    assert explanation(["model.attention"]).count("\n") == 1
+    assert explanation(["model.attention"], RECIPE).count("\n") == 1
     with pytest.raises(RecipeError, match="no setting begins with modle"):
-        explanation(["modle"])
+        explanation(["modle"], RECIPE)

@@ -1,6 +1,7 @@
-"""The recipe: every setting of a run, its type, default and meaning. Bad settings die here, before anything is built.
+"""Settings that every family shares: their types, defaults and meanings. Bad settings die here, before anything is built.
 
-A recipe is YAML. It says WHAT is trained; a DeepSpeed config (ds_configs/) says HOW it is spread over devices.
+A recipe (YAML, recipe_file.py) says WHAT is trained; a DeepSpeed config (ds_configs/) says HOW it is spread over devices.
+What a model has, and what a stage may ask of it, its family says (families/).
 """
 
 from __future__ import annotations
@@ -8,67 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from vlmo_ds import shipped
+if TYPE_CHECKING:
+    from vlmo_ds.families.interface import Family, Task
 
-QUICKSTART = "launch/recipes/quickstart.yaml"  # the recipe of commands that name none
-LARGEST_YAML, MOST_YAML_VALUES, DEEPEST_YAML = 1 << 20, 50_000, 50  # bytes, values, levels
-FINE_TUNING = ("irtr", "vqa", "nlvr2")
-TASKS = ("mim", "textmlm", "mlm", "itc", "itm", *FINE_TUNING)
 LARGEST_BLOCK = 1_000_000  # samples
-ONE_MODALITY = dict.fromkeys(("mim", "textmlm"), "trains on one modality")
-REFERENCE_WEIGHTS = dict.fromkeys(TASKS, 1.0) | {"mlm": 0.25}
-
-# Sizes of the published models (VLMo, arXiv:2111.02358; base-plus from the official code).
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "vlmo_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, "vlffn_start_layer_index": 10},
-    "vlmo_base_plus_patch16": {
-        "embed_dim": 544,
-        "depth": 24,
-        "num_heads": 16,
-        "vlffn_start_layer_index": 21,
-        "use_abs_pos_emb": True,
-        "need_relative_position_embed": False,
-        "layer_scale_init_values": None,
-    },
-    "vlmo_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "vlffn_start_layer_index": 21},
-}
-
-# What a stage trains, by name; a recipe may list its own patterns (fnmatch) instead.
-TRAINABLE: dict[str, list[str]] = {
-    "all": ["*"],
-    "image_only": [
-        "transformer.patch_embed.*",
-        "transformer.cls_token",
-        "transformer.mask_token",
-        "transformer.pos_embed",
-        "transformer.blocks.*.norm1.*",
-        "transformer.blocks.*.attn.*",
-        "transformer.blocks.*.gamma_?",
-        "transformer.blocks.*.norm2_imag.*",
-        "transformer.blocks.*.mlp_imag.*",
-        "transformer.norm.*",
-        "relative_position_bias_table",
-        "token_type_embeddings.*",
-        "mim_score.*",
-    ],
-    "text_only": [  # as the reference: attention, norm1, gammas, vision and VL experts are frozen
-        "text_embeddings.*",
-        "token_type_embeddings.*",
-        "transformer.blocks.*.norm2_text.*",
-        "transformer.blocks.*.mlp_text.*",
-        "transformer.norm.*",
-        "relative_position_bias_table",
-        "mlm_score.*",
-    ],
-}
 
 
 class RecipeError(ValueError):
@@ -98,33 +47,18 @@ class Settings(BaseModel):
 
 
 class ModelConfig(Settings):
-    """The architecture. `arch` fills in the sizes of a published model; single settings may still differ."""
+    """What the settings of every family's model have. `arch` fills in the sizes of a published model; single settings may
+    still differ."""
 
-    arch: Literal["custom", "vlmo_base_patch16", "vlmo_base_plus_patch16", "vlmo_large_patch16"] = Field(
-        "custom", description="a published architecture, or custom"
-    )
-    embed_dim: int = Field(192, gt=0, description="width D")
-    depth: int = Field(6, gt=0, description="number of blocks")
-    num_heads: int = Field(3, gt=0, description="attention heads; must divide embed_dim")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of an expert over D")
-    vlffn_start_layer_index: int = Field(5, gt=0, description="first block with a vision-language expert")
+    architectures: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> its settings
+
+    arch: str = Field("custom", description="a published architecture, or custom")
+    family: str = Field("", description="the family of models that a custom architecture is of")
     image_size: int = Field(224, gt=0, description="pixels per side")
     patch_size: int = Field(16, gt=0, description="pixels per side of a patch; must divide image_size")
-    max_text_len: int = Field(40, gt=2, description="longest text in tokens, [CLS] and [SEP] included")
-    max_text_len_of_initckpt: int = Field(196, gt=2, description="text length the relative table has rows for")
+    max_text_len: int = Field(40, gt=2, description="longest text in tokens, special ones included")
     vocab_size: int = Field(0, ge=0, description="size of the vocabulary; 0: the tokenizer's")
-    vqav2_label_size: int = Field(0, ge=0, description="answers that vqa chooses among; 0: those of its data")
-    use_abs_pos_emb: bool = Field(False, description="absolute image positions")
-    need_relative_position_embed: bool = Field(True, description="relative position bias; else absolute text positions")
-    layer_scale_init_values: float | None = Field(0.1, gt=0, description="initial LayerScale; null: no LayerScale")
-    init_std: float = Field(
-        0.02, gt=0, le=10, description="std of initial weights; narrow models want more, about 1/sqrt(embed_dim)"
-    )
-    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
-    text_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of text embeddings; null: drop_path_rate")
-    attention: Literal["auto", "sdpa", "explicit"] = Field(
-        "auto", description="auto: torch's kernel on GPUs, written out on CPUs"
-    )
+    vqav2_label_size: int = Field(0, ge=0, description="answers that questions choose among; 0: those of their data")
     activation_checkpoint_every: int = Field(
         0, ge=0, description="recompute activations in backward: 0 never, 1 every block, n every n-th"
     )
@@ -133,36 +67,23 @@ class ModelConfig(Settings):
     @classmethod
     def fill_architecture(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            return {**ARCHITECTURES.get(str(data.get("arch")), {}), **data}
+            return {**cls.architectures.get(str(data.get("arch")), {}), **data}
         return data
 
     @model_validator(mode="after")
-    def check_sizes(self) -> ModelConfig:
+    def check_patches(self) -> ModelConfig:
         if self.image_size % self.patch_size:
             near = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
                 f"image_size is {self.image_size}, which is not a multiple of patch_size {self.patch_size}: "
                 f"take {max(near, self.patch_size)} or {near + self.patch_size}"
             )
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if int(self.embed_dim * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves experts of embed_dim {self.embed_dim} no hidden unit")
-        if self.vlffn_start_layer_index > self.depth:
-            raise ValueError(
-                f"vlffn_start_layer_index is {self.vlffn_start_layer_index}, the model has {self.depth} blocks: "
-                f"take 1 to {self.depth} ({self.depth}: no VL experts)"
-            )
-        if self.need_relative_position_embed and self.max_text_len > self.max_text_len_of_initckpt:
-            raise ValueError(
-                f"max_text_len is {self.max_text_len}, but the relative position table has rows for texts of up to "
-                f"max_text_len_of_initckpt {self.max_text_len_of_initckpt} tokens"
-            )
         return self
 
     @property
-    def text_dropout_rate(self) -> float:
-        return self.drop_path_rate if self.text_dropout is None else self.text_dropout
+    def patches(self) -> int:
+        """Of one image."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 class TokenizerConfig(Settings):
@@ -269,7 +190,7 @@ class OptimizerConfig(Settings):
     weight_decay: float = Field(
         0.01, ge=0, le=100, description="not applied to biases, norms, positions, tokens and scales"
     )
-    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the vqa and nlvr2 classifiers over lr")
+    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the fine-tuning classifiers over lr")
     gradient_clipping: float = Field(0.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
 
@@ -294,28 +215,26 @@ class InitConfig(Settings):
         [], description="patterns of parameters that start fresh although the source may have them"
     )
     drop: list[str] = Field([], description="patterns of the source's weights that are not wanted")
-    max_text_len_of_initckpt: int | None = Field(
-        None, gt=2, description="text length that the source's relative table has rows for; null: the model's"
-    )
-    vl_experts: Literal["keep", "fresh", "text", "image"] = Field(
-        "keep", description="VL experts: as in the source, fresh, or copies of the text or image experts"
-    )
 
 
 class StageConfig(Settings):
     """One stage of training."""
 
+    family: ClassVar[Family]  # of the model; Family.recipe makes a class that has it
+
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="names the stage in logs, checkpoints and --stages")
     tasks: dict[str, float | None] = Field(description="task -> weight; null: the reference's weight")
     data: DataConfig
-    trainable: str | list[str] = Field("all", description=f"{', '.join(TRAINABLE)}, or patterns of parameter names")
+    trainable: str | list[str] = Field(
+        "all", description="a name that the family knows, or patterns of parameter names"
+    )
     global_batch_size: int = Field(gt=0, description="samples per optimiser step over all ranks")
     micro_batch_size: int | None = Field(
         None, gt=0, description="samples per rank and forward pass; null: no gradient accumulation"
     )
     gradient_cache: bool = Field(
         False,
-        description="irtr or itc over the whole global batch although only micro_batch_size samples are in memory, at the "
+        description="contrast over the whole global batch although only micro_batch_size samples are in memory, at the "
         "price of one more forward pass",
     )
     steps: int = Field(gt=0, description="optimiser steps")
@@ -327,15 +246,16 @@ class StageConfig(Settings):
 
     @model_validator(mode="after")
     def check_tasks(self) -> StageConfig:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"task '{task}' is not known{nearest(task, TASKS)}; accepted: {', '.join(TASKS)}")
+        known = self.family.tasks
+        for name in self.tasks:
+            if name not in known:
+                raise ValueError(f"task '{name}' is not known{nearest(name, known)}; accepted: {', '.join(known)}")
         if not self.tasks:
-            raise ValueError(f"tasks is empty; accepted: {', '.join(TASKS)}")
-        for task, weight in self.weights.items():
+            raise ValueError(f"tasks is empty; accepted: {', '.join(known)}")
+        for name, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(
-                    f"tasks.{task} is {weight}; accepted: a weight of at least 0, or null (the reference's)"
+                    f"tasks.{name} is {weight}; accepted: a weight of at least 0, or null (the reference's)"
                 )
         if not any(self.weights.values()):
             raise ValueError(f"tasks: all weights are 0 ({', '.join(self.tasks)}), so that nothing would be trained")
@@ -344,42 +264,66 @@ class StageConfig(Settings):
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, longer than the stage, whose steps are {self.steps}; "
                 "accepted: at most the stage's steps, or a share of them below 1"
             )
-        for alone, why in {**ONE_MODALITY, **dict.fromkeys(FINE_TUNING, "has data of its own")}.items():
-            if alone in self.tasks and len(self.tasks) > 1:
-                raise ValueError(f"task '{alone}' {why} and goes alone in a stage, found {list(self.tasks)}")
-        if self.gradient_cache and set(self.tasks) not in ({"itc"}, {"irtr"}):
+        for name, task in self.chosen.items():
+            if task.alone and len(self.tasks) > 1:
+                raise ValueError(f"task '{name}' {task.alone} and goes alone in a stage, found {list(self.tasks)}")
+        if self.gradient_cache and not all(task.gradient_cache for task in self.chosen.values()):
+            cached = " or ".join(sorted(name for name, task in known.items() if task.gradient_cache))
             raise ValueError(
-                f"gradient_cache is for a stage whose only task is irtr or itc, found {list(self.tasks)}: "
+                f"gradient_cache is for a stage whose only task is {cached}, found {list(self.tasks)}: "
                 "the other losses are sums over samples, for which micro_batch_size alone is enough"
             )
         if self.gradient_cache and self.micro_batch_size is None:
             raise ValueError("gradient_cache needs micro_batch_size: samples per rank that are in memory at a time")
-        for setting, alone_task in (("image_only", "mim"), ("text_only", "textmlm")):
-            if getattr(self.data, setting) and set(self.tasks) != {alone_task}:
-                raise ValueError(
-                    f"data.{setting} is true, which fits task '{alone_task}' alone, found {list(self.tasks)}"
-                )
-        for setting, alone_task in (("draw_false_image", "textmlm"), ("draw_false_text", "mim")):
-            if getattr(self.data, setting) and alone_task in self.tasks:
-                raise ValueError(f"data.{setting} is {getattr(self.data, setting)}, but task '{alone_task}' reads none")
-        if "itm" in self.tasks and "itc" not in self.tasks:
+        self.check_modalities()
+        for name, task in self.chosen.items():
+            for other, why in task.needs.items():
+                if other not in self.tasks:
+                    raise ValueError(f"task '{name}' {why}: add {other} to the stage's tasks")
+        if isinstance(self.trainable, str) and self.trainable not in self.family.trainable:
+            names = self.family.trainable
             raise ValueError(
-                "task 'itm' draws its negatives from the similarities of 'itc': add itc to the stage's tasks"
-            )
-        if isinstance(self.trainable, str) and self.trainable not in TRAINABLE:
-            raise ValueError(
-                f"trainable is '{self.trainable}'{nearest(self.trainable, TRAINABLE)}; accepted: {', '.join(TRAINABLE)}, "
+                f"trainable is '{self.trainable}'{nearest(self.trainable, names)}; accepted: {', '.join(names)}, "
                 "or a list of patterns"
             )
         return self
 
+    def check_modalities(self) -> None:
+        """ValueError where `data` wants to leave out, or to add, what the tasks read or do not."""
+        for setting, other, modality in (
+            ("image_only", "draw_false_text", "image"),
+            ("text_only", "draw_false_image", "text"),
+        ):
+            fitting = [name for name, task in self.family.tasks.items() if task.modalities == {modality}]
+            if getattr(self.data, setting) and not self.tasks.keys() <= set(fitting):
+                names = " or ".join(f"'{name}'" for name in fitting)
+                raise ValueError(f"data.{setting} is true, which fits task {names} alone, found {list(self.tasks)}")
+            for name in fitting:
+                if getattr(self.data, other) and name in self.tasks:
+                    raise ValueError(f"data.{other} is {getattr(self.data, other)}, but task '{name}' reads none")
+
+    @property
+    def chosen(self) -> dict[str, Task]:
+        """What the stage's tasks ask and give."""
+        return {name: self.family.tasks[name] for name in self.tasks}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the tasks read of a sample (families.interface.Task.reads)."""
+        return frozenset().union(*(task.reads for task in self.chosen.values()))
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """The calls of the model that its tasks train."""
+        return frozenset().union(*(task.gives for task in self.chosen.values()))
+
     @property
     def weights(self) -> dict[str, float]:
-        return {task: REFERENCE_WEIGHTS[task] if w is None else w for task, w in self.tasks.items()}
+        return {task: self.family.tasks[task].weight if w is None else w for task, w in self.tasks.items()}
 
     @property
     def trainable_patterns(self) -> list[str]:
-        return TRAINABLE[self.trainable] if isinstance(self.trainable, str) else self.trainable
+        return list(self.family.trainable[self.trainable]) if isinstance(self.trainable, str) else self.trainable
 
     @property
     def warmup(self) -> int:
@@ -418,7 +362,7 @@ class RetrievalConfig(HeldOutConfig):
     """Retrieval on held-out shards after the last stage."""
 
     max_images: int = Field(0, ge=0, description="use the first so many images; 0: all")
-    rerank: int = Field(16, ge=0, description="candidates per query that the itm head scores again; 0: none")
+    rerank: int = Field(16, ge=0, description="candidates per query that the matching head scores again; 0: none")
     folds: int = Field(1, gt=0, description="averages over so many parts as well; COCO 1k: 5, of 5,000 images")
     gallery: int = Field(12, ge=0, description="queries shown in the report")
 
@@ -435,11 +379,13 @@ class SpikeConfig(Settings):
 class Recipe(Settings):
     """A whole run."""
 
+    family: ClassVar[Family]  # of the model, as a stage's
+
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory is runs/<name>")
     seed: int = Field(
         0, ge=0, lt=2**32, description="seed of initial weights, data order, masks, augmentation and dropout"
     )
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     stages: list[StageConfig] = Field(min_length=1)
     retrieval: RetrievalConfig | None = Field(None, description="null: no retrieval after the last stage")
@@ -467,14 +413,21 @@ class Recipe(Settings):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
         if self.name.strip(".") == "":
             raise ValueError(f"name is '{self.name}', which names no folder of its own below runs/")
-        patches = (self.model.image_size // self.model.patch_size) ** 2
+        patches = self.model.patches
         for stage in self.stages:
-            if "mim" in stage.tasks and not 0 < round(stage.data.mim_ratio * patches) < patches:
+            if "masked_image" in stage.reads and not 0 < round(stage.data.mim_ratio * patches) < patches:
                 raise ValueError(
                     f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "
                     "masked and some seen"
                 )
         return self
+
+
+EVALUATIONS = tuple(  # the settings of what is measured after the last stage
+    name
+    for name, field in Recipe.model_fields.items()
+    if any(isinstance(part, type) and issubclass(part, HeldOutConfig) for part in get_args(field.annotation))
+)
 
 
 def number(kind: type, least: float | None = None) -> Callable[[str], Any]:
@@ -494,199 +447,6 @@ def number(kind: type, least: float | None = None) -> Callable[[str], Any]:
     return parse
 
 
-def nearest(word: str | int, known: Sequence[str] | dict) -> str:
+def nearest(word: str | int, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` overrides, as in `stages.joint.steps=100` or `model.depth=4`.
-
-    A stage that is set to null is left out.
-    """
-    data = read_recipe(Path(path))
-    for override in overrides:
-        apply_override(data, override)
-    if isinstance(data.get("stages"), list):
-        data["stages"] = [stage for stage in data["stages"] if stage is not None]
-    return parse_recipe(data, str(path))
-
-
-def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's settings. One that `extends` another (a file beside it) has that one's, but for its name, and for what
-    it lists under `settings`, dotted names and values."""
-    path = shipped.find("recipes", path)
-    if not path.is_file():
-        known = shipped.names("recipes")
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise RecipeError(f"recipe {path} {what}{nearest(path.stem, known)}; in launch/recipes: {', '.join(known)}")
-    try:
-        data = read_yaml(path.read_bytes(), f"recipe {path}")
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"recipe {path} holds {type(data).__name__}, expected settings such as 'model:' and 'stages:'"
-        )
-    if "extends" not in data:
-        return data
-    parent = path.parent / str(data.pop("extends"))
-    if parent.resolve() in below:
-        raise RecipeError(f"recipe {path} extends {parent}, which extends it in turn")
-    settings, name = data.pop("settings", {}), data.pop("name", path.stem)
-    if data or not isinstance(settings, dict):
-        raise RecipeError(
-            f"recipe {path} extends another: beside 'extends' it takes 'name' and 'settings' (dotted names and values), "
-            f"found {', '.join(map(str, data)) or settings}"
-        )
-    whole = read_recipe(parent, (*below, path.resolve())) | {"name": name}
-    for key, value in settings.items():
-        set_value(whole, str(key), value, f"{path}: settings.{key}")
-    return whole
-
-
-def read_yaml(content: bytes, source: str) -> Any:
-    """What a YAML file holds: plain values, lists and dictionaries. RecipeError, which begins with `source`, for what is no
-    YAML, for keys that are given twice, and for what would take more time or memory than any recipe."""
-    try:
-        if len(content) > LARGEST_YAML:
-            raise RecipeError(f"{source} has {len(content):,} bytes, at most {LARGEST_YAML:,} are read")
-        text = content.decode()
-        look_through(text, source)
-        return yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{source} is not UTF-8 text (byte {error.start})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"{source} is not valid YAML: {error}") from None
-
-
-class OpenNode:
-    """A list or dictionary that is being read: its anchor, the values in it, and a dictionary's keys so far."""
-
-    def __init__(self, event: yaml.Event):
-        self.anchor = getattr(event, "anchor", None)
-        self.values, self.children = 1, 0
-        self.keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
-
-
-def look_through(text: str, source: str) -> None:
-    """Reads YAML event by event, which needs neither time nor memory for what aliases and brackets would unfold to."""
-    sizes: dict[str | None, int] = {}  # anchor -> values that it stands for
-    nodes: list[OpenNode] = []
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        key, line = None, event.start_mark.line + 1  # type: ignore[union-attr]  # parsed events have one
-        if isinstance(event, (yaml.DocumentStartEvent, yaml.SequenceStartEvent, yaml.MappingStartEvent)):
-            nodes.append(OpenNode(event))
-            if len(nodes) > DEEPEST_YAML:
-                raise RecipeError(f"{source} has more than {DEEPEST_YAML} lists or settings inside one another")
-            continue
-        if isinstance(event, yaml.ScalarEvent):
-            anchor, size, key = event.anchor, 1, event.value
-        elif isinstance(event, yaml.AliasEvent):
-            if any(node.anchor == event.anchor for node in nodes):
-                raise RecipeError(f"{source}: line {line}: '*{event.anchor}' is inside of what it stands for")
-            anchor, size = None, sizes.get(event.anchor, 1)
-        elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
-            ended = nodes.pop()
-            anchor, size = ended.anchor, ended.values
-        else:
-            continue
-        if anchor:
-            sizes[anchor] = size
-        outer = nodes[-1]
-        outer.values += size
-        if outer.values > MOST_YAML_VALUES:
-            raise RecipeError(f"{source} stands for more than {MOST_YAML_VALUES:,} values")
-        if outer.keys is not None and outer.children % 2 == 0 and key is not None and key != "<<":
-            if key in outer.keys:
-                raise RecipeError(f"{source} has the setting '{key}' twice (line {line})")
-            outer.keys.add(key)
-        outer.children += 1
-
-
-def parse_recipe(data: dict, source: str) -> Recipe:
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        lines = [f"recipe {source}:"] + [f"  {explain(item, data)}" for item in error.errors()]
-        raise RecipeError("\n".join(lines).encode("utf-8", "backslashreplace").decode()) from None
-    except UnicodeEncodeError as error:
-        raise RecipeError(f"recipe {source} holds half a surrogate pair, which is no character: {error}") from None
-
-
-def apply_override(data: dict, override: str) -> None:
-    """Sets one value in nested settings; a part of the key may be a stage's name, its number, or * for every stage."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override '{override}' is not of the form key=value, such as stages.joint.steps=100")
-    value = read_yaml(text.encode(), f"override '{override}': the value")
-    set_value(data, key, value, f"override '{override}'")
-
-
-def set_value(data: dict, key: str, value: Any, source: str) -> None:
-    targets: list[Any] = [data]
-    parts = key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        targets = [found for target in targets for found in descend(target, part, source, ".".join(parts[:depth]))]
-    for target in targets:
-        if isinstance(target, list):
-            replaced = descend(target, parts[-1], source, ".".join(parts[:-1]))
-            target[:] = [value if any(old is entry for old in replaced) else entry for entry in target]
-        elif isinstance(target, dict):
-            target[parts[-1]] = value
-        else:
-            raise RecipeError(f"{source}: '{'.'.join(parts[:-1])}' has no settings in it")
-
-
-def descend(target: Any, part: str, source: str, parent: str) -> list[Any]:
-    if isinstance(target, list):
-        if part == "*":
-            return target
-        named = [x for i, x in enumerate(target) if str(i) == part or (isinstance(x, dict) and x.get("name") == part)]
-        if not named:
-            names = ", ".join(str(x.get("name", i)) if isinstance(x, dict) else str(i) for i, x in enumerate(target))
-            raise RecipeError(f"{source}: {parent} has no '{part}'; accepted: {names} or *")
-        return named
-    if not isinstance(target, dict):
-        raise RecipeError(f"{source}: '{parent}' has no settings in it")
-    if target.get(part) is None:
-        target[part] = {}
-    return [target[part]]
-
-
-def explain(item: ErrorDetails, data: dict) -> str:
-    """One validation error as a sentence: where, what was found, what is accepted."""
-    location = [part for part in item["loc"]]
-    where = []
-    node: Any = data
-    for part in location:
-        name = part
-        if isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-            name = node.get("name", part) if isinstance(node, dict) else part
-        elif isinstance(node, dict):
-            node = node.get(part)
-        where.append(str(name))
-    place = ".".join(where) or "recipe"
-    if item["type"] == "extra_forbidden":
-        known = known_settings(location[:-1])
-        return f"{place}: unknown setting{nearest(location[-1], known)}; accepted: {', '.join(known)}"
-    if item["type"] == "missing":
-        return f"{place}: missing, and it has no default"
-    found = item["input"]
-    shown = "" if isinstance(found, dict) else f" (found {found!r})"
-    return f"{place}: {item['msg'].removeprefix('Value error, ')}{shown}"
-
-
-def known_settings(location: Sequence[Any]) -> list[str]:
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else model
-        for inner in (annotation, *get_args(annotation)):
-            if isinstance(inner, type) and get_origin(inner) is None and issubclass(inner, Settings):
-                model = inner
-    return sorted(model.model_fields)

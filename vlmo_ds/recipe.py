@@ -18,7 +18,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vlmo_ds import shipped
-from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, Settings, load_recipe
+from vlmo_ds.config import Recipe, RecipeError, Settings
+from vlmo_ds.families import DEFAULT, FAMILIES
+from vlmo_ds.recipe_file import QUICKSTART, load_recipe
 
 PLACES = {"stages": "stages.<name>", "sources": "sources.<name>"}  # how a list or table of settings is addressed
 
@@ -59,7 +61,7 @@ def default_of(field: FieldInfo) -> str:
     return yaml.safe_dump(value, default_flow_style=True).replace("...", "").strip()
 
 
-def every_setting(model: type[Settings] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def every_setting(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(dotted name, type, default, meaning) of each setting; groups come with their class's description."""
     for name, field in model.model_fields.items():
         inner = inner_settings(field.annotation)
@@ -73,9 +75,9 @@ def every_setting(model: type[Settings] = Recipe, prefix: str = "") -> Iterator[
         yield from every_setting(inner, place + ".")
 
 
-def explanation(chosen: list[str]) -> str:
+def explanation(chosen: list[str], recipe: type[Recipe]) -> str:
     lines = []
-    for name, kind, default, meaning in every_setting():
+    for name, kind, default, meaning in every_setting(recipe):
         if chosen and not any(name.startswith(c) for c in chosen):
             continue
         lines.append(f"{name}  ({kind}{f'; {default}' if default else ''})" if default else f"{name}  ({kind})")
@@ -90,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="vlmo recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--explain", action="store_true", help="every setting: its type, default and meaning")
+    parser.add_argument(
+        "--family", choices=FAMILIES, default=DEFAULT.name, help="the models to explain for (default: %(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="the recipes that come with the project")
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe and settings to change")
     args = parser.parse_intermixed_args(argv)
@@ -97,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             print("\n".join(shipped.names("recipes")))
         elif args.explain:
-            print(explanation(args.words))
+            print(explanation(args.words, FAMILIES[args.family].recipe))
         else:
             recipes = [word for word in args.words if "=" not in word]
             if len(recipes) > 1:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_recipe
+from conftest import reads, tiny_recipe
 from data.files import jpeg, png, write_tar
 from data.test_pictures import NOISE, RAMP, encoded, exif
 from data.test_stream import TOKENIZER
 from fuzz import fuzz, mutated, mutated_value
 from PIL import Image
 
-from vlmo_ds.config import DataConfig, RecipeError, parse_recipe
+from vlmo_ds.config import DataConfig, RecipeError
 from vlmo_ds.data.index import INDEX, dump_index
 from vlmo_ds.data.inspect import Findings
 from vlmo_ds.data.loader import BatchDataset, collate, spec_for
@@ -25,6 +25,7 @@ from vlmo_ds.data.storage import DataError, Storage
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage
 from vlmo_ds.evaluation import nlvr2, vqa, zero_shot
 from vlmo_ds.evaluation.runs import square_pixels
+from vlmo_ds.recipe_file import parse_recipe
 
 COUNTS = [2000, pytest.param(50_000, marks=pytest.mark.long)]
 QUESTION = {"question": "is it red?", "question_id": 7, "labels": [0, 3], "scores": [1, 0.3], "answers": ["yes"] * 10}
@@ -45,7 +46,7 @@ def quiet():
 
 def dataset(where: Path, *tasks: str, **changes) -> BatchDataset:
     data = DataConfig(**{"shards": [str(where)], "lanes": 4, "transform": "square_transform", **changes})
-    spec = spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 20, 3, answers=4)
+    spec = spec_for(reads(*tasks), 32, 8, 20, 3, answers=4)
     return BatchDataset(data, spec, TOKENIZER, rank=0, world_size=1, batch_size=4)
 
 

@@ -18,8 +18,8 @@ from vlmo_ds.data.prepare.sources import usable_image
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
 from vlmo_ds.evaluation.runs import square_pixels
 from vlmo_ds.evaluation.search import thumbnail
-from vlmo_ds.interop.huggingface import VLMoImageProcessor
-from vlmo_ds.models.vlmo import IMAGE_MEAN, IMAGE_STD
+from vlmo_ds.families.vlmo.config import PIXELS
+from vlmo_ds.families.vlmo.huggingface import VLMoImageProcessor
 
 RAMP = (np.arange(256)[None].repeat(64, 0) * 257).astype(np.uint16)  # black to white, [64, 256]
 NOISE = np.random.default_rng(0).integers(0, 256, (41, 53, 3), dtype=np.uint8)
@@ -185,7 +185,7 @@ def test_pictures_are_upright_everywhere(kind, orientation, tmp_path):
     (tmp_path / "photo").write_bytes(data)
     for given in (data, tmp_path / "photo", str(tmp_path / "photo")):
         served = VLMoImageProcessor(size=24)(given)["pixel_values"][0].numpy()
-        assert np.array_equal(served, (evaluated / 255 - IMAGE_MEAN) / IMAGE_STD)
+        assert np.array_equal(served, (evaluated / 255 - PIXELS.mean) / PIXELS.std)
     shown = np.asarray(thumbnail(tmp_path / "photo"))
     assert (
         shown[80, 2].min() == 255 if orientation >= 5 else shown[2, 80].min() == 255

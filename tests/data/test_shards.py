@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import call
+from conftest import call, reads
 from data.files import jpeg, png, write_pairs, write_tar
 from data.test_stream import TOKENIZER
 
@@ -34,7 +34,7 @@ index = partial(call, "vlmo_ds.data.index")
 
 def dataset(where, batch=16, tasks=("mlm", "itc"), **changes) -> BatchDataset:
     data = DataConfig(**{"shards": [str(where)], "lanes": 4, "transform": "square_transform", **FAST, **changes})
-    spec = spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 20, 3)
+    spec = spec_for(reads(*tasks), 32, 8, 20, 3)
     return BatchDataset(data, spec, TOKENIZER, rank=0, world_size=1, batch_size=batch)
 
 

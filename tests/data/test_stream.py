@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import reads
 from data.files import jpeg, write_tar
 
 from vlmo_ds.config import DataConfig
@@ -42,7 +43,7 @@ def stream(root, *, rank=0, ranks=1, tasks=("mlm", "itc"), sources=True, **chang
         else {"shards": [str(root / "photos"), str(root / "drawings")]}
     )
     data = DataConfig(**{**where, "lanes": 8, "shuffle": 6, **changes})
-    spec = spec_for(dict.fromkeys(tasks, 1.0), 32, 8, 24, 3)
+    spec = spec_for(reads(*tasks), 32, 8, 24, 3)
     return BatchDataset(data, spec, TOKENIZER, rank=rank, world_size=ranks, batch_size=GLOBAL // ranks)
 
 
@@ -155,7 +156,7 @@ def test_a_source_has_its_own_transform(shards):
     }
     data = BatchDataset(
         DataConfig(sources=where, transform="square_transform"),
-        spec_for({"itc": 1.0}, 32, 8, 24, 3),
+        spec_for(reads("itc"), 32, 8, 24, 3),
         TOKENIZER,
         rank=0,
         world_size=1,
@@ -195,7 +196,7 @@ def questions(tmp_path_factory):
 def asked(root, task: str, answers: int = 5) -> BatchDataset:
     name = {"vqa": "asked", "nlvr2": "pairs"}[task]
     data = DataConfig(shards=[str(root / f"{name}.tar")], lanes=4, transform="square_transform")
-    spec = spec_for({task: 1.0}, 32, 8, 24, 3, answers)
+    spec = spec_for(reads(task), 32, 8, 24, 3, answers)
     return BatchDataset(data, spec, TOKENIZER, rank=0, world_size=1, batch_size=20)
 
 
@@ -232,6 +233,6 @@ def test_labels_past_the_list_of_answers_name_the_setting(questions):
 
 def test_shards_without_questions_say_what_is_missing(shards):
     data = DataConfig(shards=[str(shards / "photos")])
-    dataset = BatchDataset(data, spec_for({"vqa": 1.0}, 32, 8, 24, 3, 5), TOKENIZER, rank=0, world_size=1, batch_size=4)
+    dataset = BatchDataset(data, spec_for(reads("vqa"), 32, 8, 24, 3, 5), TOKENIZER, rank=0, world_size=1, batch_size=4)
     with pytest.raises(DataError, match="its .json lists no 'questions'; prepare the shards"):
         dataset[0]

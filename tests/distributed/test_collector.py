@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import run_ranks
-from models.tiny import tiny_batch, tiny_model
+from families.vlmo.tiny import tiny_batch, tiny_model
 
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import contrastive_rows, gumbel_noise, sample_negatives

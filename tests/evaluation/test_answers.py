@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_ranks
 from data.files import jpeg, write_tar
-from models.tiny import tiny_model
+from families.vlmo.tiny import tiny_model
 
 from vlmo_ds.config import EvaluationConfig, RecipeError, RetrievalConfig
 from vlmo_ds.data.storage import DataError

@@ -6,14 +6,15 @@ import pytest
 import torch
 from conftest import tiny_recipe
 from data.files import jpeg, png, write_tar
-from models.tiny import tiny_model
+from families.vlmo.tiny import tiny_model
 
-from vlmo_ds.config import EvaluationConfig, parse_recipe
+from vlmo_ds.config import EvaluationConfig
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import vqa
 from vlmo_ds.evaluation.held_out import check_held_out
+from vlmo_ds.recipe_file import parse_recipe
 
 WORDS = train_tokenizer([f"is {i} a word" for i in range(30)], 50)
 QUESTION = {"question": "is it red?", "question_id": 1, "answers": ["yes"] * 10}

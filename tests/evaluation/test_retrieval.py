@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_ranks
-from models.tiny import tiny_model
+from families.vlmo.tiny import tiny_model
 
 from vlmo_ds import ledger
 from vlmo_ds.config import RetrievalConfig
@@ -17,6 +17,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import circumstances
 from vlmo_ds.evaluation.report import curve, duration, thin, write_report
 from vlmo_ds.evaluation.retrieval import RetrievalSet, evaluate, recalls, rerank
+from vlmo_ds.evaluation.runs import Texts
 
 
 def small_set(images=11, per_image=2) -> RetrievalSet:
@@ -26,11 +27,12 @@ def small_set(images=11, per_image=2) -> RetrievalSet:
         {"text_ids": np.asarray([2, *torch.randint(5, 50, (3 + i % 5,), generator=g).tolist(), 3])}
         for i in range(texts)
     ]
+    batch = collate(tokens, 24)
     return RetrievalSet(
         torch.randint(0, 256, (images, 3, 32, 32), generator=g).to(torch.uint8),
         [b"\xff\xd8"] * images,
         [f"<caption {i}>" for i in range(texts)],
-        collate(tokens, 24)["text_ids"],
+        Texts(batch["text_ids"], batch["text_masks"].sum(1)),
         torch.arange(images).repeat_interleave(per_image),
     )
 
@@ -58,7 +60,7 @@ def test_reranking_moves_only_the_best_candidates():
         order_before, order_after = (sorted(range(11), key=lambda i: (-row[i], i)) for row in (before, after))
         assert set(order_before[:4]) == set(order_after[:4])
         assert order_before[4:] == order_after[4:]
-    pair = {"image": data.images[3:4], "text_ids": data.text_ids[5:6], "text_masks": (data.text_ids[5:6] != 0).long()}
+    pair = {"image": data.images[3:4], **data.texts.batch(torch.tensor([5]))}
     top = logits[5].argmax()
     expected = logits[5, top] + model({**pair, "image": data.images[top][None]}, "match")[0]
     assert float(again[5, top]) == pytest.approx(float(expected), abs=1e-4)
@@ -204,7 +206,7 @@ def test_parts_are_reranked_among_their_own_candidates():
     for first in (0, 6):
         texts = slice(5 * first, 5 * first + 30)
         half = RetrievalSet(
-            data.images[first : first + 6], [], [], data.text_ids[texts], data.image_of_text[texts] - first
+            data.images[first : first + 6], [], [], data.texts.part(texts), data.image_of_text[texts] - first
         )
         halves.append(evaluate(model, half, RetrievalConfig(**config), Collector()).metrics)
     for direction in whole:
@@ -220,6 +222,7 @@ def pick(batch, call, data, features):
         return {"image": features["image"][rows]}
     length = batch["text_ids"].shape[1]
     same = [
-        (data.text_ids[:, :length] == ids).all(1) & (data.text_ids[:, length:] == 0).all(1) for ids in batch["text_ids"]
+        (data.texts.ids[:, :length] == ids).all(1) & (data.texts.ids[:, length:] == 0).all(1)
+        for ids in batch["text_ids"]
     ]
     return {"text": features["text"][[int(row.nonzero()[0, 0]) for row in same]]}

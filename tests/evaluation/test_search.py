@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from models.tiny import JOINT, tiny_model
+from families.vlmo.tiny import JOINT, tiny_model
 from PIL import Image
 from transformers import AutoProcessor
 
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.evaluation import search
-from vlmo_ds.interop.export import to_hugging_face
-from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval
+from vlmo_ds.families.vlmo.huggingface import VLMoForImageTextRetrieval, exported
 
 WORDS = train_tokenizer([f"is {i} a word" for i in range(30)], 50)
 
@@ -19,7 +18,7 @@ WORDS = train_tokenizer([f"is {i} a word" for i in range(30)], 50)
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
     tiny = tiny_model(JOINT, torch.float32)
-    to_hugging_face(tiny.state_dict(), tiny.config, list(JOINT), WORDS, None, folder)
+    exported(tiny.state_dict(), tiny.config, list(JOINT), WORDS, None, folder)
     return folder
 
 

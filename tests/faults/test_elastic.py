@@ -10,8 +10,8 @@ import torch
 from conftest import start_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
-from vlmo_ds.config import TRAINABLE
-from vlmo_ds.training.optim import matches
+from vlmo_ds.families.interface import matches
+from vlmo_ds.families.vlmo.config import TRAINABLE
 
 LAYOUTS = ((2, 2), (1, 2), (4, 3), (2, 1))  # (ranks, ZeRO stage)
 STEPS = 8

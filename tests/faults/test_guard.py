@@ -19,7 +19,7 @@ def poisoned(factor: float, passes: list[int], rank: int, arguments: list[str]) 
     import os
     import sys
 
-    from vlmo_ds.models.vlmo import VLMo
+    from vlmo_ds.families.vlmo.model import VLMo
     from vlmo_ds.training.run import main
 
     step = VLMo.step

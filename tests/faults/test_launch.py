@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT, free_port, start_ranks, tiny_recipe
 from faults.runs import command, wait_for
 
-from vlmo_ds.config import RecipeError, parse_recipe
-from vlmo_ds.training import supervise
-from vlmo_ds.training.supervise import choose, replaced, value_of, with_living_hosts
+from vlmo_ds.config import RecipeError
+from vlmo_ds.planning import supervise
+from vlmo_ds.planning.supervise import choose, replaced, value_of, with_living_hosts
+from vlmo_ds.recipe_file import parse_recipe
 
 BINARIES = os.path.dirname(sys.executable)
 ENV = {**os.environ, "PATH": f"{BINARIES}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

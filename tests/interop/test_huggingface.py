@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from models.tiny import JOINT, tiny_batch, tiny_model
+from families.vlmo.tiny import JOINT, tiny_batch, tiny_model
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.evaluation.search import thumbnail
-from vlmo_ds.interop.export import to_hugging_face, write_official
-from vlmo_ds.interop.huggingface import VLMoConfig, VLMoImageProcessor, VLMoModel
-from vlmo_ds.interop.official import read_weights
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.vlmo.huggingface import VLMoConfig, VLMoImageProcessor, VLMoModel, exported
+from vlmo_ds.families.vlmo.model import VLMo
+from vlmo_ds.interop.export import write_official
+from vlmo_ds.weights_file import read_weights
 
 WORDS = train_tokenizer([f"is {i} a word" for i in range(30)], 50)
 READER = """
@@ -60,7 +60,7 @@ def words(batch) -> dict:
 @pytest.mark.parametrize("changes", [{}, {"use_abs_pos_emb": True, "need_relative_position_embed": False}])
 def test_retrieval_and_the_bare_encoder(tmp_path, batch, changes):
     model = tiny_model(JOINT, torch.float32, **changes).eval()
-    to_hugging_face(model.state_dict(), model.config, list(JOINT), WORDS, None, tmp_path / "out")
+    exported(model.state_dict(), model.config, list(JOINT), WORDS, None, tmp_path / "out")
     inputs = {**words(batch), "pixel_values": batch["image"]}
     _, found = read_elsewhere(tmp_path, tmp_path / "out", "VLMoForImageTextRetrieval", inputs)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_pipeline_classifies_by_names(tmp_path, batch):
     from transformers import pipeline
 
     model = tiny_model({"irtr": 1.0}, torch.float32).eval()
-    to_hugging_face(model.state_dict(), model.config, ["irtr"], WORDS, None, tmp_path / "out")
+    exported(model.state_dict(), model.config, ["irtr"], WORDS, None, tmp_path / "out")
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "out"))
     found = classify(Image.new("RGB", (40, 30), "red"), candidate_labels=["3", "4"], hypothesis_template="is {} a word")
     inputs = classify.tokenizer(["is 3 a word", "is 4 a word"], return_tensors="pt", padding=True)
@@ -97,14 +97,14 @@ def test_pipeline_classifies_by_names(tmp_path, batch):
 
 def test_questions_and_pairs(tmp_path, batch):
     model = tiny_model({"vqa": 1.0}, torch.float32, vqav2_label_size=3).eval()
-    to_hugging_face(model.state_dict(), model.config, ["vqa"], WORDS, ["yes", "no", "red"], tmp_path / "vqa")
+    exported(model.state_dict(), model.config, ["vqa"], WORDS, ["yes", "no", "red"], tmp_path / "vqa")
     assert json.loads((tmp_path / "vqa" / "config.json").read_text())["id2label"]["2"] == "red"
     inputs = {**words(batch), "pixel_values": batch["image"]}
     _, found = read_elsewhere(tmp_path, tmp_path / "vqa", "VLMoForQuestionAnswering", inputs)
     with torch.no_grad():
         assert torch.allclose(found["logits"], model(batch, "answer"), atol=1e-6)
     model = tiny_model({"nlvr2": 1.0}, torch.float32).eval()
-    to_hugging_face(model.state_dict(), model.config, ["nlvr2"], WORDS, None, tmp_path / "nlvr2")
+    exported(model.state_dict(), model.config, ["nlvr2"], WORDS, None, tmp_path / "nlvr2")
     inputs = {**words(batch), "pixel_values": torch.stack((batch["image_0"], batch["image_1"]), 1)}
     _, found = read_elsewhere(tmp_path, tmp_path / "nlvr2", "VLMoForImagesAndTextClassification", inputs)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_questions_and_pairs(tmp_path, batch):
 
 
 def test_losses_are_the_training_ones(batch):
-    from vlmo_ds.interop.huggingface import VLMoForImagesAndTextClassification, VLMoForQuestionAnswering
+    from vlmo_ds.families.vlmo.huggingface import VLMoForImagesAndTextClassification, VLMoForQuestionAnswering
 
     model = tiny_model({"vqa": 1.0}, torch.float32, vqav2_label_size=3)
     ours = VLMoForQuestionAnswering(VLMoConfig(tasks=["vqa"], **model.config.model_dump()))

@@ -4,18 +4,19 @@ import argparse
 
 import pytest
 import torch
-from models.tiny import JOINT, tiny_model
+from families.vlmo.tiny import JOINT, tiny_model
 from safetensors.torch import save_file
 
-from vlmo_ds.config import InitConfig, ModelConfig, RecipeError
-from vlmo_ds.interop.official import read_weights
-from vlmo_ds.interop.resize import fit, window_of
-from vlmo_ds.models.position import num_distances, num_image_distances, text_position_index
-from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.training.weights import hand_over
+from vlmo_ds.blocks.position import num_distances, num_image_distances, text_position_index
+from vlmo_ds.config import RecipeError
+from vlmo_ds.families.handing_over import hand_over
+from vlmo_ds.families.vlmo.config import VLMoInit, VLMoSettings
+from vlmo_ds.families.vlmo.model import VLMo
+from vlmo_ds.families.vlmo.weights import fit, window_of
+from vlmo_ds.weights_file import read_weights
 
 
-def small(**changes) -> ModelConfig:
+def small(**changes) -> VLMoSettings:
     return tiny_model(**changes).config
 
 
@@ -29,7 +30,7 @@ def test_official_files_are_read_wherever_their_weights_are(tmp_path, nested):
     found = read_weights(tmp_path / "official.pt")
     assert found.keys() == weights.keys()
     model = VLMo(small(), JOINT)
-    report = hand_over(model, found, InitConfig(), "official.pt")
+    report = hand_over(model, found, VLMoInit(), "official.pt")
     assert report["converted"] == ["2 index buffers left out"] and not report["fresh"] and not report["dropped"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name].to(value.dtype)), name
@@ -42,7 +43,7 @@ def test_files_without_weights_are_refused(tmp_path, content):
         read_weights(tmp_path / "no.pt")
 
 
-def beit(config: ModelConfig, window: int, shared: bool) -> dict[str, torch.Tensor]:
+def beit(config: VLMoSettings, window: int, shared: bool) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     d, heads = config.embed_dim, config.num_heads
 
@@ -79,7 +80,7 @@ def test_beit_becomes_attention_and_vision_experts(shared, window):
     config = small()
     source = beit(config, window, shared)
     model = VLMo(config, {"textmlm": 1.0})
-    report = hand_over(model, source, InitConfig(fresh=FROM_BEIT), "beit.pth")
+    report = hand_over(model, source, VLMoInit(fresh=FROM_BEIT), "beit.pth")
     state = model.state_dict()
     assert torch.equal(state["transformer.blocks.3.mlp_imag.fc1.weight"], source["blocks.3.mlp.fc1.weight"])
     assert torch.equal(state["transformer.blocks.1.norm2_imag.bias"], source["blocks.1.norm2.bias"])
@@ -114,7 +115,7 @@ def test_berts_embeddings_in_their_old_and_new_names(tmp_path):
     model = VLMo(small(), JOINT)
     others = [f"{name}.*" for name in ("transformer", "pooler", "token_type_embeddings", "mlm_score", "itm_score")]
     fresh = [*others, "itc_*", "logit_*scale", "relative_position_bias_table"]
-    report = hand_over(model, read_weights(tmp_path / "bert.safetensors"), InitConfig(fresh=fresh), "bert")
+    report = hand_over(model, read_weights(tmp_path / "bert.safetensors"), VLMoInit(fresh=fresh), "bert")
     assert "BERT: 5 tensors of its embeddings, 2 left out" in report["converted"]
     embeddings = model.text_embeddings.state_dict()
     assert torch.equal(embeddings["word_embeddings.weight"], state["bert.embeddings.word_embeddings.weight"])
@@ -128,7 +129,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused():
     source = dict(tiny_model().state_dict())
     source["text_embeddings.word_embeddings.weight"] = torch.zeros(60, 32)
     with pytest.raises(RecipeError, match=r"word_embeddings.weight is \[60, 32\] there and \[50, 32\] in this model"):
-        hand_over(VLMo(small(), JOINT), source, InitConfig(), "x.pt")
+        hand_over(VLMo(small(), JOINT), source, VLMoInit(), "x.pt")
 
 
 def test_image_size_and_text_lengths_change_at_once():
@@ -136,14 +137,14 @@ def test_image_size_and_text_lengths_change_at_once():
     source = tiny_model().state_dict()
     config = small(image_size=48, max_text_len=30, max_text_len_of_initckpt=40)
     model = VLMo(config, JOINT).double()
-    report = hand_over(model, source, InitConfig(max_text_len_of_initckpt=24), "source")
+    report = hand_over(model, source, VLMoInit(max_text_len_of_initckpt=24), "source")
     assert any("4 x 4 to 6 x 6 patches" in change for change in report["converted"])
     table, before = model.relative_position_bias_table.detach(), source["relative_position_bias_table"]
     ours = table[text_position_index(6, 24, 40)]
     assert torch.equal(ours, before[text_position_index(4, 24, 24)])
     assert torch.equal(table[num_image_distances(6) : num_image_distances(6) + 2], before[52:54])
     with pytest.raises(RecipeError, match="fits no image size with texts of max_text_len_of_initckpt 40: set init"):
-        hand_over(VLMo(config, JOINT), source, InitConfig(), "source")
+        hand_over(VLMo(config, JOINT), source, VLMoInit(), "source")
 
 
 def test_the_same_sizes_change_nothing():
@@ -160,7 +161,7 @@ def test_the_window_is_known_from_the_rows(window, text_len):
 def test_a_third_token_type_begins_as_the_second():
     source = tiny_model().state_dict()
     model = VLMo(small(), {"nlvr2": 1.0}).double()
-    init = InitConfig(fresh=["nlvr2_classifier.*"], drop=["itc_*", "logit_*scale", "itm_score.*", "mlm_score.*"])
+    init = VLMoInit(fresh=["nlvr2_classifier.*"], drop=["itc_*", "logit_*scale", "itm_score.*", "mlm_score.*"])
     report = hand_over(model, source, init, "source")
     assert torch.equal(model.token_type_embeddings.weight, source["token_type_embeddings.weight"][[0, 1, 1]])
     assert any("a second image begins as the first" in change for change in report["converted"])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models.tiny import tiny_batch, tiny_model
+from families.vlmo.tiny import tiny_batch, tiny_model
 
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.objectives.itc import gather_features

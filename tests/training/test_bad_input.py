@@ -10,9 +10,10 @@ import yaml
 from conftest import ROOT, run_ranks, start_ranks, tiny_recipe, write_yaml
 from data.files import jpeg, write_tar
 
-from vlmo_ds.config import RecipeError, load_recipe, parse_recipe
+from vlmo_ds.config import RecipeError
+from vlmo_ds.families.handing_over import hand_over
+from vlmo_ds.recipe_file import load_recipe, parse_recipe
 from vlmo_ds.training.ds_config import merge, micro_batch, read_config, refuse_by_device
-from vlmo_ds.training.weights import hand_over
 
 
 def recipe_with(data, change) -> dict:
@@ -250,24 +251,24 @@ def test_every_config_file_can_be_read():
 
 
 def test_hand_over_accounts_for_every_key():
-    from models.tiny import tiny_model
+    from families.vlmo.tiny import tiny_model
 
-    from vlmo_ds.config import InitConfig
+    from vlmo_ds.families.vlmo.config import VLMoInit
 
     model, source = tiny_model({"textmlm": 1.0}), tiny_model({"mim": 1.0}).state_dict()
     rules = {"fresh": ["mlm_score.*"], "drop": ["mim_score.*", "transformer.mask_token"]}
-    report = hand_over(model, source, InitConfig(**rules), "there")
+    report = hand_over(model, source, VLMoInit(**rules), "there")
     assert len(report["fresh"]) == 6 and len(report["dropped"]) == 3
     assert all(torch.equal(model.state_dict()[k], source[k]) for k in report["loaded"])
     with pytest.raises(RecipeError, match=r"6 missing there: mlm_score.bias.*init.fresh"):
-        hand_over(model, source, InitConfig(drop=rules["drop"]), "there")
+        hand_over(model, source, VLMoInit(drop=rules["drop"]), "there")
     with pytest.raises(RecipeError, match=r"3 that this stage does not have: transformer.mask_token.*init.drop"):
-        hand_over(model, source, InitConfig(fresh=rules["fresh"]), "there")
+        hand_over(model, source, VLMoInit(fresh=rules["fresh"]), "there")
     with pytest.raises(RecipeError, match="'nothing.*' fits no weight"):
-        hand_over(model, source, InitConfig(**{**rules, "fresh": ["mlm_score.*", "nothing.*"]}), "there")
+        hand_over(model, source, VLMoInit(**{**rules, "fresh": ["mlm_score.*", "nothing.*"]}), "there")
     other = tiny_model({"mim": 1.0}, embed_dim=64).state_dict()
     with pytest.raises(RecipeError, match="of another shape: .* checkpoint of another architecture"):
-        hand_over(model, other, InitConfig(**rules), "there")
+        hand_over(model, other, VLMoInit(**rules), "there")
 
 
 # ---- the whole program ----

@@ -10,16 +10,16 @@ from conftest import run_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
 from vlmo_ds.config import RecipeError
-from vlmo_ds.interop.official import read_weights
 from vlmo_ds.manifest import crc32, write_manifest
 from vlmo_ds.training import checkpoint
+from vlmo_ds.weights_file import read_weights
 
 WORKER = """
 import sys, torch
 from pathlib import Path
 import deepspeed
-from models.tiny import tiny_batch, tiny_model
-from vlmo_ds.config import load_recipe
+from families.vlmo.tiny import tiny_batch, tiny_model
+from vlmo_ds.recipe_file import load_recipe
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import merge

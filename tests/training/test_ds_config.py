@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny_recipe
 
-from vlmo_ds.config import RecipeError, parse_recipe
+from vlmo_ds.config import RecipeError
+from vlmo_ds.recipe_file import parse_recipe
 from vlmo_ds.training.ds_config import (
     check_recipe,
     leaves,

@@ -12,8 +12,8 @@ from vlmo_ds.training.engine import agreed_name
 WORKER = """
 import math, sys, torch, torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from models.tiny import tiny_model
-from vlmo_ds.config import load_recipe
+from families.vlmo.tiny import tiny_model
+from vlmo_ds.recipe_file import load_recipe
 from vlmo_ds.training.ds_config import merge
 from vlmo_ds.training.engine import build_engine, start_distributed
 from vlmo_ds.training.loop import clamp_scales
@@ -30,7 +30,7 @@ engine = build_engine(model, stage, merge(config, stage, dist.get_world_size()))
 for name, parameter in engine.module.named_parameters():
     value = safe_get_full_fp32_param(parameter)
     assert torch.equal(value.view(before[name].shape), before[name]), name
-clamp_scales(engine)
+clamp_scales(engine, stage.family.clamped)
 scales = [float(safe_get_full_fp32_param(p)) for p in (engine.module.logit_scale, engine.module.logit_vl_scale)]
 assert abs(scales[0] - math.log(100)) < 1e-6 and scales[1] == float(before["logit_vl_scale"]), scales
 dist.barrier()

@@ -8,9 +8,10 @@ from conftest import ROOT, call, run_ranks, tiny_recipe, write_yaml
 from data.files import jpeg, write_tar
 from safetensors.torch import load_file
 
-from vlmo_ds.config import RecipeError, load_recipe, parse_recipe
+from vlmo_ds.config import RecipeError
 from vlmo_ds.interop.export import write_official
-from vlmo_ds.interop.official import read_weights
+from vlmo_ds.recipe_file import load_recipe, parse_recipe
+from vlmo_ds.weights_file import read_weights
 
 HEADS = ["itc_*", "logit_*scale", "itm_score.*", "mlm_score.*"]
 INIT = {
@@ -145,7 +146,8 @@ def test_learns_to_answer_and_is_exported(tmp_path, pretrained, asked):
         "vlmo_ds.interop.export", run, "--output", tmp_path / "exported", "--official", tmp_path / "official.pt"
     )
     assert "VLMoForQuestionAnswering" in done.stdout
-    from vlmo_ds.interop.huggingface import AutoProcessor, VLMoForQuestionAnswering
+    from vlmo_ds.families.vlmo.huggingface import VLMoForQuestionAnswering
+    from vlmo_ds.interop.huggingface import AutoProcessor
 
     model = VLMoForQuestionAnswering.from_pretrained(tmp_path / "exported").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")

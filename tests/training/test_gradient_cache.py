@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from conftest import run_ranks, tiny_recipe, write_yaml
-from models.tiny import tiny_batch, tiny_model
+from families.vlmo.tiny import tiny_batch, tiny_model
 
-from vlmo_ds.config import RecipeError, parse_recipe
-from vlmo_ds.models.vlmo import StepOutput
+from vlmo_ds.config import RecipeError
+from vlmo_ds.families.step import StepOutput
+from vlmo_ds.recipe_file import parse_recipe
 from vlmo_ds.training.gradient_cache import cached_contrast
 
 

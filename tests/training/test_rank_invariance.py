@@ -13,7 +13,7 @@ RANKS, ZERO = (1, 2, 4), (0, 1, 2, 3)
 
 def worker(log: str, arguments: list[str]) -> None:
     """train_ds.py, with every drawn negative written down by its sample id."""
-    from vlmo_ds.models import vlmo
+    from vlmo_ds.families.vlmo import model as vlmo
     from vlmo_ds.training.run import main
 
     draw = vlmo.mine_negatives

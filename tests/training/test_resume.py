@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, tiny_recipe
 
-from vlmo_ds.config import RecipeError, parse_recipe
+from vlmo_ds.config import RecipeError
 from vlmo_ds.data import loader, shards
 from vlmo_ds.manifest import fault_of, write_manifest
+from vlmo_ds.recipe_file import parse_recipe
 from vlmo_ds.training import resume
 from vlmo_ds.training.command import Command
 from vlmo_ds.training.lock import RunLock
@@ -286,7 +287,7 @@ def test_moved_shards_are_known_by_their_contents(tmp_path):
     known = check(tmp_path, moved)
     assert known == {"text": [["data/set/0.tar", "data/set/1.tar"]]}
     data = parse_recipe(tiny_recipe(tmp_path), "r").stages[1].data.model_copy(update={"shards": [str(moved)]})
-    spec = loader.spec_for({"textmlm": 1.0}, 32, 8, 16, 0)
+    spec = loader.spec_for({"text", "masked_text"}, 32, 8, 16, 0)
     dataset = loader.BatchDataset(data, spec, None, rank=0, world_size=1, batch_size=1, known_shards=known["text"])
     assert [s.name for s in dataset.shards[0]] == known["text"][0]
     assert dataset.shards[0][0].read(0).sample_id == shards.stable_id("data/set/0.tar:0")

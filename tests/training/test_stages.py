@@ -13,11 +13,12 @@ import torch
 from conftest import ROOT, free_port, run_ranks, start_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
-from vlmo_ds.config import TRAINABLE, load_recipe
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation.report import duration
+from vlmo_ds.families.interface import matches
+from vlmo_ds.families.vlmo.config import TRAINABLE
+from vlmo_ds.recipe_file import load_recipe
 from vlmo_ds.training.loop import build_model
-from vlmo_ds.training.optim import matches
 
 BF16 = {"bf16": {"enabled": True}, "steps_per_print": 10**9}
 
@@ -198,7 +199,7 @@ def counted(self, params, forward):
             counts[p.ds_id] += 1
     return original(self, params, forward)
 coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__all_gather_params = counted
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.vlmo.model import VLMo
 step = VLMo.step
 def watched(self, batch):
     counts.clear()

@@ -199,8 +199,8 @@ def contact_sheet(
     data = DataConfig(shards=args.shards, index=args.index, transform=args.transform)
 
     @lru_cache
-    def dataset(*tasks: str) -> BatchDataset:
-        spec = spec_for(dict.fromkeys(tasks, 1.0), args.image_size, 16, args.max_text_len, args.seed)
+    def dataset(*reads: str) -> BatchDataset:
+        spec = spec_for(reads, args.image_size, 16, args.max_text_len, args.seed)
         return BatchDataset(data, spec, tokenizer, rank=0, world_size=1, batch_size=1)
 
     figures = []
@@ -214,7 +214,7 @@ def contact_sheet(
                 asked = html.escape(" / ".join(raw.asked[:3]) or str(raw.meta.get("class", "")))
                 figures += [figure(image, asked + name) for image in shown]
                 continue
-            sample = dataset(*(("itc", "mlm") if pictures(raw) else ("textmlm",))).make(raw, place)
+            sample = dataset("text", "masked_text", *(["image"] if pictures(raw) else [])).make(raw, place)
         except ValueError as error:
             figures.append(figure(None, html.escape(str(error))))
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,16 @@ class SampleSpec:
 
 
 def spec_for(
-    tasks: Mapping[str, float | None], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
+    reads: Collection[str], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
 ) -> SampleSpec:
-    """answers: those that vqa chooses among."""
+    """reads: as families.interface.Task.reads; answers: those that questions choose among."""
     return SampleSpec(
-        image=not tasks.keys() <= {"textmlm", "nlvr2"},
-        text=not tasks.keys() <= {"mim"},
-        mask_text=bool({"mlm", "textmlm"} & tasks.keys()),
-        mask_image="mim" in tasks,
-        questions="vqa" in tasks,
-        image_pair="nlvr2" in tasks,
+        image="image" in reads,
+        text="text" in reads,
+        mask_text="masked_text" in reads,
+        mask_image="masked_image" in reads,
+        questions="questions" in reads,
+        image_pair="image_pair" in reads,
         answers=answers,
         image_size=image_size,
         window=image_size // patch_size,
@@ -123,7 +123,8 @@ class BatchDataset(Dataset):
             sample, errors = self.load(place)
             samples.append(sample)
             replaced += [(self.names[place.source], error) for error in errors]
-        return {**collate(samples, self.spec.max_text_len), "replaced": replaced}
+        padding = self.tokenizer.pad_token_id if self.tokenizer is not None else 0
+        return {**collate(samples, self.spec.max_text_len, padding), "replaced": replaced}
 
     def text_length(self, place: Place) -> int:
         """Bytes of text as the index knows them; 0 where it does not."""
@@ -256,24 +257,27 @@ def stable_seed(*key: int) -> int:
     return int(generator(*key).integers(1 << 62))
 
 
-def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int) -> dict[str, Tensor]:
-    """Stacks samples; texts are padded to the longest, rounded up to a multiple of 8 (at most max_text_len)."""
+def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int, padding: int = 0) -> dict[str, Tensor]:
+    """Stacks samples; texts are padded with the id `padding` to the longest, rounded up to a multiple of 8 (at most
+    max_text_len). Of each text there is a mask by its length: 1 = token, 0 = padding."""
     batch: dict[str, Tensor] = {}
     for key in samples[0]:
         values: list[Any] = [sample[key] for sample in samples]
         if key.startswith(("text_", "false_text_")):
-            fill = -100 if key == "text_labels_mlm" else 0
-            length = min(-(-max(len(v) for v in values) // 8) * 8, max_text_len)
+            fill = -100 if key == "text_labels_mlm" else padding
+            lengths = np.array([len(value) for value in values])
+            length = min(-(-int(lengths.max()) // 8) * 8, max_text_len)
             stacked = np.full((len(values), length), fill, dtype=np.int64)
             for row, value in zip(stacked, values, strict=True):
                 row[: len(value)] = value
             batch[key] = torch.from_numpy(stacked)
+            if key.endswith("_ids"):
+                mask = np.arange(length)[None] < lengths[:, None]
+                batch[key.replace("_ids", "_masks")] = torch.from_numpy(mask.astype(np.int64))
         elif isinstance(values[0], int):
             batch[key] = torch.tensor(values, dtype=torch.int64)
         else:
             batch[key] = torch.from_numpy(np.stack(values))
-    for key in [k for k in batch if k.endswith("_ids")]:
-        batch[key.replace("_ids", "_masks")] = (batch[key] != 0).long()
     return batch
 
 

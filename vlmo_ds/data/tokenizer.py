@@ -7,7 +7,7 @@ import json
 import re
 import socket
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -29,8 +29,11 @@ SPECIAL = {
 MAX_ALPHABET = 1000
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with padding id 0 and [CLS], [SEP], [MASK] tokens. DataError where there is none of this name."""
+def load_tokenizer(
+    name: str, special: Sequence[str] = tuple(SPECIAL), padding: int | None = 0
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with these special tokens (transformers' names; BERT's) and this padding id (None: any). DataError where
+    there is none of this name."""
     path = Path(name)
     vocab = path / "vocab.txt" if path.is_dir() else path
     if vocab.name.endswith(".txt") and vocab.is_file() and not (path / "tokenizer.json").is_file():
@@ -47,11 +50,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
                 f"tokenizer: '{name}' {where} ({reason}); accepted: a Hugging Face name such as bert-base-uncased, a folder "
                 "with tokenizer.json or vocab.txt, or 'train'"
             ) from None
-    missing = [special for special in SPECIAL if getattr(tokenizer, special) is None]
-    if missing or tokenizer.pad_token_id != 0:
+    missing = [token for token in special if getattr(tokenizer, token) is None]
+    wrong_padding = padding is not None and tokenizer.pad_token_id != padding
+    if missing or wrong_padding:
+        wanted = [f"padding id {padding}"] if padding is not None else []
         raise DataError(
             f"tokenizer: '{name}' has padding id {tokenizer.pad_token_id} and lacks {missing or 'nothing'}; the model needs "
-            "padding id 0 and the special tokens of BERT"
+            f"{' and '.join([*wanted, 'the special tokens ' + ', '.join(special)])}"
         )
     return tokenizer
 

@@ -13,15 +13,10 @@ from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.transforms import EncodedImage
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import nlvr2, retrieval, runs, vqa
+from vlmo_ds.evaluation.table import due
 from vlmo_ds.progress import progress
 
 Reader = Callable[[Any], Iterator[tuple[str, list[bytes]]]]  # of its section: name and pictures of all that is read
-READERS: dict[str, tuple[set[str], Reader]] = {  # setting -> tasks of the last stage that it is for, its reader
-    "retrieval": ({"itc", "irtr"}, retrieval.names_and_pictures),
-    "vqa": ({"vqa"}, lambda config: runs.names_and_pictures(config, vqa.read)),
-    "nlvr2": ({"nlvr2"}, lambda config: runs.names_and_pictures(config, nlvr2.read)),
-}
 
 
 def check_held_out(recipe: Recipe, collector: Collector) -> None:
@@ -29,12 +24,11 @@ def check_held_out(recipe: Recipe, collector: Collector) -> None:
 
     Raises DataError on every rank, naming the setting and the first sample that cannot be used.
     """
-    for setting, (tasks, reader) in READERS.items():
+    for setting, evaluation in due(recipe).items():
         config = getattr(recipe, setting)
-        if config and tasks & recipe.stages[-1].tasks.keys():
-            faults = [fault for fault in collector.each_rank(first_fault(config, reader, setting, collector)) if fault]
-            if faults:
-                raise DataError(f"{setting}: {min(faults)[1]}")
+        found = collector.each_rank(first_fault(config, evaluation.read, setting, collector))
+        if faults := [fault for fault in found if fault]:
+            raise DataError(f"{setting}: {min(faults)[1]}")
 
 
 def first_fault(config: HeldOutConfig, reader: Reader, setting: str, collector: Collector) -> tuple[int, str] | None:

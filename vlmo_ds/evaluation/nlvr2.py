@@ -19,7 +19,7 @@ from vlmo_ds.data.shards import RawSample, is_true
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.step import FamilyModel
 
 
 def sentence_of(row: Mapping[str, Any]) -> str:
@@ -54,7 +54,7 @@ def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
 
 
 def evaluate(
-    model: VLMo, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
+    model: FamilyModel, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
 ) -> list[dict[str, Any]]:
     """identifier, label and prediction (both bool) of every example, on every rank."""
     found = [
@@ -80,7 +80,7 @@ def main() -> None:
     parser = runs.parser(__doc__)
     parser.add_argument("--predictions", type=Path, help="write lines of identifier,True or False here")
     args = parser.parse_args()
-    _, recipe, model, tokenizer = runs.open_run(args.run, {"nlvr2"})
+    _, recipe, model, tokenizer = runs.open_run(args.run, "compare")
     config = EvaluationConfig.of(recipe.nlvr2, "nlvr2", shards=args.shards)
     rows = evaluate(model, config, tokenizer, model.collector)
     metrics = scores(rows)

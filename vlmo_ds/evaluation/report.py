@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from vlmo_ds import ledger, metrics
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.evaluation.circumstances import Hardware, hardware_table, versions
 from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
-from vlmo_ds.training.ds_config import precision_of
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1c2733; padding: 0 1rem }
@@ -156,15 +154,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
 
 
-def stages_table(run: Path, configs: Mapping[str, dict], evaluation_seconds: float) -> str:
+def stages_table(run: Path, precisions: Mapping[str, str], evaluation_seconds: float) -> str:
     """Of each stage its precision, its parameters, and its time over all starts of the run."""
     noted = ledger.read(run)
     rows = []
-    for stage, config in configs.items():
+    for stage, precision in precisions.items():
         entry = noted.get(stage)
         counts = (f"{entry.parameters:,}", f"{entry.trained:,}", duration(entry.seconds)) if entry else ("",) * 3
-        rows.append((stage, precision_of(config), *counts))
-    seconds = sum(noted[stage].seconds for stage in configs if stage in noted)
+        rows.append((stage, precision, *counts))
+    seconds = sum(noted[stage].seconds for stage in precisions if stage in noted)
     rows.append(("evaluation", "", "", "", duration(evaluation_seconds)))
     rows.append(("whole run", "", "", "", duration(seconds + evaluation_seconds)))
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
@@ -188,13 +186,12 @@ def without_keys(text: str) -> str:
     return re.sub(r"(\w://[^\s\"'?]*\?)[^\s\"']+", r"\1...", text)
 
 
-def made_with(run: Path, ranks: Sequence[Hardware], evaluation_seconds: float) -> str:
+def made_with(run: Path, precisions: Mapping[str, str], ranks: Sequence[Hardware], evaluation_seconds: float) -> str:
     """Stages, hardware, versions and settings of a run, from its directory and this process."""
     recipe, config = (text_of(run / name) for name in ("recipe.yaml", "ds_config.json"))
-    configs = json.loads(config) if config else {}
     return "".join(
         (
-            "<h2>Stages</h2>" + stages_table(run, configs, evaluation_seconds),
+            "<h2>Stages</h2>" + stages_table(run, precisions, evaluation_seconds),
             "<h2>Made with</h2>",
             facts_table("Hardware", hardware_table(ranks)) if ranks else "",
             facts_table("Versions", versions()),
@@ -218,8 +215,12 @@ def write_report(
     tables: Mapping[str, Mapping[str, float]] | None = None,
     ranks: Sequence[Hardware] = (),
     evaluation_seconds: float = 0.0,
+    precisions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes <run>/report/index.html and returns its path. tables: further numbers, by evaluation; ranks: what each runs on."""
+    """Writes <run>/report/index.html and returns its path.
+
+    tables: further numbers, by evaluation; ranks: what each runs on; precisions: of each stage, in the run's order.
+    """
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
     if data is not None and result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
@@ -227,7 +228,7 @@ def write_report(
     body.append("<h2>Training</h2>" + curves(run))
     if data is not None and result is not None and queries:
         body.append(gallery(data, result, queries))
-    body.append(made_with(run, ranks, evaluation_seconds))
+    body.append(made_with(run, precisions or {}, ranks, evaluation_seconds))
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"
     )

@@ -22,10 +22,11 @@ from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
-from vlmo_ds.evaluation.runs import share, square_pixels, text_batch, token_ids
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.evaluation.runs import Texts, share, square_pixels, tokenised
+from vlmo_ds.families.step import FamilyModel
 
 RANKS = (1, 5, 10)
+CONTRAST, RERANKED = "itc", "itc+itm"  # methods: contrastive features; the best of them judged as pairs again
 
 
 @dataclass
@@ -35,7 +36,7 @@ class RetrievalSet:
     images: Tensor  # [I, 3, S, S] uint8
     encoded: list[bytes]  # as stored, for the gallery
     captions: list[str]
-    text_ids: Tensor  # [T, L]
+    texts: Texts
     image_of_text: Tensor  # [T] int64
 
     def part(self, images: Tensor, captions: Tensor) -> RetrievalSet:
@@ -44,7 +45,7 @@ class RetrievalSet:
             self.images[images],
             [self.encoded[i] for i in images.tolist()],
             [self.captions[i] for i in captions.tolist()],
-            self.text_ids[captions],
+            self.texts.part(captions),
             torch.searchsorted(images, self.image_of_text[captions]),
         )
 
@@ -83,12 +84,12 @@ def load_set(
             images.append(square_pixels(raw.image, image_size, raw.name))
         captions += raw.captions
         owner += [image] * len(raw.captions)
-    ids = token_ids(captions, tokenizer, max_text_len)
-    return RetrievalSet(torch.stack(images), encoded, captions, ids, torch.tensor(owner))
+    texts = tokenised(captions, tokenizer, max_text_len)
+    return RetrievalSet(torch.stack(images), encoded, captions, texts, torch.tensor(owner))
 
 
 @torch.no_grad()
-def features(model: VLMo, data: RetrievalSet, batch: int, collector: Collector) -> tuple[Tensor, Tensor]:
+def features(model: FamilyModel, data: RetrievalSet, batch: int, collector: Collector) -> tuple[Tensor, Tensor]:
     """Contrastive features of all images and all captions, [I, D] and [T, D]; each rank encodes its share."""
     device = next(model.parameters()).device
     images = share(
@@ -98,12 +99,10 @@ def features(model: VLMo, data: RetrievalSet, batch: int, collector: Collector) 
         lambda rows: model({"image": data.images[rows].to(device)}, "encode_image")["image"],
     )
     texts = share(
-        len(data.text_ids),
+        len(data.texts.ids),
         batch,
         collector,
-        lambda rows: model({k: v.to(device) for k, v in text_batch(data.text_ids[rows]).items()}, "encode_text")[
-            "text"
-        ],
+        lambda rows: model({k: v.to(device) for k, v in data.texts.batch(rows).items()}, "encode_text")["text"],
     )
     return images, texts
 
@@ -121,7 +120,7 @@ def recalls(score_QC: Tensor, correct_QC: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def rerank(
-    model: VLMo,
+    model: FamilyModel,
     data: RetrievalSet,
     logits_QC: Tensor,
     queries_are_texts: bool,
@@ -142,7 +141,7 @@ def rerank(
     text, image = text.cpu(), image.cpu()
 
     def compute(rows: Tensor) -> Tensor:
-        inputs = text_batch(data.text_ids[text[rows]]) | {"image": data.images[image[rows]]}
+        inputs = data.texts.batch(text[rows]) | {"image": data.images[image[rows]]}
         return model({k: v.to(device) for k, v in inputs.items()}, "match")
 
     log_odds = share(len(query), batch, collector, compute)
@@ -160,12 +159,12 @@ class RetrievalResult:
     image_to_text: Tensor
 
 
-def evaluate(model: VLMo, data: RetrievalSet, config: RetrievalConfig, collector: Collector) -> RetrievalResult:
+def evaluate(model: FamilyModel, data: RetrievalSet, config: RetrievalConfig, collector: Collector) -> RetrievalResult:
     """All ranks call; all get the result."""
     parts = parts_of(data, config.folds)
     model.eval()
     image_ID, text_TD = features(model, data, config.batch_size, collector)
-    logits_TI = float(model.logit_scale.detach().float().exp()) * text_TD @ image_ID.t()
+    logits_TI = float(model.contrast_scale()) * text_TD @ image_ID.t()
     metrics, best = directions(model, data, logits_TI, config, collector)
     if config.folds > 1:
         found = [
@@ -180,18 +179,19 @@ def evaluate(model: VLMo, data: RetrievalSet, config: RetrievalConfig, collector
 
 
 def directions(
-    model: VLMo, data: RetrievalSet, logits_TI: Tensor, config: RetrievalConfig, collector: Collector
+    model: FamilyModel, data: RetrievalSet, logits_TI: Tensor, config: RetrievalConfig, collector: Collector
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, Tensor]]:
     """(the metrics of both directions, each one's scores by its best method)."""
     correct_TI = F.one_hot(data.image_of_text.to(logits_TI.device), len(data.images)).bool()
     best = {"text_to_image": logits_TI, "image_to_text": logits_TI.t().contiguous()}
     correct = {"text_to_image": correct_TI, "image_to_text": correct_TI.t()}
+    judges_pairs = model.gives("match")
     metrics = {}
     for direction in best:
-        found = {"itc": best[direction]}
-        if config.rerank and "itm" in model.tasks:
+        found = {CONTRAST: best[direction]}
+        if config.rerank and judges_pairs:
             texts = direction == "text_to_image"
-            found["itc+itm"] = best[direction] = rerank(
+            found[RERANKED] = best[direction] = rerank(
                 model, data, best[direction], texts, config.rerank, config.batch_size, collector
             )
         metrics[direction] = {method: recalls(score, correct[direction]) for method, score in found.items()}
@@ -233,7 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--max_images", type=number(int, 0), help="use the first so many images; 0: all")
     args = parser.parse_args()
-    _, recipe, model, tokenizer = runs.open_run(args.run, {"itc", "irtr"})
+    _, recipe, model, tokenizer = runs.open_run(args.run, "encode_text")
     given = {name: getattr(args, name) for name in ("shards", "rerank", "max_images", "folds")}
     config = RetrievalConfig.of(recipe.retrieval, "retrieval", **given)
     data = load_set(config, recipe.model.image_size, recipe.model.max_text_len, tokenizer)

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import TASKS, EvaluationConfig, Recipe, RecipeError, load_recipe
+from vlmo_ds.config import EvaluationConfig, Recipe, RecipeError
 from vlmo_ds.data.loader import Told, collate, raised
 from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError
@@ -27,14 +27,15 @@ from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.data.transforms import EncodedImage, pixels, square
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.interop.official import read_weights
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.progress import progress
+from vlmo_ds.recipe_file import load_recipe
+from vlmo_ds.weights_file import read_weights
 
 
-def find_stage(path: Path, tasks: set[str]) -> tuple[Path, Recipe, Path]:
-    """(run, recipe, final folder) of a run's directory, whose last finished stage with one of these tasks is taken, or of
-    checkpoints/<stage>/final inside it."""
+def find_stage(path: Path, call: str | None = None) -> tuple[Path, Recipe, Path]:
+    """(run, recipe, final folder) of a run's directory, whose last finished stage that trains this call of the model (None:
+    any) is taken, or of checkpoints/<stage>/final inside it."""
     run = path.resolve().parents[2] if path.name == "final" else path
     recipe = load_recipe(run / "recipe.yaml")
     if path.name == "final":
@@ -43,28 +44,31 @@ def find_stage(path: Path, tasks: set[str]) -> tuple[Path, Recipe, Path]:
         return run, recipe, path
     for stage in reversed(recipe.stages):
         folder = run / "checkpoints" / stage.name / "final"
-        if tasks & stage.tasks.keys() and folder.is_dir():
+        if (call is None or call in stage.gives) and folder.is_dir():
             return run, recipe, folder
     stages = "; ".join(f"{stage.name}: {', '.join(stage.tasks)}" for stage in recipe.stages)
-    wanted = "" if tasks >= set(TASKS) else f" with the task {' or '.join(sorted(tasks))}"
+    wanted = "" if call is None else f" with the task {' or '.join(sorted(recipe.family.giving(call)))}"
     raise RecipeError(f"{run} has no finished stage{wanted}; its recipe has {stages}")
 
 
-def load_model(recipe: Recipe, folder: Path) -> VLMo:
+def load_model(recipe: Recipe, folder: Path) -> FamilyModel:
     """A stage's final weights in a plain module."""
     stage = next(stage for stage in recipe.stages if stage.name == folder.parent.name)
-    model = VLMo(recipe.model, stage.weights, Collector())
+    model = recipe.family.build(recipe.model, stage.weights, Collector())
     model.load_state_dict(read_weights(folder))
     return model.eval()
 
 
-def open_run(path: Path, tasks: set[str]) -> tuple[Path, Recipe, VLMo, PreTrainedTokenizerBase]:
-    """(run, recipe, model on this machine's device, tokenizer) of a run's folder, or of a stage's final folder in it."""
-    run, recipe, folder = find_stage(path, tasks)
+def open_run(path: Path, call: str) -> tuple[Path, Recipe, FamilyModel, PreTrainedTokenizerBase]:
+    """(run, recipe, model on this machine's device, tokenizer) of a run's folder, or of a stage's final folder in it.
+
+    call: what is asked of the model, which a stage has to have trained.
+    """
+    run, recipe, folder = find_stage(path, call)
     model = load_model(recipe, folder)
     if torch.cuda.is_available():
         model.cuda()
-    return run, recipe, model, load_tokenizer(str(run / "tokenizer"))
+    return run, recipe, model, load_tokenizer(str(run / "tokenizer"), *recipe.family.tokenizer)
 
 
 def square_pixels(data: bytes, size: int, name: str) -> Tensor:
@@ -75,16 +79,30 @@ def square_pixels(data: bytes, size: int, name: str) -> Tensor:
         raise DataError(f"{name}: {error}") from None
 
 
-def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_text_len: int) -> Tensor:
-    """[T, L] int64, padded with 0."""
+class Texts(NamedTuple):
+    """Tokenised texts: ids [T, L] int64, padded, and how many tokens each has, [T] int64."""
+
+    ids: Tensor
+    lengths: Tensor
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """text_ids and text_masks of these, trimmed to the longest."""
+        lengths = self.lengths[rows]
+        length = int(lengths.max())
+        return {
+            "text_ids": self.ids[rows][:, :length],
+            "text_masks": (torch.arange(length)[None] < lengths[:, None]).long(),
+        }
+
+    def part(self, rows: Tensor | slice) -> Texts:
+        return Texts(self.ids[rows], self.lengths[rows])
+
+
+def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_text_len: int) -> Texts:
     encoded = tokenizer(list(texts), truncation=True, max_length=max_text_len)["input_ids"]
-    return collate([{"text_ids": np.asarray(ids, dtype=np.int64)} for ids in encoded], max_text_len)["text_ids"]
-
-
-def text_batch(ids: Tensor) -> dict[str, Tensor]:
-    """[B, L] with padding -> text_ids and text_masks, trimmed to the longest."""
-    length = int((ids != 0).sum(1).max())
-    return {"text_ids": ids[:, :length], "text_masks": (ids[:, :length] != 0).long()}
+    samples: list[dict[str, np.ndarray | int]] = [{"text_ids": np.asarray(ids, dtype=np.int64)} for ids in encoded]
+    batch = collate(samples, max_text_len, tokenizer.pad_token_id or 0)
+    return Texts(batch["text_ids"], batch["text_masks"].sum(1))
 
 
 def share(total: int, batch: int, collector: Collector, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -146,7 +164,7 @@ def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -
 
 @torch.no_grad()
 def best_classes(
-    model: VLMo,
+    model: FamilyModel,
     call: str,
     read: Read,
     text: str,
@@ -166,12 +184,12 @@ def best_classes(
     def make(raw: RawSample) -> list[dict]:
         pictures, entries = read(raw)
         images = {name: square_pixels(data, size, raw.name) for name, data in pictures.items()}
-        ids = token_ids([entry[text] for entry in entries], tokenizer, length)
-        return [{"images": images, "ids": row, "entry": entry} for row, entry in zip(ids, entries, strict=True)]
+        return [{"images": images, "entry": entry} for entry in entries]
 
     samples = Samples(list_shards(config.shards), make, collector)
     for batch in examples_in_batches(samples, config.batch_size, config.workers, call):
-        inputs = text_batch(torch.nn.utils.rnn.pad_sequence([e["ids"] for e in batch], batch_first=True))
+        texts = tokenised([example["entry"][text] for example in batch], tokenizer, length)
+        inputs = texts.batch(torch.arange(len(batch)))
         inputs |= {name: torch.stack([e["images"][name] for e in batch]) for name in batch[0]["images"]}
         best = model({name: value.to(device) for name, value in inputs.items()}, call).argmax(1).tolist()
         yield from zip((example["entry"] for example in batch), best, strict=True)

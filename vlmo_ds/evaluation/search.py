@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -31,10 +31,9 @@ from vlmo_ds.config import RecipeError, number
 from vlmo_ds.data.meta import is_unicode, printable
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.data.transforms import EncodedImage
+from vlmo_ds.families import FAMILIES
+from vlmo_ds.families.interface import Family
 from vlmo_ds.progress import progress
-
-if TYPE_CHECKING:  # seconds to import: `run` does it when the arguments have been checked
-    from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval, VLMoProcessor
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 INDEX = ".vlmo_ds_index"
@@ -96,9 +95,7 @@ class Index:
 
 
 @torch.no_grad()
-def build(
-    index: Index, files: Mapping[Path, str], model: VLMoForImageTextRetrieval, processor: VLMoProcessor, batch: int
-) -> int:
+def build(index: Index, files: Mapping[Path, str], model: Any, processor: Any, batch: int) -> int:
     """Encodes the images that the index does not have; returns how many. Images that cannot be read are named."""
     missing = [file for file, key in files.items() if key not in index.known]
     done = 0
@@ -126,18 +123,18 @@ def search(
     query: Query,
     files: Sequence[Path],
     features: Tensor,
-    model: VLMoForImageTextRetrieval,
-    processor: VLMoProcessor,
+    model: Any,
+    processor: Any,
     count: int,
     rerank: int = 0,
 ) -> list[Hit]:
-    """The best images; for a text the `rerank` best candidates are scored again by the itm head."""
+    """The best images; for a text the `rerank` best candidates are scored again by the matching head."""
     if query.image is not None:
         wanted = model.get_image_features(processor.image_processor(query.image)["pixel_values"].to(model.device))
         scores = features @ wanted[0].float().cpu()
     else:
         text = {name: value.to(model.device) for name, value in processor(text=query.text).items()}
-        scores = float(model.vlmo.logit_scale.exp()) * features @ model.get_text_features(**text)[0].float().cpu()
+        scores = model.contrast_scale * features @ model.get_text_features(**text)[0].float().cpu()
     order = scores.argsort(descending=True, stable=True)
     if rerank and query.image is None:
         first, rest = order[:rerank], order[rerank:]
@@ -202,11 +199,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise RecipeError(f"--output: {args.output}; accepted: a file that ends in .html or .png")
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise RecipeError(f"--output: {args.output} cannot be written: {args.output.parent} is no folder, or it is one")
-    tasks = tasks_of(args.model)
-    if not set(tasks) & {"itc", "irtr"}:
-        raise RecipeError(f"--model: {args.model} was trained for {', '.join(tasks)}; a search needs itc or irtr")
-    if args.rerank and "itm" not in tasks:
-        raise RecipeError(f"--rerank: {args.model} has no itm head; it was trained for {', '.join(tasks)}")
+    family, tasks = trained_for(args.model)
+    contrast, pairs = family.giving("encode_text"), family.giving("match")
+    if not set(tasks) & set(contrast):
+        raise RecipeError(
+            f"--model: {args.model} was trained for {', '.join(tasks)}; a search needs {' or '.join(contrast)}"
+        )
+    if args.rerank and not set(tasks) & set(pairs):
+        raise RecipeError(
+            f"--rerank: {args.model} has no head that judges pairs ({' or '.join(pairs)}); it was trained for {', '.join(tasks)}"
+        )
     for file in args.image:
         try:
             EncodedImage(file.read_bytes()).decode()
@@ -215,12 +217,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise RecipeError(f"--image: {printable(str(file))}: {reason}; accepted: an image's file") from None
 
 
-def tasks_of(model: Path) -> list[str]:
-    """The tasks that an exported model was trained for. RecipeError where there is no such model."""
+def trained_for(model: Path) -> tuple[Family, list[str]]:
+    """The family of an exported model and the tasks that it was trained for. RecipeError where there is no such model."""
     try:
         config = json.loads((model / "config.json").read_bytes())
-        if config["model_type"] == "vlmo" and (model / "model.safetensors").is_file():
-            return [str(task) for task in config["tasks"]]
+        if config["model_type"] in FAMILIES and (model / "model.safetensors").is_file():
+            return FAMILIES[config["model_type"]], [str(task) for task in config["tasks"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise RecipeError(f"--model: {model} holds no exported model; write one with python -m vlmo_ds.interop.export")
@@ -239,11 +241,13 @@ def run(args: argparse.Namespace) -> None:
     if not files:
         raise RecipeError(f"--images: {args.images} holds no image; accepted: {', '.join(sorted(ENDINGS))}")
 
-    from transformers import AutoProcessor
+    from transformers import (  # seconds, once the arguments are checked
+        AutoModelForZeroShotImageClassification,
+        AutoProcessor,
+    )
 
-    from vlmo_ds.interop.huggingface import VLMoForImageTextRetrieval
-
-    model = VLMoForImageTextRetrieval.from_pretrained(args.model).eval()
+    trained_for(args.model)[0].huggingface()
+    model = AutoModelForZeroShotImageClassification.from_pretrained(args.model).eval()
     if torch.cuda.is_available():
         model.cuda()
     processor = AutoProcessor.from_pretrained(args.model)
@@ -278,7 +282,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--image", type=Path, action="append", default=[], help="search for images like this one")
     parser.add_argument("--count", type=number(int), default=8, help="images shown per query (default: %(default)s)")
-    parser.add_argument("--rerank", type=number(int, 0), default=0, help="candidates that the itm head scores again")
+    parser.add_argument(
+        "--rerank", type=number(int, 0), default=0, help="candidates that the matching head scores again"
+    )
     parser.add_argument("--index", type=Path, help=f"where the index is kept (default: {INDEX} in the images' folder)")
     parser.add_argument(
         "--batch_size", type=number(int), default=32, help="images per forward pass (default: %(default)s)"

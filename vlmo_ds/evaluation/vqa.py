@@ -22,7 +22,7 @@ from vlmo_ds.data.shards import ANSWERS, RawSample, parse_answers
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.step import FamilyModel
 
 
 def accuracy(predicted: str, answers: Sequence[str]) -> float:
@@ -55,7 +55,7 @@ def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
 
 
 def evaluate(
-    model: VLMo,
+    model: FamilyModel,
     config: EvaluationConfig,
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -97,7 +97,7 @@ def main() -> None:
     parser = runs.parser(__doc__)
     parser.add_argument("--submission", type=Path, help="write question_id and answer of every question here")
     args = parser.parse_args()
-    run, recipe, model, tokenizer = runs.open_run(args.run, {"vqa"})
+    run, recipe, model, tokenizer = runs.open_run(args.run, "answer")
     own = run / ANSWERS
     for option in ("submission", "output"):
         file = getattr(args, option)

@@ -23,7 +23,7 @@ from vlmo_ds.data.shards import RawSample, lines, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.step import FamilyModel
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}.")
 BEST = (1, 5)
@@ -31,7 +31,7 @@ BEST = (1, 5)
 
 @torch.no_grad()
 def class_features(
-    model: VLMo,
+    model: FamilyModel,
     classes: Sequence[str],
     templates: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -41,10 +41,10 @@ def class_features(
     """[classes, D]: the mean of the unit-length features of a class's sentences, of unit length again."""
     device = next(model.parameters()).device
     sentences = [template.replace("{}", name) for name in classes for template in templates]
-    ids = runs.token_ids(sentences, tokenizer, model.config.max_text_len)
+    texts = runs.tokenised(sentences, tokenizer, model.config.max_text_len)
 
     def compute(rows: Tensor) -> Tensor:
-        return model({k: v.to(device) for k, v in runs.text_batch(ids[rows]).items()}, "encode_text")["text"]
+        return model({k: v.to(device) for k, v in texts.batch(rows).items()}, "encode_text")["text"]
 
     found = runs.share(len(sentences), batch, collector, compute).view(len(classes), len(templates), -1)
     return F.normalize(found.mean(1), dim=-1)
@@ -70,7 +70,7 @@ def label_of(raw: RawSample, classes: Sequence[str]) -> int:
 
 @torch.no_grad()
 def evaluate(
-    model: VLMo,
+    model: FamilyModel,
     config: EvaluationConfig,
     classes: Sequence[str],
     templates: Sequence[str],
@@ -118,7 +118,7 @@ def main() -> None:
         "--batch_size", type=number(int), default=64, help="images per forward pass (default: %(default)s)"
     )
     args = parser.parse_args()
-    _, _, model, tokenizer = runs.open_run(args.run, {"itc", "irtr"})
+    _, _, model, tokenizer = runs.open_run(args.run, "encode_text")
     templates = read_lines(args.templates, "templates") if args.templates else TEMPLATES
     if without := next((t for t in templates if "{}" not in t), None):
         raise RecipeError(f"{args.templates}: '{without}' has no {{}} for the name of a class")

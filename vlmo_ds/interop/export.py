@@ -10,67 +10,17 @@ config.json, model.safetensors, the tokenizer and the processor; the file has th
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import TASKS, ModelConfig, RecipeError
+from vlmo_ds.config import RecipeError
 from vlmo_ds.data.tokenizer import load_tokenizer
 from vlmo_ds.evaluation.runs import find_stage
 from vlmo_ds.evaluation.vqa import read_answers
-from vlmo_ds.interop.huggingface import (
-    RETRIEVAL,
-    VLMoConfig,
-    VLMoForImagesAndTextClassification,
-    VLMoForImageTextRetrieval,
-    VLMoForQuestionAnswering,
-    VLMoImageProcessor,
-    VLMoModel,
-    VLMoPreTrainedModel,
-    VLMoProcessor,
-)
-from vlmo_ds.interop.official import read_weights
-
-
-def class_for(tasks: set[str]) -> Callable[[VLMoConfig], VLMoPreTrainedModel]:
-    if "vqa" in tasks:
-        return VLMoForQuestionAnswering
-    if "nlvr2" in tasks:
-        return VLMoForImagesAndTextClassification
-    return VLMoForImageTextRetrieval if tasks & set(RETRIEVAL) else VLMoModel
-
-
-def to_hugging_face(
-    weights: dict[str, Tensor],
-    settings: ModelConfig,
-    tasks: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    answers: list[str] | None,
-    folder: Path,
-) -> VLMoPreTrainedModel:
-    """Writes the folder in one rename. Weights that no class has (of mlm, mim) are left out."""
-    config = VLMoConfig(tasks=tasks, **settings.model_dump())
-    if answers:
-        config.id2label = dict(enumerate(answers))
-        config.label2id = {answer: number for number, answer in enumerate(answers)}
-    model = class_for(set(tasks))(config).eval()
-    own = model.vlmo.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise RecipeError(f"the weights have no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
-    model.vlmo.load_state_dict({name: weights[name] for name in own})
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    VLMoProcessor(
-        VLMoImageProcessor(size=settings.image_size), tokenizer, max_text_len=settings.max_text_len
-    ).save_pretrained(temporary)
-    temporary.replace(folder)
-    return model
+from vlmo_ds.weights_file import read_weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,15 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     if not args.output and not args.official:
         parser.error("nothing to write: give --output, --official or both")
     try:
-        run, recipe, folder = find_stage(args.run, set(TASKS))
+        run, recipe, folder = find_stage(args.run)
         stage = next(s for s in recipe.stages if s.name == folder.parent.name)
         weights = read_weights(folder)
         if args.output:
             if args.output.exists():
                 raise RecipeError(f"--output: {args.output} is there already: name a new folder")
-            answers = read_answers(run, recipe.model.vqav2_label_size) if "vqa" in stage.tasks else None
-            tokenizer = load_tokenizer(str(run / "tokenizer"))
-            model = to_hugging_face(weights, recipe.model, list(stage.tasks), tokenizer, answers, args.output)
+            answers = read_answers(run, recipe.model.vqav2_label_size) if "questions" in stage.reads else None
+            tokenizer = load_tokenizer(str(run / "tokenizer"), *recipe.family.tokenizer)
+            export = recipe.family.huggingface().exported
+            model = export(weights, recipe.model, list(stage.tasks), tokenizer, answers, args.output)
             print(
                 f"{args.output}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
             )

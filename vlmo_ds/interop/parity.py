@@ -1,173 +1,19 @@
-"""Compares the model with recorded numbers of a reference implementation.
+"""Compares a model with recorded numbers of a reference implementation.
 
     python -m vlmo_ds.interop.parity FILE [--dtype float64|float32]
 
-Builds the model from the file's own configuration, prints one line per quantity with its relative difference
-||ours - recorded|| / ||recorded||, and exits 1 if one of them is past its bar. Files of formats vlmo-golden-1 (features,
-logits, losses, gradients) and vlmo-golden-resize-1 (weights for another image size and text length).
+The file's format says which family's numbers it holds. Builds the model from the file's own configuration, prints one line
+per quantity with its relative difference ||ours - recorded|| / ||recorded||, and exits 1 if one of them is past its bar.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from vlmo_ds.config import REFERENCE_WEIGHTS, InitConfig, ModelConfig
-from vlmo_ds.interop.resize import TEXT_POSITION_IDS
-from vlmo_ds.models.multiway import Stream, place, upper_order
-from vlmo_ds.models.vlmo import VLMo
-from vlmo_ds.objectives.itc import gather_features
-from vlmo_ds.training.weights import hand_over
-
-BARS = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-5, 1e-4)}  # (features, logits, losses), gradients
-JOINT = {"mlm": 0.25, "itc": 1.0, "itm": 1.0}
-TASKS = {"mlm": JOINT, "itc": JOINT, "itm": JOINT} | {task: {task: 1.0} for task in ("textmlm", "irtr", "vqa", "nlvr2")}
-LOGITS = {"itm": "itm_score", "vqa": "vqa_classifier", "nlvr2": "nlvr2_classifier"}  # the module that gives them
-
-
-def relative_difference(ours: Tensor, recorded: Tensor) -> float:
-    ours, recorded = ours.detach().double(), recorded.double()
-    if ours.shape != recorded.shape:
-        return float("inf")
-    norm = recorded.norm()
-    return float((ours - recorded).norm() / norm) if norm > 0 else float(ours.norm())
-
-
-def build(golden: dict, tasks: dict[str, float], dtype: torch.dtype) -> VLMo:
-    """The model of the file's config with the file's weights; every parameter must be in the file."""
-    settings = {k: v for k, v in golden["config"].items() if k in ModelConfig.model_fields}
-    model = VLMo(ModelConfig(**settings), tasks).to(dtype).eval()
-    state = golden["nlvr2_state_dict" if "nlvr2" in tasks else "state_dict"]
-    wanted = model.state_dict()
-    missing = wanted.keys() - state.keys()
-    if missing:
-        raise SystemExit(f"the file has no weights for {sorted(missing)}")
-    with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(state[name])
-    return model
-
-
-def features(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every recorded encoding, from one walk of the stack."""
-    text = model.embed_texts({"clean": batch["text_ids"], "masked": batch["text_ids_mlm"]}, model.token_types())
-    mask, length = batch["text_masks"], batch["text_ids"].shape[1]
-    rows = torch.arange(len(batch["image"]))
-    streams = {
-        "infer": Stream(text["clean"], mask, rows),
-        "infer_mlm": Stream(text["masked"], mask, rows),
-        "infer_text": Stream(text["clean"], mask, vl_twin=True),
-        "infer_image": Stream(image_rows_B=rows, vl_twin=True),
-        "infer_text_mlm": Stream(text["masked"], mask),
-    }
-    before_norm: list[Tensor] = []
-    hook = model.transformer.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
-    encoded = model.encode(streams, batch["image"], model.token_types()[1])
-    hook.remove()
-    raw = {}  # the reference records one-modality class tokens before the final norm
-    pieces = place(list(streams.values()), upper_order(list(streams.values())), model.transformer.window**2 + 1)
-    for piece in pieces:
-        if piece.part != "twin":
-            raw[list(streams)[piece.owner]] = before_norm[0][piece.rows].view(piece.batch, piece.length, -1)[:, 0]
-    out = {}
-    for name, stream in encoded.items():
-        tokens = stream.tokens_BLD
-        out[f"{name}.raw_cls_feats"] = tokens[:, 0] if streams[name].joint else raw[name]
-        if name != "infer_image":
-            out[f"{name}.text_feats"] = tokens[:, :length]
-        if name in ("infer", "infer_mlm"):
-            out[f"{name}.image_feats"] = tokens[:, length:]
-            out[f"{name}.cls_feats"] = model.pooler(tokens[:, 0])
-    out["infer_image.image_feats"] = encoded["infer_image"].tokens_BLD
-    contrast = model.itc_features(encoded["infer_image"], encoded["infer_text"])
-    out["infer_image.cls_feats"], out["infer_image.cls_vlffn_feats"] = contrast["image"], contrast["vl_image"]
-    out["infer_text.cls_feats"], out["infer_text.cls_vlffn_feats"] = contrast["text"], contrast["vl_text"]
-    main = gather_features(contrast["image"], contrast["text"], model.logit_scale, model.collector)
-    out["itc.itc_i2t_logits"] = main.scale * main.image_BD @ main.text_BD.t()
-    out["itc.itc_logit_scale"] = main.scale
-    out["itc.itc_logit_vl_scale"] = model.logit_vl_scale.exp()
-    return out
-
-
-def step_inputs(golden: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    batch = {k: v for k, v in golden["batch"].items() if isinstance(v, Tensor)}
-    batch |= {k: batch[k].to(dtype) for k in ("image", "image_0", "image_1")}
-    ids = torch.arange(len(batch["image"]))
-    targets = torch.zeros(len(ids), golden["config"]["vqav2_label_size"], dtype=torch.float64)
-    for row, labels, scores in zip(targets, golden["batch"]["vqa_labels"], golden["batch"]["vqa_scores"], strict=True):
-        row[labels] = row.new_tensor(scores)
-    recorded = golden["outputs"]["itm"]
-    return batch | {
-        "sample_id": ids,
-        "image_id": ids,
-        "vqa_targets": targets,
-        "negative_seed": torch.tensor(0),
-        "negative_image_index": recorded["negative_image_index"],
-        "negative_text_index": recorded["negative_text_index"],
-    }
-
-
-def compare(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
-    """Yields (quantity, relative difference, bar)."""
-    bar, _ = BARS[dtype]
-    batch = step_inputs(golden, dtype)
-    valid = batch["text_masks"].bool()
-    with torch.no_grad():
-        ours = features(build(golden, JOINT, dtype), batch)
-    for group in ("infer", "infer_mlm", "infer_text", "infer_image", "infer_text_mlm", "itc"):
-        for name, recorded in golden["outputs"][group].items():
-            value = ours[f"{group}.{name}"]
-            if name == "text_feats":  # features at padded positions are meaningless
-                value, recorded = value[valid], recorded[valid]
-            yield f"{group}.{name}", relative_difference(value, recorded), bar
-    for task, tasks in TASKS.items():
-        yield from compare_task(golden, build(golden, tasks, dtype), batch, task, dtype)
-
-
-def compare_task(
-    golden: dict, model: VLMo, batch: dict[str, Tensor], task: str, dtype: torch.dtype
-) -> Iterator[tuple[str, float, float]]:
-    """A task's loss, logits and gradients."""
-    bar, gradient_bar = BARS[dtype]
-    logits: list[Tensor] = []
-    if task in LOGITS:
-        getattr(model, LOGITS[task]).register_forward_hook(lambda *args: logits.append(args[2]))
-    loss = model(batch).losses[task]
-    name = f"losses.{task} (weight {REFERENCE_WEIGHTS[task]:g})"
-    yield name, relative_difference(loss, golden["losses"][task]), bar
-    if logits:
-        yield f"{task}.logits", relative_difference(logits[0], golden["outputs"][task]["logits"]), bar
-    loss.backward()
-    recorded = golden["grads"][task]
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        if name in recorded:
-            difference = float("inf") if grad is None else relative_difference(grad, recorded[name])
-            yield f"grads.{task}.{name}", difference, gradient_bar
-        elif grad is not None and bool(grad.ne(0).any()):
-            yield f"grads.{task}.{name} (recorded: none)", float("inf"), gradient_bar
-    for name in recorded.keys() - dict(model.named_parameters()).keys():
-        yield f"grads.{task}.{name} (the model has no such parameter)", float("inf"), gradient_bar
-
-
-def compare_resized(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
-    """Weights handed over to a model of another image size and text length; every other weight has to stay."""
-    settings = {k: v for k, v in golden["config"].items() if k in ModelConfig.model_fields}
-    config = ModelConfig(**settings, image_size=golden["target_image_size"], max_text_len=golden["target_max_text_len"])
-    model = VLMo(config, JOINT).to(dtype)
-    source = {k: v.to(dtype) if v.is_floating_point() else v for k, v in golden["state_dict"].items()}
-    hand_over(model, source, InitConfig(), "the file")
-    for name, value in model.state_dict().items():
-        expected = golden["resized"].get(name, golden["state_dict"][name])
-        if name != TEXT_POSITION_IDS:
-            yield name, relative_difference(value, expected), BARS[torch.float32][0]  # recorded in float32
-
-
-FORMATS = {"vlmo-golden-1": compare, "vlmo-golden-resize-1": compare_resized}
+from vlmo_ds.families import FAMILIES
 
 
 def main() -> int:
@@ -176,9 +22,10 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float64", "float32"], help="precision to run in (default: both)")
     args = parser.parse_args()
     golden = torch.load(args.file, weights_only=True)
-    check = FORMATS.get(str(golden.get("format")))
+    formats = {name: check for family in FAMILIES.values() for name, check in family.parity().items()}
+    check = formats.get(str(golden.get("format")))
     if check is None:
-        print(f"{args.file} has format {golden.get('format')!r}; accepted: {', '.join(FORMATS)}", file=sys.stderr)
+        print(f"{args.file} has format {golden.get('format')!r}; accepted: {', '.join(formats)}", file=sys.stderr)
         return 2
     failed = 0
     for name in [args.dtype] if args.dtype else ["float64", "float32"]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmo_ds.config import QUICKSTART, Recipe, RecipeError, StageConfig, load_recipe, nearest, number
+from vlmo_ds.config import Recipe, RecipeError, StageConfig, nearest, number
 from vlmo_ds.data.storage import DataError, expand
+from vlmo_ds.recipe_file import QUICKSTART, load_recipe
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
 from vlmo_ds.training.exit_status import UNUSABLE
 

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from vlmo_ds.config import StageConfig
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
@@ -96,16 +96,16 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def build_engine(model: VLMo, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_engine(model: FamilyModel, stage: StageConfig, merged: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     for parameter in model.parameters():
         if (
             parameter.dim() == 0
         ):  # DeepSpeed 0.19 cannot broadcast a scalar in half precision (seen in _broadcast_model)
             parameter.data = parameter.data.view(1)
-    model.transformer.offload_checkpoints = merged.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
+    model.offload_checkpoints(merged.get("activation_checkpointing", {}).get("cpu_checkpointing", False))
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     compile_ops(merged)
-    optimizer = adamw(parameter_groups(model, stage.optimizer), stage.optimizer, offloaded=offloaded)
+    optimizer = adamw(parameter_groups(model, stage), stage.optimizer, offloaded=offloaded)
     if offloaded or not torch.cuda.is_available():  # whether DeepSpeed insists on its compiled CPU Adam
         merged.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
     exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if is_half(merged) else {}

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmo_ds.models.vlmo import StepOutput, VLMo, added
+from vlmo_ds.families.step import FamilyModel, StepOutput, added
 
 
 def cached_contrast(
-    model: VLMo, parts: int, features_of: Callable[[int], dict[str, Tensor]], backward: Callable[[Tensor], None]
+    model: FamilyModel, parts: int, features_of: Callable[[int], dict[str, Tensor]], backward: Callable[[Tensor], None]
 ) -> StepOutput:
     """The contrastive loss over all parts of a batch together, backpropagated part by part.
 
     First the features of every part, without what a backward pass needs; then the gradient of the loss by the features;
-    then each part again, and this gradient through it. features_of(i) is what VLMo.contrast_features gives for part i,
+    then each part again, and this gradient through it. features_of(i) is what the model's contrast_features gives for part i,
     with the same random numbers at every call; backward is called with one scalar for each part, whose gradients add up
     to that of the loss (this rank's, to be averaged over ranks).
     """
@@ -28,7 +28,7 @@ def cached_contrast(
     whole = {name: torch.cat([part[name] for part in found]).requires_grad_() for name in features}
     whole |= {name: found[0][name].clone().requires_grad_() for name in scales}
     del found
-    out = StepOutput(torch.zeros(()), {}, {}, {})
+    out = StepOutput.empty()
     model.add_contrast(out, whole)
     loss = added(out.losses.values())
     gradient = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))

@@ -21,7 +21,7 @@ from vlmo_ds.data.loader import BatchDataset
 from vlmo_ds.data.shards import stable_id
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.models.vlmo import StepOutput
+from vlmo_ds.families.step import StepOutput
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.engine import device
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import InitConfig, Recipe, RecipeError, StageConfig
+from vlmo_ds.config import Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.data.tokenizer import vocabulary_digest
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.interop.official import read_weights, vocabulary_of
+from vlmo_ds.families.handing_over import hand_over
+from vlmo_ds.families.interface import Clamp, matches
+from vlmo_ds.families.step import FamilyModel, StepOutput
 from vlmo_ds.ledger import StageClock
-from vlmo_ds.models.vlmo import StepOutput, VLMo
-from vlmo_ds.objectives.itc import MAX_LOG_SCALE
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.ds_config import merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
 from vlmo_ds.training.guard import ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
 from vlmo_ds.training.monitor import Monitor, global_metrics
-from vlmo_ds.training.optim import matches, optimizer_step, set_trainable
+from vlmo_ds.training.optim import optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.state import full_state, layout_of, set_weights
 from vlmo_ds.training.watch import BUILDING, GATHERING
-from vlmo_ds.training.weights import frozen_state, hand_over, write_final
+from vlmo_ds.training.weights import frozen_state, write_final
+from vlmo_ds.weights_file import read_weights, vocabulary_of
 
-NEAR_MAX_SCALE = 90.0
 ASKED, WRITING = "asked to stop", "writing a checkpoint"  # counts among those that a step sums over ranks
 
 
@@ -65,12 +65,13 @@ class Run(NamedTuple):
 
 def refuse_other_words(ours: str, theirs: str | None, stage: StageConfig, origin: str) -> None:
     """RecipeError if weights were trained with other word pieces under the same numbers: the shapes would not tell."""
-    if theirs in (None, ours) or matches("text_embeddings.word_embeddings.weight", stage.init.fresh):
+    table, *others = stage.family.words
+    if theirs in (None, ours) or matches(table, stage.init.fresh):
         return
     raise RecipeError(
         f"stages.{stage.name}: weights from {origin} were trained with another vocabulary, whose numbers mean other word "
-        "pieces: set tokenizer.name to the tokenizer folder of the run that trained them, or name text_embeddings.* and "
-        "mlm_score.* in init.fresh"
+        f"pieces: set tokenizer.name to the tokenizer folder of the run that trained them, or name {table} and "
+        f"{', '.join(others)} in init.fresh"
     )
 
 
@@ -89,7 +90,7 @@ def build_dataset(
     model = recipe.model
     micro, _ = micro_batch(stage, collector.world_size)
     seed = stage_seed(recipe, stage)
-    spec = spec_for(stage.tasks, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
+    spec = spec_for(stage.reads, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
     return BatchDataset(
         stage.data,
         spec,
@@ -108,15 +109,15 @@ def build_model(
     origin: str,
     collector: Collector,
     resumed: bool = False,
-) -> VLMo:
+) -> FamilyModel:
     """The stage's model with its initial weights, the same on every rank; what it does not train is frozen.
 
     source: weights from elsewhere, handed over as the stage's `init` says; resumed: from a checkpoint of the stage itself.
     """
     torch.manual_seed(stage_seed(recipe, stage))
-    model = VLMo(recipe.model, stage.weights, collector)
+    model = recipe.family.build(recipe.model, stage.weights, collector)
     if source is not None:
-        report = hand_over(model, source, InitConfig() if resumed else stage.init, origin)
+        report = hand_over(model, source, recipe.family.init() if resumed else stage.init, origin)
         if collector.rank == 0:
             counts = ", ".join(f"{len(names)} {what}" for what, names in report.items() if what != "converted")
             print(f"{stage.name}: weights from {origin}: {counts}", flush=True)
@@ -132,7 +133,7 @@ def build_model(
     return model
 
 
-def parameter_counts(model: VLMo) -> tuple[int, int]:
+def parameter_counts(model: FamilyModel) -> tuple[int, int]:
     """(all, trained), of a model that no engine has taken yet."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
@@ -280,8 +281,9 @@ class StageTraining:
         if norm is not None:
             metrics["grad_norm"] = math.nan if skipped else float(norm)
         metrics["skipped_steps"] = engine.skipped_steps
-        if max(metrics.get("itc/logit_scale", 0.0), metrics.get("itc/vl_logit_scale", 0.0)) > NEAR_MAX_SCALE:
-            clamp_scales(engine)
+        near = [clamp for clamp in stage.family.clamped if metrics.get(clamp.metric, 0.0) > clamp.near]
+        if near:
+            clamp_scales(engine, near)
         metrics |= self.replaced.look(counts, step + 1 + self.skip)
         run.monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
         self.nonfinite.look(step + 1, skipped, engine, outputs, taken)
@@ -360,10 +362,12 @@ class StageTraining:
 
 
 @torch.no_grad()
-def clamp_scales(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Keeps the contrastive scales at 100 at most, in the float32 values that the optimiser holds."""
+def clamp_scales(engine: deepspeed.DeepSpeedEngine, clamps: Iterable[Clamp]) -> None:
+    """Keeps scales within their bounds, in the float32 values that the optimiser holds (every rank has to call)."""
     layout = layout_of(engine)
-    for name in ("logit_scale", "logit_vl_scale"):  # those that are there and trained
-        value = layout.full(layout.parameters[name]) if name in layout.parameters else None
-        if value is not None and float(value) > MAX_LOG_SCALE:
-            set_weights(engine, {name: value.clamp(max=MAX_LOG_SCALE)})
+    for clamp in clamps:  # those that are there and trained
+        value = layout.full(layout.parameters[clamp.name]) if clamp.name in layout.parameters else None
+        if value is not None:
+            bounded = value.clamp(clamp.low, clamp.high)
+            if not torch.equal(bounded, value):
+                set_weights(engine, {clamp.name: bounded})

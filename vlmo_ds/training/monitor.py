@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds import metrics
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.families.step import StepOutput, added
 from vlmo_ds.metrics import AppendedFile
-from vlmo_ds.models.vlmo import StepOutput, added
 
 SHOWN_EVERY, SHOWN_EVERY_IN_A_LOG = 2.0, 30.0  # seconds between two lines, on a terminal and elsewhere
 TOLD_EVERY = 60.0  # seconds between two words about a full disk
@@ -206,7 +206,8 @@ def contact_sheet(
         x, y = i % 4 * cell, i // 4 * (cell + text_height)
         sheet.paste(Image.fromarray(array).resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (x + 2, y + 2))
         if ids is not None:
-            words = tokenizer.decode([t for t in ids[i].tolist() if t != 0][1:-1]).split()
+            length = int(batch["text_masks"][i].sum())
+            words = tokenizer.decode(ids[i, 1 : length - 1].tolist()).split()
             lines = [""]
             for word in words:
                 if draw.textlength(f"{lines[-1]} {word}") > cell - 10:

@@ -16,28 +16,7 @@ from transformers import (
 )
 
 from vlmo_ds.config import OptimizerConfig, RecipeError, StageConfig
-
-HEADS = ("vqa_classifier.", "nlvr2_classifier.")  # the reference multiplies their learning rate alone
-NO_DECAY = (
-    "*.bias",
-    "*_bias",
-    "*norm*.weight",
-    "*LayerNorm.weight",
-    "*_classifier.1.weight",
-    "*.gamma_?",
-    "*cls_token",
-    "*mask_token",
-    "*pos_embed",
-    "*position_embeddings.weight",
-    "*token_type_embeddings.weight",
-    "relative_position_bias_table",
-    "logit_scale",
-    "logit_vl_scale",
-)
-
-
-def matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+from vlmo_ds.families.interface import matches
 
 
 def set_trainable(model: nn.Module, stage: StageConfig) -> list[str]:
@@ -55,13 +34,14 @@ def set_trainable(model: nn.Module, stage: StageConfig) -> list[str]:
     return trained
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict]:
     """Up to four groups: decayed or not, backbone or head. Only trainable parameters are in them."""
+    config, family = stage.optimizer, stage.family
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            head = name.startswith(HEADS) and config.head_lr_multiplier != 1.0
-            groups.setdefault((matches(name, NO_DECAY), head), []).append(parameter)
+            head = matches(name, family.heads) and config.head_lr_multiplier != 1.0
+            groups.setdefault((matches(name, family.no_decay), head), []).append(parameter)
     return [
         {
             "params": parameters,

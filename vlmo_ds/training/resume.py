@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmo_ds import ledger
-from vlmo_ds.config import Recipe, RecipeError, StageConfig, parse_recipe, read_yaml
+from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import source_shards
 from vlmo_ds.data.shards import Shard
 from vlmo_ds.data.storage import is_remote, write_atomically
-from vlmo_ds.interop.official import STAGE
 from vlmo_ds.manifest import MANIFEST, fault_of
+from vlmo_ds.recipe_file import parse_recipe, read_yaml
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.command import Command
+from vlmo_ds.weights_file import STAGE
 
 # Settings of a stage that do not change what is trained: a run may go on with other values.
 FREE_OF_STAGE = (
@@ -39,9 +40,7 @@ FREE_OF_STAGE = (
     ".stall_seconds",
 )
 FREE = (
-    "retrieval",
-    "vqa",
-    "nlvr2",
+    *EVALUATIONS,
     "keep_checkpoints",
     "checkpoint_failures",
     "background_checkpoints",
@@ -58,9 +57,7 @@ OWN_FILES = (
     "metrics.jsonl",
     ledger.FILE,
     "answers.json",
-    "retrieval.json",
-    "vqa.json",
-    "nlvr2.json",
+    *(f"{name}.json" for name in EVALUATIONS),
     DATA,
 )
 BLOCK, MOST_BLOCKS = (

@@ -17,23 +17,24 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe, RecipeError, StageConfig
+from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import check_samples, source_shards
 from vlmo_ds.data.shards import ANSWERS, answer_list, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import nlvr2, retrieval, vqa
 from vlmo_ds.evaluation.circumstances import hardware
 from vlmo_ds.evaluation.held_out import check_held_out
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
+from vlmo_ds.evaluation.table import Finished, Outcome, due
+from vlmo_ds.families.interface import TEXTS
 from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.command import Command
 from vlmo_ds.training.command import main as main
-from vlmo_ds.training.ds_config import merge, refuse_by_device, refuse_by_models
+from vlmo_ds.training.ds_config import merge, precision_of, refuse_by_device, refuse_by_models
 from vlmo_ds.training.engine import device, start_distributed
 from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, LOST_A_RANK, UNUSABLE
 from vlmo_ds.training.guard import Diverged
@@ -145,7 +146,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         if collector.rank == 0:
             print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
         known_shards = on_rank0(collector, lambda: check_before_start(command))
-        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), *recipe.family.tokenizer)
         recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
         recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
@@ -224,8 +225,8 @@ def check_before_start(command: Command) -> dict[str, list[list[str]]]:
     check_resume(args, recipe, stages, run)
     for stage in stages:
         source_shards(stage.data)
-    for held_out in (recipe.retrieval, recipe.vqa, recipe.nlvr2):
-        if held_out:
+    for name in EVALUATIONS:
+        if held_out := getattr(recipe, name):
             list_shards(held_out.shards)
     known_shards = check_shards(stages, run, args.accept_data or ())
     check_results(command)
@@ -240,8 +241,8 @@ def check_before_start(command: Command) -> dict[str, list[list[str]]]:
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer.name != "train":
-        return load_tokenizer(recipe.tokenizer.name)
-    with_text = [stage.data for stage in recipe.stages if stage.tasks.keys() - {"mim"}]
+        return load_tokenizer(recipe.tokenizer.name, *recipe.family.tokenizer)
+    with_text = [stage.data for stage in recipe.stages if stage.reads & TEXTS]
     if not with_text:
         raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
 
@@ -260,8 +261,8 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def count_answers(recipe: Recipe, run: Path) -> int:
-    """The answers that vqa chooses among, whose list goes into the run; what the recipe says without vqa."""
-    asking = [stage.data for stage in recipe.stages if "vqa" in stage.tasks]
+    """The answers that questions choose among, whose list goes into the run; what the recipe says where none are asked."""
+    asking = [stage.data for stage in recipe.stages if "questions" in stage.reads]
     wanted = recipe.model.vqav2_label_size
     if not asking:
         return wanted
@@ -295,44 +296,35 @@ def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[Stag
     write_atomically(run / "ds_config.json", json.dumps(resolved, indent=1).encode())
 
 
+def precisions(run: Path) -> dict[str, str]:
+    """Of each stage, from what write_resolved has written."""
+    configs = json.loads((run / "ds_config.json").read_bytes())
+    return {stage: precision_of(config) for stage, config in configs.items()}
+
+
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
     """Evaluation after the last stage, and the report."""
     started = time.monotonic()
     ranks = collector.each_rank(hardware())
-    last = recipe.stages[-1]
-    final = run / "checkpoints" / last.name / "final"
-    tables: dict[str, dict[str, float]] = {}
-    data = result = None
-    if final.is_dir():
-        if recipe.retrieval and {"itc", "irtr"} & last.tasks.keys():
-            model = load_model(recipe, final).to(device())
-            data = retrieval.load_set(recipe.retrieval, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
-            result = retrieval.evaluate(model, data, recipe.retrieval, collector)
-        if recipe.vqa and "vqa" in last.tasks:
-            model = load_model(recipe, final).to(device())
-            answers = vqa.read_answers(run, recipe.model.vqav2_label_size)
-            rows = vqa.evaluate(model, recipe.vqa, answers, tokenizer, collector)
-            tables["vqa"] = vqa.overall(rows)
-        if recipe.nlvr2 and "nlvr2" in last.tasks:
-            model = load_model(recipe, final).to(device())
-            tables["nlvr2"] = nlvr2.scores(nlvr2.evaluate(model, recipe.nlvr2, tokenizer, collector))
+    final = run / "checkpoints" / recipe.stages[-1].name / "final"
+    finished = Finished(recipe, run, tokenizer, collector)
+    outcomes: dict[str, Outcome] = {}
+    for name, evaluation in due(recipe).items() if final.is_dir() else ():
+        outcomes[name] = evaluation.measure(load_model(recipe, final).to(device()), finished)
 
     def publish() -> None:
-        if result is not None:
-            write_atomically(run / "retrieval.json", as_json(result.metrics))
-        for name, values in tables.items():
-            write_atomically(run / f"{name}.json", as_json(values))
+        for name, outcome in outcomes.items():
+            write_atomically(run / f"{name}.json", as_json(outcome.metrics))
+        tables = {name: outcome.metrics for name, outcome in outcomes.items() if not outcome.pictures}
+        data, result = next((o.pictures for o in outcomes.values() if o.pictures), (None, None))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
         seconds = time.monotonic() - started
-        path = write_report(run, recipe.name, data, result, queries, tables, ranks, seconds)
+        path = write_report(run, recipe.name, data, result, queries, tables, ranks, seconds, precisions(run))
         print(f"report: {path}", flush=True)
 
     if collector.rank == 0:
-        if data is not None and result is not None:
-            print(retrieval.table(result.metrics, len(data.images), len(data.captions)))
-        for name, module in (("vqa", vqa), ("nlvr2", nlvr2)):
-            if name in tables:
-                print(module.table(tables[name]))
+        for outcome in outcomes.values():
+            print(outcome.text)
     what = "the results of the evaluation"
     if problem := checkpoint.tried_again(collector, publish, recipe.checkpoint_failures, f"{what} cannot be written"):
         raise RecipeError(

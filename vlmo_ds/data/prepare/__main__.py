@@ -197,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     sub = with_images(
         dataset(
             "arrow",
-            "arrow and parquet files of ViLT, VLMo and Hugging Face datasets, and folders that save_to_disk writes",
+            "arrow and parquet files of ViLT (and those that took it over) and Hugging Face datasets, and folders that save_to_disk writes",
             arrow,
         )
     )

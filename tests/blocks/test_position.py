@@ -1,7 +1,7 @@
 import torch
 from conftest import golden
 
-from vlmo_ds.models.position import image_position_index, joint_position_index, num_distances, text_position_index
+from vlmo_ds.blocks.position import image_position_index, joint_position_index, num_distances, text_position_index
 
 
 def test_indices_equal_the_recorded_ones():

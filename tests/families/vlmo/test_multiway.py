@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models.tiny import tiny_batch, tiny_model
+from families.vlmo.tiny import tiny_batch, tiny_model
 
-from vlmo_ds.models.multiway import Stream
+from vlmo_ds.families.vlmo.multiway import Stream
 
 POSITIONS = [{}, {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None}]
 
@@ -86,7 +86,7 @@ def test_recomputation_repeats_stochastic_depth():
 
 
 def test_stochastic_depth_keeps_the_mean():
-    from vlmo_ds.models.layers import drop_path
+    from vlmo_ds.blocks.layers import drop_path
 
     x, sequence = torch.ones(4000, 1), torch.arange(2000).repeat_interleave(2)
     dropped = drop_path(x, 0.25, sequence, 2000)

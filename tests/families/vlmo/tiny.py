@@ -2,8 +2,8 @@
 
 import torch
 
-from vlmo_ds.config import ModelConfig
-from vlmo_ds.models.vlmo import VLMo
+from vlmo_ds.families.vlmo.config import VLMoSettings
+from vlmo_ds.families.vlmo.model import VLMo
 
 JOINT = {"mlm": 0.25, "itc": 1.0, "itm": 1.0}
 
@@ -14,7 +14,7 @@ def tiny_model(tasks=JOINT, dtype=torch.float64, **changes) -> VLMo:
         "embed_dim": 32, "depth": 4, "num_heads": 4, "vlffn_start_layer_index": 2, "image_size": 32, "patch_size": 8,
         "max_text_len": 24, "max_text_len_of_initckpt": 24, "vocab_size": 50,
     }  # fmt: skip
-    model = VLMo(ModelConfig(**settings | changes), tasks).to(dtype)
+    model = VLMo(VLMoSettings(**settings | changes), tasks).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import golden
 
-from vlmo_ds.interop.parity import compare, compare_resized
+from vlmo_ds.families.vlmo.parity import compare, compare_resized
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

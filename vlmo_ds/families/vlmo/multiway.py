@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from vlmo_ds.models.layers import AttentionGroup, Block, PackedLayout, PatchEmbed, given
-from vlmo_ds.models.position import joint_position_index
+from vlmo_ds.blocks.layers import PatchEmbed, given
+from vlmo_ds.blocks.position import joint_position_index
+from vlmo_ds.families.vlmo.block import AttentionGroup, Block, PackedLayout
 
 
 class Stream(NamedTuple):

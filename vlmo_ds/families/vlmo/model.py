@@ -7,21 +7,21 @@ position table, the logit scales) are there only inside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import partial, reduce
-from operator import add
-from typing import NamedTuple
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo_ds.config import ModelConfig
+from vlmo_ds.blocks.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
+from vlmo_ds.blocks.layers import given, init_weights, normalize
+from vlmo_ds.blocks.position import num_distances
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.models.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
-from vlmo_ds.models.layers import given
-from vlmo_ds.models.multiway import Encoded, MultiWayTransformer, Stream
-from vlmo_ds.models.position import num_distances
+from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
+from vlmo_ds.families.vlmo import FAMILY
+from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
+from vlmo_ds.families.vlmo.multiway import Encoded, MultiWayTransformer, Stream
 from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
 from vlmo_ds.objectives.itm import itm_loss, mine_negatives
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
@@ -29,49 +29,18 @@ from vlmo_ds.objectives.mlm import mlm_loss
 from vlmo_ds.objectives.nlvr2 import nlvr2_loss
 from vlmo_ds.objectives.vqa import vqa_loss
 
-IMAGE_MEAN = IMAGE_STD = 0.5  # VLMo's normalisation to [-1, 1]
 
-Batch = Mapping[str, Tensor]
-
-
-class StepOutput(NamedTuple):
-    """What one forward pass gives back (a tuple, in which DeepSpeed finds the tensors).
-
-    loss: this rank's weighted sum, to be averaged over ranks; losses: the same per task, weights included, gradients
-    attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: to be averaged over ranks, among
-    them loss/<task> without its weight.
-    """
-
-    loss: Tensor
-    losses: dict[str, Tensor]
-    ratios: dict[str, tuple[Tensor, Tensor]]
-    values: dict[str, Tensor]
-
-
-def added(values: Iterable[Tensor]) -> Tensor:
-    """The sum, in order. Python's own begins with a whole number, and of nothing is one."""
-    return reduce(add, values)
-
-
-def init_weights(module: nn.Module, std: float) -> None:
-    """Truncated normal for linear layers and embeddings, zeros for biases and the padding word."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=std)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-class VLMo(nn.Module):
+class VLMo(FamilyModel):
     """VLMo (arXiv:2111.02358) with the heads that its tasks need.
 
     tasks: task name -> loss weight. Names: mim, textmlm, mlm, itc, itm; irtr, vqa, nlvr2 go alone.
     Parameter names and shapes are those of the official checkpoints.
     """
 
-    def __init__(self, config: ModelConfig, tasks: Mapping[str, float], collector: Collector | None = None):
+    family = FAMILY
+    config: VLMoSettings
+
+    def __init__(self, config: VLMoSettings, tasks: Mapping[str, float], collector: Collector | None = None):
         super().__init__()
         self.config = config
         self.tasks = dict(tasks)
@@ -153,7 +122,7 @@ class VLMo(nn.Module):
         negative_seed 0-d int64 (itm), vqa_targets [B, A] float, image_0, image_1 as image and answers [B] int64
         (nlvr2): as far as the tasks need them.
         """
-        out = StepOutput(torch.zeros(()), {}, {}, {})
+        out = StepOutput.empty()
         if "irtr" in self.tasks:
             self.add_contrast(out, self.contrast_features(batch))
         elif "vqa" in self.tasks:
@@ -172,7 +141,7 @@ class VLMo(nn.Module):
             texts["masked"] = batch["text_ids_mlm"]
         if "itc" in tasks or "itm" in tasks:
             texts["clean"] = batch["text_ids"]
-        images = normalize(batch["image"], self.transformer.cls_token.dtype) if self.needs_image else None
+        images = normalized(batch["image"], self.transformer.cls_token.dtype) if self.needs_image else None
         types = self.token_types()
         text = self.embed_texts(texts, types)
         mask = batch.get("text_masks")
@@ -232,7 +201,7 @@ class VLMo(nn.Module):
 
     def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
         """image, text_ids, text_masks -> what add_contrast needs, from one walk: features [B, D], logit scales."""
-        images = normalize(batch["image"], self.transformer.cls_token.dtype)
+        images = normalized(batch["image"], self.transformer.cls_token.dtype)
         types = self.token_types()
         text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
         streams = {
@@ -261,12 +230,6 @@ class VLMo(nn.Module):
     def needs_image(self) -> bool:
         return not self.tasks.keys() <= {"textmlm"}
 
-    def record(self, out: StepOutput, task: str, result: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]) -> None:
-        loss, ratios = result
-        out.losses[task] = loss * self.tasks[task]
-        out.values[f"loss/{task}"] = loss.detach()
-        out.ratios.update({f"{task}/{name}": ratio for name, ratio in ratios.items()})
-
     def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, types_2D: Tensor, contrast) -> Tensor:
         """Wave 2: class tokens of (text, wrong image), then of (wrong text, image), [2B, D]."""
         negatives = mine_negatives(
@@ -286,7 +249,7 @@ class VLMo(nn.Module):
         pairs = Stream(
             torch.cat((padded_text_BLD, wrong_text_BLD)), mask, torch.arange(2 * len(ids), device=mask.device)
         )
-        pixels = torch.cat((normalize(wrong_image, images.dtype), images))
+        pixels = torch.cat((normalized(wrong_image, images.dtype), images))
         return self.encode({"pairs": pairs}, pixels, types_2D[1])["pairs"].tokens_BLD[:, 0]
 
     # ---- encodings ----
@@ -337,7 +300,7 @@ class VLMo(nn.Module):
 
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image (and vl_image), [B, D]."""
-        images = normalize(batch["image"], self.transformer.cls_token.dtype)
+        images = normalized(batch["image"], self.transformer.cls_token.dtype)
         stream = Stream(image_rows_B=torch.arange(len(images), device=images.device), vl_twin=self.has_twin)
         return self.itc_features(self.encode({"image": stream}, images, self.token_types()[1])["image"], None)
 
@@ -367,13 +330,19 @@ class VLMo(nn.Module):
 
     def pooled_pairs(self, images: Tensor, batch: Batch, types: Tensor, image_type: Tensor | None = None) -> Tensor:
         """Pooled class tokens of texts with images, [I, D]; the B texts are repeated where there are more images."""
-        images = normalize(images, self.transformer.cls_token.dtype)
+        images = normalized(images, self.transformer.cls_token.dtype)
         text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
         times = len(images) // len(text)
         rows = torch.arange(len(images), device=images.device)
         stream = Stream(text.repeat(times, 1, 1), batch["text_masks"].repeat(times, 1), rows)
         encoded = self.encode({"pair": stream}, images, types[1] if image_type is None else image_type)
         return self.pooler(encoded["pair"].tokens_BLD[:, 0])
+
+    def contrast_scale(self) -> Tensor:
+        return self.logit_scale.detach().float().exp()
+
+    def offload_checkpoints(self, offloaded: bool) -> None:
+        self.transformer.offload_checkpoints = offloaded
 
     @torch.no_grad()
     def init_vl_experts(self, source: str) -> None:
@@ -383,8 +352,6 @@ class VLMo(nn.Module):
                 block.get_submodule(f"{part}_vl").load_state_dict(block.get_submodule(f"{part}_{source}").state_dict())
 
 
-def normalize(image: Tensor, dtype: torch.dtype) -> Tensor:
+def normalized(image: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 pixels to [-1, 1]; a floating-point image is taken as already normalised."""
-    if image.dtype == torch.uint8:
-        image = (image.float() / 255 - IMAGE_MEAN) / IMAGE_STD
-    return image.to(dtype)
+    return normalize(image, *PIXELS, dtype)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models.tiny import tiny_batch, tiny_model
+from families.vlmo.tiny import tiny_batch, tiny_model
 
-from vlmo_ds.models.heads import MLMHead
-from vlmo_ds.models.layers import Block
+from vlmo_ds.blocks.heads import MLMHead
+from vlmo_ds.families.vlmo.block import Block
 
 
 def count_calls(model, kind):

@@ -1,7 +1,7 @@
-"""The layers of a MultiWay block: patch embedding, attention, experts, stochastic depth.
+"""A MultiWay block: attention over packed tokens, then one feed-forward expert per modality.
 
-Dimensions: B sequences, L tokens of one sequence, D width, H heads, K width of a head, P patches,
-N tokens of all sequences of a wave together ("packed"; see multiway.py).
+Dimensions: B sequences, L tokens of one sequence, D width, H heads, N tokens of all sequences of a wave together ("packed";
+see multiway.py).
 """
 
 from __future__ import annotations
@@ -13,34 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class PatchEmbed(nn.Module):
-    """Cuts an image into square patches and projects each (ViT, arXiv:2010.11929, section 3.1)."""
-
-    def __init__(self, image_size: int, patch_size: int, embed_dim: int):
-        super().__init__()
-        self.image_size = image_size
-        self.num_patches = (image_size // patch_size) ** 2
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """[B, 3, image_size, image_size] -> [B, P, D]."""
-        if image_BCHW.shape[-2:] != (self.image_size, self.image_size):
-            found = "x".join(str(n) for n in image_BCHW.shape[-2:])
-            raise ValueError(f"image is {found} pixels, the model takes {self.image_size}x{self.image_size}")
-        return self.proj(image_BCHW).flatten(2).transpose(1, 2)
-
-
-class Mlp(nn.Module):
-    """A modality expert: two linear layers with GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+from vlmo_ds.blocks.attention import attention_kernel
+from vlmo_ds.blocks.layers import Mlp, drop_path, given
 
 
 class QkvLinear(nn.Linear):
@@ -55,48 +29,6 @@ class QkvLinear(nn.Linear):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]  # a module's forward is its own
         return F.linear(x, self.weight, bias)
-
-
-def given(tensor: Tensor | None, what: str) -> Tensor:
-    """A tensor that not every call needs; ValueError where one that needs it goes without."""
-    if tensor is None:
-        raise ValueError(f"{what} is needed here, and is None")
-    return tensor
-
-
-def additive_mask(bias_HLL: Tensor | None, key_mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Position bias and padding as one mask that is added to the scaled scores: broadcastable to [B, H, L, L]."""
-    mask = None if bias_HLL is None else bias_HLL[None].to(dtype)
-    if key_mask_BL is None:
-        return mask
-    padding = torch.zeros(key_mask_BL.shape, dtype=dtype, device=key_mask_BL.device)
-    padding = padding.masked_fill(key_mask_BL == 0, float("-inf"))[:, None, None, :]
-    return padding if mask is None else mask + padding
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLL: Tensor | None, key_mask_BL: Tensor | None) -> Tensor:
-    """Attention by torch's scaled_dot_product_attention. q, k, v: [B, H, L, K] -> [B, H, L, K]."""
-    mask = additive_mask(bias_HLL, key_mask_BL, q.dtype)
-    if mask is not None:
-        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLL: Tensor | None, key_mask_BL: Tensor | None) -> Tensor:
-    """The same written out, with scores and softmax in float32 at least: what the tests compare against.
-
-    It is also what runs on CPUs, where torch's kernel falls back to a slower composition as soon as the mask
-    needs a gradient (benchmarks/attention.py).
-    """
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    mask = additive_mask(bias_HLL, key_mask_BL, scores.dtype)
-    if mask is not None:
-        scores = scores + mask
-    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
-
-
-ATTENTION = {"sdpa": sdpa_attention, "explicit": explicit_attention}
 
 
 @dataclass
@@ -125,10 +57,7 @@ class Attention(nn.Module):
 
         bias_table_RH: this layer's part of the relative position table, one row per distance.
         """
-        name = self.implementation
-        if name == "auto":
-            name = "sdpa" if x_ND.is_cuda else "explicit"
-        attend = ATTENTION[name]
+        attend = attention_kernel(self.implementation, x_ND)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv_N3D = self.qkv(x_ND, bias)
         rows: dict[int, Tensor] = {}
@@ -149,15 +78,6 @@ class Attention(nn.Module):
             for (start, _, _), piece in zip(group.parts, out.split(lengths, dim=1), strict=True):
                 rows[start] = piece.reshape(-1, out.shape[-1])
         return self.proj(torch.cat([rows[start] for start in sorted(rows)]))
-
-
-def drop_path(x_ND: Tensor, rate: float, sequence_N: Tensor, num_sequences: int) -> Tensor:
-    """Stochastic depth (arXiv:1603.09382): drops the residual branch of whole sequences, scales the others up.
-
-    sequence_N: the sequence that each packed token belongs to.
-    """
-    keep = torch.rand(num_sequences, device=x_ND.device) >= rate
-    return x_ND * (keep.to(x_ND.dtype) / (1.0 - rate))[sequence_N, None]
 
 
 @dataclass

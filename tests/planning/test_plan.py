@@ -7,8 +7,9 @@ from statistics import mean
 import pytest
 from conftest import ROOT, call, run_ranks, tiny_recipe, write_yaml
 
-from vlmo_ds.config import load_recipe, parse_recipe
-from vlmo_ds.training import plan
+from vlmo_ds.families.vlmo import cost
+from vlmo_ds.planning import plan
+from vlmo_ds.recipe_file import load_recipe, parse_recipe
 
 MODEL = {"embed_dim": 64, "depth": 4, "num_heads": 2, "vlffn_start_layer_index": 2}
 ZERO3 = {"stage3_param_persistence_threshold": 1000}
@@ -105,7 +106,7 @@ def test_the_exchange_does_not_grow_with_the_ranks_and_the_gather_does():
     for ranks in (2, 8, 64, 512):
         stage.global_batch_size = 16 * ranks
         rows[ranks] = plan.wire_of(recipe, stage, {}, ranks, plan.build(recipe, stage))
-    assert rows[512]["all-to-all"] == pytest.approx(16 * plan.row_bytes(recipe.model), rel=0.01)
+    assert rows[512]["all-to-all"] == pytest.approx(16 * cost.row_bytes(recipe.model), rel=0.01)
     assert rows[512]["all-to-all"] < 2 * rows[2]["all-to-all"]
     assert rows[512]["all-gather"] / rows[64]["all-gather"] == pytest.approx(8, rel=0.02)
 
@@ -116,7 +117,7 @@ def test_forward_flops_of_the_published_models():
         recipe = recipe_of(ROOT)
         recipe["model"] = {"arch": arch, "vocab_size": 30522}
         parsed = parse_recipe(recipe, "test")
-        assert plan.forward_flops(parsed.model, parsed.stages[2]) == pytest.approx(expected, rel=0.02)
+        assert cost.forward_flops(parsed.model, parsed.stages[2]) == pytest.approx(expected, rel=0.02)
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from conftest import ROOT, tiny_recipe
 
-from vlmo_ds.config import RecipeError, parse_recipe
-from vlmo_ds.training import preflight
-from vlmo_ds.training.preflight import (
+from vlmo_ds.config import RecipeError
+from vlmo_ds.planning import preflight
+from vlmo_ds.planning.preflight import (
     MARK,
     PACKAGES,
     Row,
@@ -25,6 +25,7 @@ from vlmo_ds.training.preflight import (
     time_collective,
     write_environment,
 )
+from vlmo_ds.recipe_file import parse_recipe
 
 HOSTS = {"n0": 2, "n1": 2}
 

@@ -1,0 +1,73 @@
+"""Layers of a vision transformer that families share: patch embedding, feed-forward network, stochastic depth.
+
+Dimensions: B sequences, L tokens of one sequence, D width, P patches, N tokens of all sequences together ("packed").
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def given(tensor: Tensor | None, what: str) -> Tensor:
+    """A tensor that not every call needs; ValueError where one that needs it goes without."""
+    if tensor is None:
+        raise ValueError(f"{what} is needed here, and is None")
+    return tensor
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into square patches and projects each (ViT, arXiv:2010.11929, section 3.1)."""
+
+    def __init__(self, image_size: int, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.image_size = image_size
+        self.num_patches = (image_size // patch_size) ** 2
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """[B, 3, image_size, image_size] -> [B, P, D]."""
+        if image_BCHW.shape[-2:] != (self.image_size, self.image_size):
+            found = "x".join(str(n) for n in image_BCHW.shape[-2:])
+            raise ValueError(f"image is {found} pixels, the model takes {self.image_size}x{self.image_size}")
+        return self.proj(image_BCHW).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def drop_path(x_ND: Tensor, rate: float, sequence_N: Tensor, num_sequences: int) -> Tensor:
+    """Stochastic depth (arXiv:1603.09382): drops the residual branch of whole sequences, scales the others up.
+
+    sequence_N: the sequence that each packed token belongs to.
+    """
+    keep = torch.rand(num_sequences, device=x_ND.device) >= rate
+    return x_ND * (keep.to(x_ND.dtype) / (1.0 - rate))[sequence_N, None]
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Truncated normal for linear layers and embeddings, zeros for biases and the padding word."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def normalize(image: Tensor, mean: float, std: float, dtype: torch.dtype) -> Tensor:
+    """uint8 pixels, put between 0 and 1, less their mean and over their std; a floating-point image is normalised already."""
+    if image.dtype == torch.uint8:
+        image = (image.float() / 255 - mean) / std
+    return image.to(dtype)

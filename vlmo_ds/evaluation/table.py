@@ -1,0 +1,77 @@
+"""What is measured after the last stage: one evaluation for each of the recipe's settings of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import Recipe
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import nlvr2, retrieval, runs, vqa
+from vlmo_ds.evaluation.retrieval import RetrievalResult, RetrievalSet
+from vlmo_ds.families.step import FamilyModel
+
+
+class Finished(NamedTuple):
+    """A run whose last stage is measured."""
+
+    recipe: Recipe
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    collector: Collector
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """metrics: for <name>.json; text: for the console; pictures: for the report's gallery, instead of a table of metrics."""
+
+    metrics: Mapping[str, Any]
+    text: str
+    pictures: tuple[RetrievalSet, RetrievalResult] | None = None
+
+
+class Evaluation(NamedTuple):
+    """call: of the model, which the stage has to have trained; read: name and pictures of all that is read, from the settings."""
+
+    call: str
+    read: Callable[[Any], Iterator[tuple[str, list[bytes]]]]
+    measure: Callable[[FamilyModel, Finished], Outcome]
+
+
+def measure_retrieval(model: FamilyModel, of: Finished) -> Outcome:
+    config = of.recipe.retrieval
+    assert config is not None
+    data = retrieval.load_set(config, of.recipe.model.image_size, of.recipe.model.max_text_len, of.tokenizer)
+    result = retrieval.evaluate(model, data, config, of.collector)
+    text = retrieval.table(result.metrics, len(data.images), len(data.captions))
+    return Outcome(result.metrics, text, (data, result))
+
+
+def measure_vqa(model: FamilyModel, of: Finished) -> Outcome:
+    assert of.recipe.vqa is not None
+    answers = vqa.read_answers(of.folder, of.recipe.model.vqav2_label_size)
+    metrics = vqa.overall(vqa.evaluate(model, of.recipe.vqa, answers, of.tokenizer, of.collector))
+    return Outcome(metrics, vqa.table(metrics))
+
+
+def measure_nlvr2(model: FamilyModel, of: Finished) -> Outcome:
+    assert of.recipe.nlvr2 is not None
+    metrics = nlvr2.scores(nlvr2.evaluate(model, of.recipe.nlvr2, of.tokenizer, of.collector))
+    return Outcome(metrics, nlvr2.table(metrics))
+
+
+TABLE: dict[str, Evaluation] = {
+    "retrieval": Evaluation("encode_text", retrieval.names_and_pictures, measure_retrieval),
+    "vqa": Evaluation("answer", lambda config: runs.names_and_pictures(config, vqa.read), measure_vqa),
+    "nlvr2": Evaluation("compare", lambda config: runs.names_and_pictures(config, nlvr2.read), measure_nlvr2),
+}
+
+
+def due(recipe: Recipe) -> dict[str, Evaluation]:
+    """Those that the recipe has settings for, and whose call its last stage trains."""
+    gives = recipe.stages[-1].gives
+    return {name: one for name, one in TABLE.items() if getattr(recipe, name) and one.call in gives}

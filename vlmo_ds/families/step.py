@@ -1,0 +1,80 @@
+"""What the model of every family is to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlmo_ds.config import ModelConfig
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.families.interface import Family
+
+Batch = Mapping[str, Tensor]
+
+
+class StepOutput(NamedTuple):
+    """What one forward pass gives back (a tuple, in which DeepSpeed finds the tensors).
+
+    loss: this rank's weighted sum, to be averaged over ranks; losses: the same per task, weights included, gradients
+    attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: to be averaged over ranks, among
+    them loss/<task> without its weight.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    ratios: dict[str, tuple[Tensor, Tensor]]
+    values: dict[str, Tensor]
+
+    @classmethod
+    def empty(cls) -> StepOutput:
+        return cls(torch.zeros(()), {}, {}, {})
+
+
+def added(values: Iterable[Tensor]) -> Tensor:
+    """The sum, in order. Python's own begins with a whole number, and of nothing is one."""
+    return reduce(add, values)
+
+
+class FamilyModel(nn.Module):
+    """What training, planning and the evaluations need of a model; how it computes is its family's matter.
+
+    Everything goes through forward, because under ZeRO-3 parameters that a module holds itself are there only inside it.
+    """
+
+    family: ClassVar[Family]
+    config: ModelConfig
+    tasks: dict[str, float]  # name -> weight of its loss
+    collector: Collector
+
+    def forward(self, batch: Batch, call: str = "step") -> Any:
+        """One of the model's calls. Every family has step (all tasks, gives StepOutput); with tasks whose features are
+        cached contrast_features; and for the evaluations the calls that its tasks give."""
+        raise NotImplementedError
+
+    def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> Any:
+        """Records the losses over all of a batch's features, as contrast_features gave them; reads no parameter."""
+        raise NotImplementedError
+
+    def offload_checkpoints(self, offloaded: bool) -> None:
+        """Whether the inputs of recomputed blocks wait in host memory."""
+        raise NotImplementedError
+
+    def contrast_scale(self) -> Tensor:
+        """What cosines of image and text features are multiplied with, 0-d float32."""
+        raise NotImplementedError
+
+    def gives(self, call: str) -> bool:
+        """Whether one of the model's tasks trains this call of it."""
+        return any(call in self.family.tasks[task].gives for task in self.tasks)
+
+    def record(self, out: StepOutput, task: str, result: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]) -> None:
+        """Adds a task's loss and counts to what a step gives."""
+        loss, ratios = result
+        out.losses[task] = loss * self.tasks[task]
+        out.values[f"loss/{task}"] = loss.detach()
+        out.ratios.update({f"{task}/{name}": ratio for name, ratio in ratios.items()})

@@ -1,0 +1,346 @@
+"""VLMo as Hugging Face models: importing this module makes them known to the Auto classes.
+
+    import vlmo_ds.interop.huggingface  # the classes of every family
+    from transformers import AutoModel, AutoProcessor
+
+    model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+
+FOLDER is what `python -m vlmo_ds.interop.export` writes. Neither DeepSpeed nor a process group is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from vlmo_ds.blocks.layers import init_weights
+from vlmo_ds.config import RecipeError
+from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright_pixels
+from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
+from vlmo_ds.families.vlmo.model import VLMo
+from vlmo_ds.families.vlmo.multiway import Stream
+
+RETRIEVAL = ("itc", "itm", "irtr")
+
+
+class VLMoConfig(PreTrainedConfig):
+    """VLMoSettings' values; tasks: those whose heads the weights have; id2label: VQA's answers."""
+
+    model_type = "vlmo"
+    attribute_map = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
+
+    def __init__(self, tasks: Sequence[str] = (), **kwargs: Any):
+        known = {name: kwargs.pop(name) for name in VLMoSettings.model_fields if name in kwargs}
+        self.tasks = list(tasks)
+        # every value as the check of the settings leaves it: sizes that do not fit raise here
+        for name, value in VLMoSettings(**known).model_dump().items():
+            setattr(self, name, value)
+        super().__init__(**kwargs)
+
+    @property
+    def settings(self) -> VLMoSettings:
+        return VLMoSettings(**{name: getattr(self, name) for name in VLMoSettings.model_fields})
+
+
+class VLMoPreTrainedModel(PreTrainedModel):
+    """All classes keep the network under the name `vlmo`, with its official parameter names."""
+
+    config_class = VLMoConfig
+    base_model_prefix = "vlmo"
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected = [r"vlmo\..*"]  # heads that a class does not have
+
+    def __init__(self, config: VLMoConfig, tasks: Sequence[str]):
+        super().__init__(config)
+        self.vlmo = VLMo(config.settings, dict.fromkeys(tasks, 1.0))
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        init_weights(module, self.config.init_std)
+
+    def texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        mask = (input_ids != 0).long() if attention_mask is None else attention_mask.long()
+        return {"text_ids": input_ids, "text_masks": mask}
+
+
+class VLMoModel(VLMoPreTrainedModel):
+    """The encoder: of a text, an image, or a text with an image (fused by the vision-language experts)."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__(config, ())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling:
+        """input_ids, attention_mask [B, L] and pixel_values [B, 3, S, S] -> last_hidden_state [B, text and image tokens,
+        D], text first; pooler_output [B, D]."""
+        if input_ids is None and pixel_values is None:
+            raise ValueError("VLMoModel needs input_ids, pixel_values or both")
+        types, text, mask, rows = self.vlmo.token_types(), None, None, None
+        if input_ids is not None:
+            batch = self.texts(input_ids, attention_mask)
+            text, mask = self.vlmo.embed_texts({"text": batch["text_ids"]}, types)["text"], batch["text_masks"]
+        if pixel_values is not None:
+            rows = torch.arange(len(pixel_values), device=pixel_values.device)
+        encoded = self.vlmo.encode({"inputs": Stream(text, mask, rows)}, pixel_values, types[1])["inputs"].tokens_BLD
+        return BaseModelOutputWithPooling(last_hidden_state=encoded, pooler_output=self.vlmo.pooler(encoded[:, 0]))
+
+
+@dataclasses.dataclass
+class RetrievalOutput(ModelOutput):
+    """logits_per_image [images, texts] and logits_per_text its transpose; image_embeds, text_embeds of unit length."""
+
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+class VLMoForImageTextRetrieval(VLMoPreTrainedModel):
+    """Contrastive features, and where the weights have it the head that scores pairs (`match`)."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__(config, [task for task in config.tasks if task in RETRIEVAL] or ["irtr"])
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, D], of unit length."""
+        return self.vlmo.encode_image({"image": pixel_values})["image"]
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, L] -> [B, D], of unit length."""
+        return self.vlmo.encode_text(self.texts(input_ids, attention_mask))["text"]
+
+    @property
+    def contrast_scale(self) -> float:
+        """What cosines of image and text features are multiplied with."""
+        return float(self.vlmo.contrast_scale())
+
+    def match(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B] log-odds that each text fits its image. ValueError without an itm head."""
+        if "itm" not in self.vlmo.tasks:
+            raise ValueError(f"this model has no itm head; it was trained for {', '.join(self.config.tasks)}")
+        return self.vlmo.match({**self.texts(input_ids, attention_mask), "image": pixel_values})
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> RetrievalOutput:
+        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
+        logits = self.vlmo.logit_scale.exp() * image @ text.t()
+        return RetrievalOutput(logits, logits.t(), image, text)
+
+
+@dataclasses.dataclass
+class ClassificationOutput(ModelOutput):
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class VLMoForClassification(VLMoPreTrainedModel):
+    """What the two classifiers share. Subclasses: their logits and their loss."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> ClassificationOutput:
+        """input_ids, attention_mask [B, L]; pixel_values, logits and labels as the class says."""
+        logits = self.logits(self.texts(input_ids, attention_mask), pixel_values)
+        return ClassificationOutput(None if labels is None else self.loss(logits, labels), logits)
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class VLMoForQuestionAnswering(VLMoForClassification):
+    """Logits [B, answers] over a fixed list of answers, config.id2label, from pixel_values [B, 3, S, S].
+
+    labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers.
+    """
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__(config, ["vqa"])
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        return self.vlmo.answer({**texts, "image": pixel_values})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
+
+
+class VLMoForImagesAndTextClassification(VLMoForClassification):
+    """Is a sentence true of two images? Logits [B, 2], index 1 = true, from pixel_values [B, 2, 3, S, S].
+
+    labels [B] int64.
+    """
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__(config, ["nlvr2"])
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(
+                f"pixel_values has shape {list(pixel_values.shape)}; accepted: [B, 2, 3, S, S], two images a text"
+            )
+        return self.vlmo.compare({**texts, "image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+
+def as_image(pixels_HWC: np.ndarray) -> Image.Image:
+    try:
+        return Image.fromarray(pixels_HWC)
+    except TypeError:
+        raise ValueError(
+            f"images: an array of shape {list(pixels_HWC.shape)} and type {pixels_HWC.dtype}; accepted: [height, width, 3], "
+            "uint8"
+        ) from None
+
+
+class VLMoImageProcessor(BaseImageProcessor):
+    """Images to pixel_values [B, 3, S, S] in [-1, 1]: resized to a square, as in this project's evaluations.
+
+    Takes paths, encoded bytes, Pillow images and [H, W, 3], [H, W, 4] or [H, W] uint8 arrays. Paths and bytes give the
+    pixels of training and evaluation to the bit. Of Pillow's images a large JPEG differs slightly: it was decoded at its
+    full size. All are upright as their EXIF orientation says, with transparency on white and grey of 16 bits scaled to 8.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, size: int = 224, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.size = size
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """One image or a list of them; of lists of images (NLVR2's pairs) a [B, 2, 3, S, S]."""
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if images and isinstance(images[0], (list, tuple)):
+            values = np.stack([np.stack([self.one(image) for image in group]) for group in images])
+        else:
+            values = np.stack([self.one(image) for image in images])
+        return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, **kwargs)
+
+    def one(self, image: Any) -> np.ndarray:
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            made = square(EncodedImage(image), self.size, np.random.default_rng(0))
+        else:
+            whole = image if isinstance(image, Image.Image) else as_image(np.asarray(image))
+            made = resized(upright_pixels(whole), self.size, self.size)
+        return (pixels(made).astype(np.float32) / 255 - PIXELS.mean) / PIXELS.std
+
+
+class VLMoProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one: processor(images=..., text=...)."""
+
+    attributes = ["image_processor", "tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+    if int(transformers.__version__.split(".")[0]) < 5:  # from 5 on known by the registration below
+        image_processor_class = "AutoImageProcessor"
+
+    def __init__(self, image_processor: VLMoImageProcessor, tokenizer: Any, max_text_len: int = 40, **kwargs: Any):
+        self.max_text_len = max_text_len
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, return_tensors: str = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        found: dict[str, Any] = {}
+        if text is not None:
+            settings: Mapping[str, Any] = {
+                "padding": True,
+                "truncation": True,
+                "max_length": self.max_text_len,
+                **kwargs,
+            }
+            encoded = self.tokenizer(
+                [text] if isinstance(text, str) else text, return_tensors=return_tensors, **settings
+            )
+            found |= {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if images is not None:
+            found |= self.image_processor(images, return_tensors=return_tensors)
+        return BatchFeature(found)
+
+
+def class_for(tasks: Collection[str]) -> Callable[[VLMoConfig], VLMoPreTrainedModel]:
+    if "vqa" in tasks:
+        return VLMoForQuestionAnswering
+    if "nlvr2" in tasks:
+        return VLMoForImagesAndTextClassification
+    return VLMoForImageTextRetrieval if set(tasks) & set(RETRIEVAL) else VLMoModel
+
+
+def exported(
+    weights: Mapping[str, Tensor],
+    settings: VLMoSettings,
+    tasks: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    answers: list[str] | None,
+    folder: Path,
+) -> VLMoPreTrainedModel:
+    """Writes the folder in one rename. Weights that no class has (of mlm, mim) are left out."""
+    config = VLMoConfig(tasks=list(tasks), **settings.model_dump())
+    if answers:
+        config.id2label = dict(enumerate(answers))
+        config.label2id = {answer: number for number, answer in enumerate(answers)}
+    model = class_for(tasks)(config).eval()
+    own = model.vlmo.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise RecipeError(f"the weights have no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
+    model.vlmo.load_state_dict({name: weights[name] for name in own})
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    VLMoProcessor(
+        VLMoImageProcessor(size=settings.image_size), tokenizer, max_text_len=settings.max_text_len
+    ).save_pretrained(temporary)
+    temporary.replace(folder)
+    return model
+
+
+AutoConfig.register(VLMoConfig.model_type, VLMoConfig)
+AutoModel.register(VLMoConfig, VLMoModel)
+AutoModelForVisualQuestionAnswering.register(VLMoConfig, VLMoForQuestionAnswering)
+AutoModelForZeroShotImageClassification.register(VLMoConfig, VLMoForImageTextRetrieval)
+AutoImageProcessor.register(VLMoConfig, VLMoImageProcessor)
+AutoProcessor.register(VLMoConfig, VLMoProcessor)
