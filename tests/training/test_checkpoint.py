@@ -99,6 +99,73 @@ print("DONE")
 """
 
 
+MOVING = """
+import dataclasses
+
+import sys, torch
+from pathlib import Path
+import deepspeed
+from families.vlmo.tiny import tiny_batch, tiny_model
+from vlmo_ds.recipe_file import load_recipe
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.training import checkpoint
+from vlmo_ds.training.ds_config import merge
+from vlmo_ds.training.engine import build_engine, start_distributed
+from vlmo_ds.training.optim import set_trainable
+from vlmo_ds.training.state import Moved, full_state, refuse_moved
+from vlmo_ds.training.weights import frozen_state
+
+folder = Path(sys.argv[1])
+start_distributed()
+collector = Collector()
+stage = load_recipe(folder / "recipe.yaml").stages[1]
+
+def engine_of(zero, half, averaged):
+    model = tiny_model({"textmlm": 1.0}).float()
+    model.family = dataclasses.replace(model.family, averaged=averaged)
+    set_trainable(model, stage)
+    frozen = frozen_state(model)
+    shapes = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    config = {"zero_optimization": {"stage": zero}, "steps_per_print": 10**9}
+    if half:
+        config["bf16"] = {"enabled": True}
+    engine = build_engine(model, stage, merge(config, stage, collector.world_size))
+    return engine, frozen, shapes
+
+def move(engine, name):
+    parameter = dict(engine.module.named_parameters())[name]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=engine.zero_optimization_stage() == 3):
+        parameter.add_(0.5)
+
+for zero in (0, 1, 2, 3):
+    for half in (False, True):
+        for name in ("pooler.dense.weight", "transformer.blocks.1.norm1.bias"):  # cut up, and whole on every rank
+            engine, frozen, shapes = engine_of(zero, half, ())
+            about = checkpoint.about_run("text", {}, shapes, engine)
+            writer = checkpoint.CheckpointWriter(folder / f"{zero}-{half}-{name}", 1, True, collector)
+            assert writer.start(engine, 1, frozen, about) == "" and writer.finish() == (1, "")
+            move(engine, name)
+            try:
+                writer.start(engine, 2, frozen, about)
+                raise SystemExit(f"ZeRO {zero}: a stale {name} was written")
+            except Moved as error:
+                assert f"{name} is not trained in this stage, and has changed" in str(error), error
+            engine, frozen, shapes = engine_of(zero, half, ("pooler.*", "transformer.blocks.1.norm1.*"))
+            before = full_state(engine, frozen, shapes)
+            move(engine, name)
+            assert writer.start(engine, 3, frozen, about) == "" and writer.finish() == (3, "")
+            refuse_moved(engine, frozen, collector)
+            after = full_state(engine, frozen, shapes)
+            if collector.rank == 0:
+                read = checkpoint.Reader(writer.folder / "step-00000003").weights()
+                assert read.keys() == after.keys()
+                for key, value in after.items():
+                    assert torch.equal(read[key], value), key
+                    assert torch.equal(value, before[key]) is (key != name), key
+print("DONE")
+"""
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -195,3 +262,10 @@ def test_consolidate_leaves_no_half_file(tmp_path, written):
     (tmp_path / "taken").mkdir()
     assert checkpoint.main(["consolidate", str(folder), "--output", str(tmp_path / "taken")]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_what_moves_without_a_gradient_is_declared_or_an_error(tmp_path):
+    """ZeRO 0 to 3, float32 and bfloat16: a frozen parameter that moves is never written as it was; an averaged one is as it is."""
+    write_yaml(tmp_path / "recipe.yaml", tiny_recipe(tmp_path))
+    (tmp_path / "worker.py").write_text(MOVING)
+    assert "DONE" in run_ranks([str(tmp_path / "worker.py"), str(tmp_path)], 2)

@@ -35,7 +35,17 @@ from vlmo_ds.config import RecipeError
 from vlmo_ds.data.storage import mode_of_umask
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.manifest import MANIFEST, crc32, fault_of, listed, write_manifest
-from vlmo_ds.training.state import MOMENTS, aliases, fragments, layout_of, progress, set_progress
+from vlmo_ds.training.state import (
+    MOMENTS,
+    PartitionedLayout,
+    aliases,
+    averaged_parameters,
+    fragments,
+    layout_of,
+    progress,
+    refuse_moved,
+    set_progress,
+)
 from vlmo_ds.training.weights import sync, write_weights
 
 STATE = "state.json"
@@ -145,7 +155,11 @@ class CheckpointWriter:
     def start(
         self, engine: deepspeed.DeepSpeedEngine, step: int, frozen: Mapping[str, Tensor], about: Mapping[str, Any]
     ) -> str:
-        """Copies the state and begins to write it. Returns why it cannot be written, the same on every rank, or ""."""
+        """Copies the state and begins to write it. Returns why it cannot be written, the same on every rank, or "".
+
+        frozen: copies of what does not move (frozen_state); Moved where it has.
+        """
+        refuse_moved(engine, frozen, self.collector)
         self.step = step
         problem = on_disk(self.collector, self.make_folder)
         if problem:
@@ -240,6 +254,13 @@ def snapshot(
         f"{kind}/{start}/{name}": value.detach().to("cpu", torch.float32, copy=True)
         for name, start, kinds in fragments(engine)
         for kind, value in kinds.items()
+    }
+    layout = layout_of(engine)
+    parts = {n: layout.live(p) for n, p in averaged_parameters(engine, frozen).items()}
+    tensors |= {
+        f"weight/{start}/{n}": part.to("cpu", torch.float32, copy=True)
+        for n, (start, part) in parts.items()
+        if part.numel() and (isinstance(layout, PartitionedLayout) or collector.rank == 0)
     }
     everywhere = {**{f"weight/0/{n}": v for n, v in frozen.items()}, **buffer_entries(engine)}
     for number, (key, value) in enumerate(everywhere.items()):

@@ -30,7 +30,7 @@ from vlmo_ds.training.guard import ReplacedSamples, Rollback, SkippedSteps, Spik
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
-from vlmo_ds.training.state import full_state, layout_of, set_weights
+from vlmo_ds.training.state import full_state, layout_of, refuse_moved, set_weights
 from vlmo_ds.training.watch import BUILDING, GATHERING
 from vlmo_ds.training.weights import frozen_state, write_final
 from vlmo_ds.weights_file import read_weights, vocabulary_of
@@ -347,6 +347,7 @@ class StageTraining:
         """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""
         run = self.run
         heartbeat.beat(f"{GATHERING} {self.stage.name}")
+        refuse_moved(self.engine, self.frozen, run.collector)
         state = full_state(self.engine, self.frozen, self.shapes)
         meta = {"stage": self.stage.name, "steps": self.stage.steps, "tasks": self.stage.weights}
         meta["vocabulary"] = self.about["vocabulary"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
@@ -21,6 +22,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+
+from vlmo_ds.distributed.collector import Collector
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -75,6 +78,10 @@ class Layout:
     def full(self, parameter: nn.Parameter) -> Tensor:
         """The whole float32 weight, gathered from all ranks (every rank has to call)."""
         return self.whole(parameter, "weight")
+
+    def live(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """(first element, flat values) of what this rank computes with, of any parameter, trained or not."""
+        return 0, parameter.detach().view(-1)
 
     def create_moments(self, steps: int) -> None:
         """Moments of zero after so many steps: PyTorch's optimisers have none before their first step."""
@@ -144,6 +151,12 @@ class PartitionedLayout(Layout):
     def full(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter)
 
+    def live(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        span = self.held(parameter)
+        if span is None or parameter.ds_tensor.status != PartitionedParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            return 0, parameter.detach().new_empty(0)  # padding, or on a disk, where nothing moves it
+        return span[0], parameter.ds_tensor.detach().view(-1)[: span[1]]  # type: ignore[attr-defined]
+
     def create_moments(self, steps: int) -> None:
         for number in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             swapped = self.optimizer._swappable_optimizer_subgroup(number)
@@ -184,6 +197,42 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int)
 # ---- the whole of it ----
 
 
+class Moved(RuntimeError):
+    """A parameter that a stage does not train is no longer what it was."""
+
+
+def refuse_moved(engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], collector: Collector) -> None:
+    """Moved, on every rank, where a frozen parameter differs from its copy (every rank has to call).
+
+    What is written is the copy, in float32. Something that moves without a gradient would be written as it began: it has to
+    be among its family's `averaged`. What every rank has whole is looked at by the ranks in turn.
+    """
+    layout, parameters = layout_of(engine), dict(engine.module.named_parameters())
+    found = None
+    for number, (name, copy) in enumerate(frozen.items()):
+        start, live = layout.live(parameters[name])
+        if live.numel() == copy.numel() and number % collector.world_size != collector.rank:
+            continue
+        if not live.is_floating_point():  # ZeRO++ keeps what is not trained as small whole numbers
+            continue
+        kept = copy.flatten()[start : start + live.numel()]
+        if not torch.equal(live, kept.to(live.dtype).to(live.device)):
+            found = name
+            break
+    moved = next(filter(None, collector.each_rank(found)), None)
+    if moved:
+        raise Moved(
+            f"{moved} is not trained in this stage, and has changed since it began: what moves without a gradient has to be "
+            "named in its family's `averaged`"
+        )
+
+
+def averaged_parameters(engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Those that have neither a gradient nor a frozen copy: they move in a way of their own."""
+    found = engine.module.named_parameters()
+    return {name: p for name, p in found if not p.requires_grad and name not in frozen}
+
+
 def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
     """(parameter's name, start, {kind: flat float32 values}) of what this rank writes."""
     layout = layout_of(engine)
@@ -207,12 +256,16 @@ def full_state(
 ) -> dict[str, Tensor]:
     """The model's float32 state dict, gathered from all ranks (every rank has to call; the result is rank 0's).
 
-    frozen: float32 copies of what the stage does not train, so that half precision never reaches them.
+    frozen: float32 copies of what does not move, so that half precision never reaches them (frozen_state).
     shapes: the parameters' shapes before the engine took them. A parameter with several names is there under each.
     """
     first = engine.global_rank == 0
     state = dict(frozen) if first else {}
     layout = layout_of(engine)
+    for name, parameter in averaged_parameters(engine, frozen).items():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=isinstance(layout, PartitionedLayout)):
+            if first:
+                state[name] = parameter.detach().float().cpu().reshape(shapes[name]).clone()
     for name, parameter in layout.parameters.items():
         value = layout.full(parameter)
         if first:

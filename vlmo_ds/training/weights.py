@@ -9,15 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmo_ds.data.storage import mode_of_umask, write_atomically
+from vlmo_ds.families.interface import matches
+from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.manifest import crc32, write_manifest
 from vlmo_ds.weights_file import STAGE, WEIGHTS
 
 
-def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
+def frozen_state(model: FamilyModel) -> dict[str, Tensor]:
+    """Float32 copies of what neither has a gradient nor is averaged."""
+    still = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+    return {n: p.detach().float().cpu().clone() for n, p in still if not matches(n, model.family.averaged)}
 
 
 def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
