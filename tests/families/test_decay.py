@@ -1,0 +1,54 @@
+"""What weight decay is for: matrices and tables of words, and nothing else. By a family's own list, name by name."""
+
+import pytest
+import torch
+
+from vlmo_ds.families import FAMILIES
+from vlmo_ds.families.interface import matches
+
+LINEAR = ["attn.qkv.weight", "attn.proj.weight"]
+EXPERTS = [f"mlp_{kind}.fc{number}.weight" for kind in ("text", "imag") for number in (1, 2)]
+VL = [f"mlp_vl.fc{number}.weight" for number in (1, 2)]
+TOP = {
+    "text_embeddings.word_embeddings.weight",
+    "transformer.patch_embed.proj.weight",
+    "pooler.dense.weight",
+    "mim_score.fc.weight",
+    "mlm_score.transform.dense.weight",
+    "mlm_score.decoder.weight",
+    "itm_score.fc.weight",
+    *(f"itc_{twin}{kind}_proj.fc.weight" for twin in ("", "vl_") for kind in ("text", "image")),
+    *(f"{task}_classifier.{layer}.weight" for task in ("vqa", "nlvr2") for layer in (0, 3)),
+}
+DECAYED = {
+    "vlmo": TOP
+    | {f"transformer.blocks.{i}.{name}" for i in (0, 1) for name in LINEAR + EXPERTS}
+    | {f"transformer.blocks.1.{name}" for name in VL},
+}
+SETTINGS = {
+    "vlmo": [
+        {
+            "embed_dim": 8,
+            "depth": 2,
+            "num_heads": 2,
+            "vlffn_start_layer_index": 1,
+            "vocab_size": 20,
+            "vqav2_label_size": 3,
+        },
+        {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None},
+    ]
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_decayed_tensors_are_the_intended_ones(name):
+    family = FAMILIES[name]
+    first, *others = SETTINGS[name]
+    names = set()
+    for changes in ({}, *others):
+        with torch.device("meta"):
+            model = family.build(family.config(**first, **changes), dict.fromkeys(family.tasks, 1.0), None)
+        names |= {parameter for parameter, _ in model.named_parameters()}
+    assert {parameter for parameter in names if not matches(parameter, family.no_decay)} == DECAYED[name]
+    unused = [pattern for pattern in family.no_decay if not any(matches(parameter, [pattern]) for parameter in names)]
+    assert not unused
