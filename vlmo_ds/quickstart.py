@@ -9,6 +9,7 @@ was interrupted.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,15 @@ def ranks() -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return torch.cuda.device_count() or min(cores, 2)
+
+
+def port() -> str:
+    """Where the ranks meet: $MASTER_PORT, else a port that is free. DeepSpeed takes 29500, where another run may be."""
+    if "MASTER_PORT" in os.environ:
+        return os.environ["MASTER_PORT"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare = [sys.executable, "-m", "vlmo_ds.data.prepare", "synthetic", "--output", str(DATA), "--overwrite"]
         if status := subprocess.call(prepare):
             return status
-    train = ["--num_gpus", str(ranks()), "--module", "vlmo_ds.training.command", *arguments]
+    train = ["--num_gpus", str(ranks()), "--master_port", port(), "--module", "vlmo_ds.training.command", *arguments]
     print(f"deepspeed {' '.join(train)}", flush=True)
     sys.stdout.flush()
     # DeepSpeed's launcher takes this process's place: signals reach it directly.
