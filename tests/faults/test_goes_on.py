@@ -90,6 +90,7 @@ def test_ctrl_c_writes_a_checkpoint(tmp_path, synthetic):
 
 def slow(doing: str, arguments: list[str]) -> None:
     """train_ds.py, in which something takes for ever on the ranks that SLOW names."""
+    from vlmo_ds.evaluation import retrieval
     from vlmo_ds.training import loop, run
 
     def wait(*_, **__):
@@ -98,7 +99,7 @@ def slow(doing: str, arguments: list[str]) -> None:
 
     module, name = {
         "start": (run, "check_samples"),
-        "evaluation": (run.retrieval, "recalls"),
+        "evaluation": (retrieval, "recalls"),
         "end": (loop, "full_state"),
     }[doing]
     real = getattr(module, name)
