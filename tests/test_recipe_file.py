@@ -93,6 +93,24 @@ def test_every_recipe_that_is_shipped_is_found_by_name():
         assert load_recipe(name) == load_recipe(ROOT / "launch/recipes" / f"{name}.yaml")
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "model.family=vlmoo",
+            r"recipe quickstart:\n  model.family is 'vlmoo' \(did you mean 'vlmo'\?\); accepted: vlmo",
+        ),
+        ("model.family=[vlmo]", r"recipe quickstart:\n  model.family is \['vlmo'\]"),
+        ("model.arch=[1]", r"model.arch: Input should be 'custom', .*\(found \[1\]\)"),
+        ("model.arch={a: 1}", "model.arch: Input should be 'custom'"),
+        ("model=3", "model: "),
+    ],
+)
+def test_a_family_that_there_is_not(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("quickstart", [override])
+
+
 def test_every_setting_is_explained():
     rows = list(every_setting(RECIPE))
     assert not [name for name, _, _, meaning in rows if not meaning]

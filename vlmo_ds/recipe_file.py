@@ -129,7 +129,10 @@ def look_through(text: str, source: str) -> None:
 
 
 def parse_recipe(data: dict, source: str) -> Recipe:
-    family = families.of_model(data.get("model"))
+    try:
+        family = families.of_model(data.get("model"))
+    except RecipeError as error:
+        raise RecipeError(f"recipe {source}:\n  {error}") from None
     try:
         return family.recipe.model_validate(data)
     except ValidationError as error:

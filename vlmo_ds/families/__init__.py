@@ -16,10 +16,10 @@ def of_model(model: Any) -> Family:
     """The family of a recipe's `model`, by `family` or by `arch`. RecipeError where there is none of that name."""
     settings = model if isinstance(model, dict) else {}
     if (name := settings.get("family")) is not None:
-        if name not in FAMILIES:
+        if str(name) not in FAMILIES:
             raise RecipeError(
                 f"model.family is {name!r}{nearest(str(name), FAMILIES)}; accepted: {', '.join(FAMILIES)}"
             )
-        return FAMILIES[name]
-    arch = settings.get("arch")
+        return FAMILIES[str(name)]
+    arch = str(settings.get("arch"))
     return next((family for family in FAMILIES.values() if arch in family.config.architectures), DEFAULT)
