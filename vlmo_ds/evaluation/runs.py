@@ -98,8 +98,15 @@ class Texts(NamedTuple):
         return Texts(self.ids[rows], self.lengths[rows])
 
 
+def word_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_text_len: int) -> list[list[int]]:
+    return tokenizer(list(texts), truncation=True, max_length=max_text_len)["input_ids"]
+
+
 def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_text_len: int) -> Texts:
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_text_len)["input_ids"]
+    return padded(word_ids(texts, tokenizer, max_text_len), tokenizer, max_text_len)
+
+
+def padded(encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, max_text_len: int) -> Texts:
     samples: list[dict[str, np.ndarray | int]] = [{"text_ids": np.asarray(ids, dtype=np.int64)} for ids in encoded]
     batch = collate(samples, max_text_len, tokenizer.pad_token_id or 0)
     return Texts(batch["text_ids"], batch["text_masks"].sum(1))
@@ -184,11 +191,12 @@ def best_classes(
     def make(raw: RawSample) -> list[dict]:
         pictures, entries = read(raw)
         images = {name: square_pixels(data, size, raw.name) for name, data in pictures.items()}
-        return [{"images": images, "entry": entry} for entry in entries]
+        ids = word_ids([entry[text] for entry in entries], tokenizer, length)
+        return [{"images": images, "ids": row, "entry": entry} for row, entry in zip(ids, entries, strict=True)]
 
     samples = Samples(list_shards(config.shards), make, collector)
     for batch in examples_in_batches(samples, config.batch_size, config.workers, call):
-        texts = tokenised([example["entry"][text] for example in batch], tokenizer, length)
+        texts = padded([example["ids"] for example in batch], tokenizer, length)
         inputs = texts.batch(torch.arange(len(batch)))
         inputs |= {name: torch.stack([e["images"][name] for e in batch]) for name in batch[0]["images"]}
         best = model({name: value.to(device) for name, value in inputs.items()}, call).argmax(1).tolist()
