@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import Recipe
+from vlmo_ds.config import EvaluationConfig, Recipe, RetrievalConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import nlvr2, retrieval, runs, vqa
 from vlmo_ds.evaluation.retrieval import RetrievalResult, RetrievalSet
@@ -35,32 +35,29 @@ class Outcome:
 
 
 class Evaluation(NamedTuple):
-    """call: of the model, which the stage has to have trained; read: name and pictures of all that is read, from the settings."""
+    """call: of the model, which the stage has to have trained; read: name and pictures of all that is read, from the settings;
+    measure: with the same settings."""
 
     call: str
     read: Callable[[Any], Iterator[tuple[str, list[bytes]]]]
-    measure: Callable[[FamilyModel, Finished], Outcome]
+    measure: Callable[[FamilyModel, Finished, Any], Outcome]
 
 
-def measure_retrieval(model: FamilyModel, of: Finished) -> Outcome:
-    config = of.recipe.retrieval
-    assert config is not None
+def measure_retrieval(model: FamilyModel, of: Finished, config: RetrievalConfig) -> Outcome:
     data = retrieval.load_set(config, of.recipe.model.image_size, of.recipe.model.max_text_len, of.tokenizer)
     result = retrieval.evaluate(model, data, config, of.collector)
     text = retrieval.table(result.metrics, len(data.images), len(data.captions))
     return Outcome(result.metrics, text, (data, result))
 
 
-def measure_vqa(model: FamilyModel, of: Finished) -> Outcome:
-    assert of.recipe.vqa is not None
+def measure_vqa(model: FamilyModel, of: Finished, config: EvaluationConfig) -> Outcome:
     answers = vqa.read_answers(of.folder, of.recipe.model.vqav2_label_size)
-    metrics = vqa.overall(vqa.evaluate(model, of.recipe.vqa, answers, of.tokenizer, of.collector))
+    metrics = vqa.overall(vqa.evaluate(model, config, answers, of.tokenizer, of.collector))
     return Outcome(metrics, vqa.table(metrics))
 
 
-def measure_nlvr2(model: FamilyModel, of: Finished) -> Outcome:
-    assert of.recipe.nlvr2 is not None
-    metrics = nlvr2.scores(nlvr2.evaluate(model, of.recipe.nlvr2, of.tokenizer, of.collector))
+def measure_nlvr2(model: FamilyModel, of: Finished, config: EvaluationConfig) -> Outcome:
+    metrics = nlvr2.scores(nlvr2.evaluate(model, config, of.tokenizer, of.collector))
     return Outcome(metrics, nlvr2.table(metrics))
 
 

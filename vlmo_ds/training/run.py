@@ -310,7 +310,7 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
     finished = Finished(recipe, run, tokenizer, collector)
     outcomes: dict[str, Outcome] = {}
     for name, evaluation in due(recipe).items() if final.is_dir() else ():
-        outcomes[name] = evaluation.measure(load_model(recipe, final).to(device()), finished)
+        outcomes[name] = evaluation.measure(load_model(recipe, final).to(device()), finished, getattr(recipe, name))
 
     def publish() -> None:
         for name, outcome in outcomes.items():
