@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 # Recipes and DeepSpeed configs lie where a clone shows them, and are data of the package where it is installed.
 SHIPPED = {"vlmo_ds.recipes": "launch/recipes", "vlmo_ds.ds_configs": "ds_configs"}
 
+CAPTIONING = ["pycocoevalcap", "nltk"]  # scores of captions: BLEU, ROUGE-L, CIDEr; words without Java
 VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("vlmo_ds").joinpath("__init__.py").read_text())[1]
 
 setup(
@@ -33,6 +34,7 @@ setup(
         "transformers>=4.50",
         "tokenizers",
         "huggingface_hub",
+        "ftfy",
         "webdataset>=0.2.100",
         "braceexpand",
         "tensorboard",
@@ -48,6 +50,7 @@ setup(
     ],
     extras_require={
         "arrow": ["pyarrow"],
-        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "pyarrow"],
+        "captioning": CAPTIONING,
+        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "pyarrow", *CAPTIONING],
     },
 )

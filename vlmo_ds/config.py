@@ -91,7 +91,8 @@ class TokenizerConfig(Settings):
 
     name: str = Field(
         "train",
-        description="a Hugging Face name, a directory, a vocab.txt, or 'train': WordPiece on the run's own text",
+        description="a Hugging Face name, a directory, a vocab.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, or 'train': "
+        "WordPiece on the run's own text",
     )
     vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
 
@@ -267,10 +268,15 @@ class StageConfig(Settings):
         for name, task in self.chosen.items():
             if task.alone and len(self.tasks) > 1:
                 raise ValueError(f"task '{name}' {task.alone} and goes alone in a stage, found {list(self.tasks)}")
-        if self.gradient_cache and not all(task.gradient_cache for task in self.chosen.values()):
-            cached = " or ".join(sorted(name for name, task in known.items() if task.gradient_cache))
+        kinds = {task.gradient_cache for task in self.chosen.values()}
+        if self.gradient_cache and ("features" not in kinds or "" in kinds):
+            cached, beside = (
+                " or ".join(sorted(name for name, task in known.items() if task.gradient_cache == kind))
+                for kind in ("features", "beside")
+            )
+            also = f", with {beside} beside it" if beside else ""
             raise ValueError(
-                f"gradient_cache is for a stage whose only task is {cached}, found {list(self.tasks)}: "
+                f"gradient_cache is for a stage with the task {cached}{also} and no other, found {list(self.tasks)}: "
                 "the other losses are sums over samples, for which micro_batch_size alone is enough"
             )
         if self.gradient_cache and self.micro_batch_size is None:

@@ -86,7 +86,7 @@ def test_training_in_parts_equals_training_on_whole_batches(tmp_path, synthetic,
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tasks": {"itc": 1, "itm": 1}, "micro_batch_size": 2}, "gradient_cache is for a stage whose only task is irtr or itc"),
+        ({"tasks": {"itc": 1, "itm": 1}, "micro_batch_size": 2}, "gradient_cache is for a stage with the task irtr or itc and no other"),
         ({"tasks": {"irtr": 1}}, "gradient_cache needs micro_batch_size"),
     ],
 )  # fmt: skip

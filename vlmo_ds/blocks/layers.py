@@ -66,8 +66,13 @@ def init_weights(module: nn.Module, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def normalize(image: Tensor, mean: float, std: float, dtype: torch.dtype) -> Tensor:
-    """uint8 pixels, put between 0 and 1, less their mean and over their std; a floating-point image is normalised already."""
+Channels = float | tuple[float, float, float]
+
+
+def normalize(image: Tensor, mean: Channels, std: Channels, dtype: torch.dtype) -> Tensor:
+    """uint8 pixels [..., 3, H, W], put between 0 and 1, less their mean and over their std (of all channels, or of each); a
+    floating-point image is normalised already."""
     if image.dtype == torch.uint8:
-        image = (image.float() / 255 - mean) / std
+        mean_311, std_311 = (torch.as_tensor(value, device=image.device).view(-1, 1, 1) for value in (mean, std))
+        image = (image.float() / 255 - mean_311) / std_311
     return image.to(dtype)

@@ -59,7 +59,7 @@ LABELS = Rule(
     lambda value: is_list(value, is_label) and len(set(value)) == len(value),
     "a list of different whole numbers from 0",
 )
-SAMPLE = {"captions": TEXTS, "caption": TEXTS, "image_id": ID, "questions": ENTRIES, "sentences": ENTRIES}
+SAMPLE = {"captions": TEXTS, "caption": TEXTS, "image_id": ID, "questions": ENTRIES, "sentences": ENTRIES, "things": ENTRIES}
 QUESTION = {
     "question": TEXT,
     "question_id": ID,
@@ -68,12 +68,19 @@ QUESTION = {
     "answers": Rule(lambda value: is_list(value, is_text), "a list of texts"),
     "answer_type": TEXT,
 }
+THING = {
+    **dict.fromkeys(("shape", "colour", "size", "texture"), TEXT),
+    **dict.fromkeys(("row", "column"), Rule(lambda value: is_whole(value) and 0 <= value < 3, "0, 1 or 2")),
+}
 SENTENCE = {
     "sentence": TEXT,
     "label": Rule(lambda value: truth(value) is not None, "true or false"),
     "identifier": ID,
     "sentence_id": ID,
 }
+
+
+KINDS = (("questions", QUESTION, "question"), ("sentences", SENTENCE, "sentence"), ("things", THING, "thing"))
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -113,7 +120,7 @@ def read_meta(data: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f'holds {shown(found)}; accepted: an object such as {{"caption": "a dog"}}')
     found = checked(found, SAMPLE, "")
-    for name, rules, what in (("questions", QUESTION, "question"), ("sentences", SENTENCE, "sentence")):
+    for name, rules, what in KINDS:
         if name in found:
             found[name] = [checked(e, rules, f"{what} {n}: ") for n, e in enumerate(found[name], start=1)]
     for number, question in enumerate(found.get("questions", []), start=1):

@@ -27,6 +27,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 SIZES = {"small": 0.11, "large": 0.17}  # half the object's extent over the image's
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
 TEXTURES = ("plain", "striped", "dotted")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 BACKGROUNDS = ((244, 244, 240), (225, 232, 240), (60, 64, 72))
@@ -169,9 +170,7 @@ def jpeg(image: Image.Image) -> bytes:
 def noun(thing: Thing, rng: np.random.Generator, detail: float) -> str:
     words = []
     if rng.random() < detail:
-        words.append(
-            {"small": ("small", "little", "tiny"), "large": ("large", "big")}[thing.size][int(rng.integers(2))]
-        )
+        words.append(SIZE_WORDS[thing.size][int(rng.integers(2))])
     if thing.texture != "plain" and rng.random() < max(detail, 0.7):
         words.append(thing.texture)
     return " ".join([*words, thing.colour, thing.shape])

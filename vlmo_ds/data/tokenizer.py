@@ -1,20 +1,25 @@
-"""Tokenizers: by Hugging Face name, from a folder or vocab.txt, or WordPiece trained on the run's own text."""
+"""Tokenizers: by Hugging Face name, from a folder or a file, or WordPiece trained on the run's own text."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import html
 import json
 import re
 import socket
 import unicodedata
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import ftfy
 from huggingface_hub.constants import ENDPOINT
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlmo_ds.data.storage import DataError
 
@@ -27,6 +32,33 @@ SPECIAL = {
 }
 
 MAX_ALPHABET = 1000
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_MERGES = 49152 - 256 - 2  # of bpe_simple_vocab_16e6.txt.gz those that make CLIP's vocabulary, less its first line
+CLIP_WORDS = (  # CLIP's, arXiv:2103.00020, section 2.4
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class ClipTokenizer(PreTrainedTokenizerFast):
+    """CLIP's byte pairs. Texts are cleaned as CLIP's code does: broken encodings are mended, HTML entities resolved."""
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        return super().__call__(cleaned(text), *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As one that any code reads, without the cleaning."""
+        plain = PreTrainedTokenizerFast(tokenizer_object=self.backend_tokenizer, **CLIP_SPECIAL)
+        return plain.save_pretrained(save_directory, *args, **kwargs)
+
+
+CLIP_SPECIAL = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": CLIP_END}
+
+
+def cleaned(text: Any) -> Any:
+    """A text, or each of a list of them."""
+    if isinstance(text, str):
+        return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return [cleaned(one) for one in text] if isinstance(text, (list, tuple)) else text
 
 
 def load_tokenizer(
@@ -36,11 +68,18 @@ def load_tokenizer(
     there is none of this name."""
     path = Path(name)
     vocab = path / "vocab.txt" if path.is_dir() else path
-    if vocab.name.endswith(".txt") and vocab.is_file() and not (path / "tokenizer.json").is_file():
+    pairs = path / "merges.txt"
+    if path.name.endswith(".txt.gz") and path.is_file():
+        tokenizer = byte_pairs(*pairs_of_clip(path))
+    elif pairs.is_file() and (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
+        tokenizer = byte_pairs(*pairs_of_folder(path))
+    elif vocab.name.endswith(".txt") and vocab.is_file() and not (path / "tokenizer.json").is_file():
         tokenizer = from_vocabulary(vocab)
     else:
         if path.exists() and not (path / "tokenizer.json").is_file():
-            raise DataError(f"tokenizer: {name} holds neither tokenizer.json nor vocab.txt")
+            raise DataError(
+                f"tokenizer: {name} holds neither tokenizer.json nor vocab.txt, nor vocab.json with merges.txt"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=path.is_dir() or not hub_is_reachable())
         except Exception as error:  # of damaged files the libraries raise whatever they come upon
@@ -48,8 +87,12 @@ def load_tokenizer(
             where = "cannot be read" if path.is_dir() else "is no folder here and cannot be loaded from the hub"
             raise DataError(
                 f"tokenizer: '{name}' {where} ({reason}); accepted: a Hugging Face name such as bert-base-uncased, a folder "
-                "with tokenizer.json or vocab.txt, or 'train'"
+                "with tokenizer.json, vocab.txt, or vocab.json and merges.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, or 'train'"
             ) from None
+        if tokenizer.bos_token == CLIP_START and tokenizer.is_fast:
+            vocabulary = tokenizer.get_vocab()
+            model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+            tokenizer = byte_pairs(vocabulary, [tuple(pair) for pair in model["merges"]])
     missing = [token for token in special if getattr(tokenizer, token) is None]
     wrong_padding = padding is not None and tokenizer.pad_token_id != padding
     if missing or wrong_padding:
@@ -59,6 +102,58 @@ def load_tokenizer(
             f"{' and '.join([*wanted, 'the special tokens ' + ', '.join(special)])}"
         )
     return tokenizer
+
+
+def pairs_of_clip(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of CLIP's bpe_simple_vocab_16e6.txt.gz, which numbers bytes, bytes that end a word, merges, and
+    the two special tokens."""
+    try:
+        lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : CLIP_MERGES + 1]
+        merges = [(first, second) for first, second in (line.split() for line in lines)]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"tokenizer: {file} is no list of byte pairs such as bpe_simple_vocab_16e6.txt.gz ({error})") from None
+    alphabet = bytes_to_characters()
+    pieces = [*alphabet, *(f"{c}</w>" for c in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
+    return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
+def bytes_to_characters() -> list[str]:
+    """The characters that stand for the 256 bytes, in the order of CLIP's numbers: printable ones first, as themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    others = 256 - len(printable)
+    return [chr(code) for code in printable] + [chr(256 + number) for number in range(others)]
+
+
+def pairs_of_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Those of vocab.json and merges.txt, as transformers keeps CLIP's."""
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_bytes())
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        if not isinstance(vocabulary, dict) or any(len(pair) != 2 for pair in merges):
+            raise ValueError("vocab.json is no object, or a line of merges.txt no pair")
+        if missing := [token for token in (CLIP_START, CLIP_END) if token not in vocabulary]:
+            raise ValueError(f"vocab.json lacks {missing[0]}: it is not CLIP's")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"tokenizer: {folder} holds a vocab.json and merges.txt that cannot be used ({error})") from None
+    return vocabulary, merges  # type: ignore[return-value]  # pairs, by the check above
+
+
+def byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> ClipTokenizer:
+    try:
+        model = models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=CLIP_END)
+    except Exception as error:  # the library raises a bare one
+        raise DataError(f"tokenizer: the byte pairs do not fit their vocabulary ({error})") from None
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
+    start, end = vocabulary[CLIP_START], vocabulary[CLIP_END]
+    tokenizer.post_processor = processors.RobertaProcessing((CLIP_END, end), (CLIP_START, start), False, False)
+    return ClipTokenizer(tokenizer_object=tokenizer, **CLIP_SPECIAL)
 
 
 def from_vocabulary(vocab: Path) -> PreTrainedTokenizerFast:

@@ -42,7 +42,8 @@ class Task:
 
     reads: what of a sample becomes its input; gives: the model's calls that it trains (for the evaluations); weight: of its
     loss where a recipe says null; alone: why no other task may be beside it, "" where one may; needs: other task -> why;
-    gradient_cache: whether its loss is one of contrast over the whole batch, whose features can be cached.
+    gradient_cache: "features" where its loss is one of contrast over the whole batch, whose features can be cached, "beside"
+    where it can go along with such a one.
     """
 
     reads: frozenset[Reads]
@@ -50,7 +51,7 @@ class Task:
     weight: float = 1.0
     alone: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
-    gradient_cache: bool = False
+    gradient_cache: Literal["", "features", "beside"] = ""
 
     @property
     def modalities(self) -> set[str]:
@@ -59,20 +60,20 @@ class Task:
 
 
 class Clamp(NamedTuple):
-    """A trained scalar that stays within bounds. It is looked at in steps whose `metric` is past `near`."""
+    """A trained scalar that stays within bounds. It is looked at in steps whose `metric` is not between the two of `near`."""
 
     name: str
     low: float | None
     high: float | None
     metric: str
-    near: float
+    near: tuple[float, float]
 
 
 class Pixels(NamedTuple):
     """How the model's images are normalised, on pixels from 0 to 1."""
 
-    mean: float
-    std: float
+    mean: float | tuple[float, float, float]
+    std: float | tuple[float, float, float]
 
 
 class TokenizerNeeds(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, ClassVar, NamedTuple
@@ -53,12 +53,16 @@ class FamilyModel(nn.Module):
 
     def forward(self, batch: Batch, call: str = "step") -> Any:
         """One of the model's calls. Every family has step (all tasks, gives StepOutput); with tasks whose features are
-        cached contrast_features; and for the evaluations the calls that its tasks give."""
+        cached contrast_features and cached_step; and for the evaluations the calls that its tasks give."""
         raise NotImplementedError
 
     def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> Any:
         """Records the losses over all of a batch's features, as contrast_features gave them; reads no parameter."""
         raise NotImplementedError
+
+    def idle(self) -> Sequence[str]:
+        """Patterns of parameters that none of the model's tasks reaches; they stay as they are."""
+        return ()
 
     def offload_checkpoints(self, offloaded: bool) -> None:
         """Whether the inputs of recomputed blocks wait in host memory."""

@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -130,6 +130,12 @@ def build_model(
             f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)",
             flush=True,
         )
+        patterns, names = model.idle(), [name for name, _ in model.named_parameters()]
+        if idle := [name for name in names if matches(name, patterns) and matches(name, stage.trainable_patterns)]:
+            print(
+                f"{stage.name}: {', '.join(stage.tasks)} reaches none of {', '.join(patterns)}: {len(idle)} tensors stay as they are",
+                flush=True,
+            )
     return model
 
 
@@ -281,7 +287,11 @@ class StageTraining:
         if norm is not None:
             metrics["grad_norm"] = math.nan if skipped else float(norm)
         metrics["skipped_steps"] = engine.skipped_steps
-        near = [clamp for clamp in stage.family.clamped if metrics.get(clamp.metric, 0.0) > clamp.near]
+        near = [
+            clamp
+            for clamp in stage.family.clamped
+            if clamp.metric in metrics and not clamp.near[0] <= metrics[clamp.metric] <= clamp.near[1]
+        ]
         if near:
             clamp_scales(engine, near)
         metrics |= self.replaced.look(counts, step + 1 + self.skip)
@@ -317,15 +327,15 @@ class StageTraining:
     def gradient_cached(self, passes: list[Pass]) -> StepOutput:
         """One step on all micro-batches together."""
 
-        def features_of(number: int) -> dict[str, Tensor]:
+        def call(number: int, name: str, also: dict[str, Tensor]) -> Any:
             torch.manual_seed(passes[number].seed)
-            return self.engine(passes[number].batch, "contrast_features")
+            return self.engine({**passes[number].batch, **also}, name)
 
         def backward(part: Tensor) -> None:
             self.engine.backward(part * len(passes))  # DeepSpeed divides by the number of micro-batches
             optimizer_step(self.engine)
 
-        return cached_contrast(self.engine.module, len(passes), features_of, backward)
+        return cached_contrast(self.engine.module, len(passes), call, backward)
 
     def checkpoint(self, step: int, wait: bool) -> None:
         """Begins to write a checkpoint of so many steps; wait: until it is there."""

@@ -17,18 +17,20 @@ from transformers import (
 
 from vlmo_ds.config import OptimizerConfig, RecipeError, StageConfig
 from vlmo_ds.families.interface import matches
+from vlmo_ds.families.step import FamilyModel
 
 
-def set_trainable(model: nn.Module, stage: StageConfig) -> list[str]:
-    """Freezes what the stage does not train; returns the names of what it trains. A pattern that fits nothing is an error."""
+def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
+    """Freezes what the stage does not train, or its tasks do not reach; returns the names of what it trains. A pattern that
+    fits nothing is an error."""
     names = [name for name, _ in model.named_parameters()]
     if not isinstance(stage.trainable, str):
         for pattern in stage.trainable_patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise RecipeError(f"stages.{stage.name}.trainable: '{pattern}' fits no parameter of the model")
-    trained = []
+    trained, idle = [], model.idle()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(matches(name, stage.trainable_patterns))
+        parameter.requires_grad_(matches(name, stage.trainable_patterns) and not matches(name, idle))
         if parameter.requires_grad:
             trained.append(name)
     return trained

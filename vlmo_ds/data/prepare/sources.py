@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -517,7 +518,8 @@ def make_scene(item: tuple, split: str, seed: int, size: int) -> Made:
     rng = generator(seed, 12 if split == "train" else 13, number)
     image = synthetic.jpeg(synthetic.render(scene, rng, size))
     captions = [synthetic.describe(scene, rng) for _ in range(4 if split == "train" else 1)]
-    meta = sample_json(captions=captions, image_id=stable_id(f"{seed}:{split}:{number}"))
+    things = [dataclasses.asdict(thing) for thing in scene]
+    meta = sample_json(captions=captions, image_id=stable_id(f"{seed}:{split}:{number}"), things=things)
     yield Sample({"jpg": image, "json": meta}, len(captions))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vlmo_ds.distributed.collector import Collector
     from vlmo_ds.families.vlmo.model import VLMo
 
-MAX_SCALE, NEAR_MAX_SCALE = 100.0, 90.0  # of contrastive logits (CLIP, arXiv:2103.00020, section 2.5)
+MAX_SCALE, NEAR_MAX_SCALE = 100.0, (0.0, 90.0)  # of contrastive logits (CLIP, arXiv:2103.00020, section 2.5)
 
 
 def build(config: VLMoSettings, tasks: Mapping[str, float], collector: Collector | None = None) -> VLMo:

@@ -28,7 +28,7 @@ TASKS: dict[str, Task] = {
     "textmlm": Task(reads=frozenset({"text", "masked_text"}), alone="trains on one modality"),
     "mlm": Task(reads=frozenset({"image", "text", "masked_text"}), weight=0.25),
     "itc": Task(
-        reads=frozenset({"image", "text"}), gives=frozenset({"encode_image", "encode_text"}), gradient_cache=True
+        reads=frozenset({"image", "text"}), gives=frozenset({"encode_image", "encode_text"}), gradient_cache="features"
     ),
     "itm": Task(
         reads=frozenset({"image", "text"}),
@@ -39,7 +39,7 @@ TASKS: dict[str, Task] = {
         reads=frozenset({"image", "text"}),
         gives=frozenset({"encode_image", "encode_text"}),
         alone="has data of its own",
-        gradient_cache=True,
+        gradient_cache="features",
     ),
     "vqa": Task(reads=frozenset({"image", "questions"}), gives=frozenset({"answer"}), alone="has data of its own"),
     "nlvr2": Task(reads=frozenset({"image_pair"}), gives=frozenset({"compare"}), alone="has data of its own"),

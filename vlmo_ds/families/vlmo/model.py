@@ -100,11 +100,12 @@ class VLMo(FamilyModel):
                 nn.init.trunc_normal_(token, std=config.init_std)
 
     def forward(self, batch: Batch, call: str = "step"):
-        """Runs one of: step (all tasks, gives StepOutput); contrast_features (of a gradient-cached step); encode_image,
-        encode_text, match, answer, compare (for evaluation)."""
+        """Runs one of: step (all tasks, gives StepOutput); contrast_features and cached_step (of a gradient-cached step);
+        encode_image, encode_text, match, answer, compare (for evaluation)."""
         return {
             "step": self.step,
             "contrast_features": self.contrast_features,
+            "cached_step": lambda batch: (self.contrast_features(batch), StepOutput.empty()),
             "encode_image": self.encode_image,
             "encode_text": self.encode_text,
             "match": self.match,

@@ -1,0 +1,65 @@
+"""CoCa (arXiv:2205.01917): image and text towers and a decoder, trained by contrast and captioning in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vlmo_ds.config import InitConfig
+from vlmo_ds.families.coca.config import NO_DECAY, PIXELS, TASKS, TRAINABLE, WORDS, CoCaSettings
+from vlmo_ds.families.interface import Check, Clamp, Cost, Family, HuggingFace, TokenizerNeeds, Weights
+
+if TYPE_CHECKING:
+    from vlmo_ds.distributed.collector import Collector
+    from vlmo_ds.families.coca.model import CoCa
+
+
+def build(config: CoCaSettings, tasks: Mapping[str, float], collector: Collector | None = None) -> CoCa:
+    from vlmo_ds.families.coca.model import CoCa
+
+    return CoCa(config, tasks, collector)
+
+
+def load_cost() -> Cost:
+    from vlmo_ds.families.coca import cost as module
+
+    return module
+
+
+def load_weights() -> Weights:
+    from vlmo_ds.families.coca import weights as module
+
+    return module
+
+
+def load_huggingface() -> HuggingFace:
+    from vlmo_ds.families.coca import huggingface as module
+
+    return module
+
+
+def load_parity() -> Mapping[str, Check]:
+    from vlmo_ds.families.coca.parity import FORMATS
+
+    return FORMATS
+
+
+FAMILY = Family(
+    name="coca",
+    config=CoCaSettings,
+    init=InitConfig,
+    tasks=TASKS,
+    trainable=TRAINABLE,
+    no_decay=NO_DECAY,
+    heads=(),
+    words=WORDS,
+    clamped=(Clamp("logit_scale", 0.0, math.log(100), "itc/logit_scale", (1.1, 90.0)),),  # as open_clip
+    pixels=PIXELS,
+    tokenizer=TokenizerNeeds((), padding=None),
+    build=build,
+    cost=load_cost,
+    weights=load_weights,
+    huggingface=load_huggingface,
+    parity=load_parity,
+)

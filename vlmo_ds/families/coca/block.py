@@ -1,0 +1,208 @@
+"""The layers of CLIP's towers, with open_clip's parameter names: attention, pre-norm blocks, the attentional pooler.
+
+Dimensions: B sequences, L tokens of one sequence, S tokens that are attended to, D width, N tokens of all sequences together
+(folded: padding left out).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+Heads3 = tuple[Tensor, Tensor, Tensor]
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far (transformers' DynamicCache)."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Appends a layer's new ones, [R, H, L, D/H]; all of the layer's."""
+        ...
+
+
+class Fold:
+    """Which places of a padded [B, L] hold tokens. Linear layers and norms work on those alone, [N, D]."""
+
+    def __init__(self, lengths_B: Tensor, length: int):
+        self.batch, self.length = len(lengths_B), length
+        self.valid_BL = torch.arange(length, device=lengths_B.device)[None] < lengths_B[:, None]
+        self.places_N = self.valid_BL.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def causal(self) -> Tensor:
+        """[L, L] bool: which places a place may look at."""
+        column = torch.arange(self.length, device=self.valid_BL.device)
+        return column[:, None] >= column[None]
+
+    def folded(self, padded: Tensor) -> Tensor:
+        """[B, L, ...] -> [N, ...]."""
+        return padded.flatten(0, 1).index_select(0, self.places_N)
+
+    def padded(self, x_ND: Tensor) -> Tensor:
+        """[N, D] -> [B, L, D], zeros where there is no token."""
+        out = x_ND.new_zeros(self.batch * self.length, x_ND.shape[1])
+        return out.index_copy(0, self.places_N, x_ND).view(self.batch, self.length, -1)
+
+
+class Attention(nn.Module):
+    """torch.nn.MultiheadAttention's parameters: of tokens to one another, or to a context of another width."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.dim, self.num_heads = dim, num_heads
+        if context_dim in (None, dim):
+            self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        else:
+            self.q_proj_weight = nn.Parameter(torch.empty(dim, dim))
+            self.k_proj_weight = nn.Parameter(torch.empty(dim, context_dim))
+            self.v_proj_weight = nn.Parameter(torch.empty(dim, context_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    @property
+    def projections(self) -> tuple[Tensor, Tensor, Tensor]:
+        if hasattr(self, "in_proj_weight"):
+            query, key, value = self.in_proj_weight.chunk(3)
+            return query, key, value
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+
+    def forward(
+        self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
+    ) -> Tensor:
+        """x: [B, L, D], or [N, D] with fold; context_BSD: what is attended to, None: x itself; mask: bool, true where a query
+        may look, broadcastable to [B, H, L, S]. The same shape as x."""
+        if context_BSD is None:
+            q, k, v = self.of_itself(x, fold)
+        else:
+            q, (k, v) = self.query(x, fold), self.keys_and_values(context_BSD)
+        out_BLD = joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return self.out_proj(out_BLD if fold is None else fold.folded(out_BLD))
+
+    def of_itself(self, x: Tensor, fold: Fold | None = None) -> Heads3:
+        """Queries, keys and values of tokens, [B, H, L, D/H] each."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (qkv if fold is None else fold.padded(qkv)).chunk(3, dim=-1)
+        return self.heads(q), self.heads(k), self.heads(v)
+
+    def query(self, x: Tensor, fold: Fold | None = None) -> Tensor:
+        q = F.linear(x, self.projections[0], self.in_proj_bias[: self.dim])
+        return self.heads(q if fold is None else fold.padded(q))
+
+    def keys_and_values(self, context_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, S, D/H] each."""
+        _, wk, wv = self.projections
+        _, bk, bv = self.in_proj_bias.chunk(3)
+        return self.heads(F.linear(context_BSD, wk, bk)), self.heads(F.linear(context_BSD, wv, bv))
+
+    def heads(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
+        """The L newest tokens of R texts, whose keys and values join those of the tokens before them in the cache."""
+        q, k, v = self.of_itself(x_RLD)
+        k, v = cache.update(k, v, layer)
+        new, all_of_them = q.shape[2], k.shape[2]
+        place = torch.arange(all_of_them, device=q.device)
+        mask = None if new == 1 else place[None] <= place[all_of_them - new :, None]
+        return self.out_proj(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+    def look(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of R = n * B texts, n for each of B contexts, to keys and values [B, H, S, D/H] of the contexts."""
+        q = self.heads(F.linear(x_RLD, self.projections[0], self.in_proj_bias[: self.dim]))
+        contexts, length = len(keys), q.shape[2]
+        q = q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, n * L, D/H]
+        out = F.scaled_dot_product_attention(q, keys, values)
+        out = out.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return self.out_proj(joined(out))
+
+
+def joined(out_BHLC: Tensor) -> Tensor:
+    """[B, H, L, D/H] -> [B, L, D]."""
+    return out_BHLC.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block (CLIP, arXiv:2103.00020); with `cross` its attention is to a context, which has a norm of its
+    own (CoCa's multimodal decoder)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross: bool = False):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        if cross:
+            self.ln_1_kv = nn.LayerNorm(dim)
+        self.ln_2 = nn.LayerNorm(dim)
+        hidden = int(dim * mlp_ratio)
+        layers = (("c_fc", nn.Linear(dim, hidden)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(hidden, dim)))
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(
+        self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
+    ) -> Tensor:
+        """As Attention."""
+        if context_BSD is not None:
+            context_BSD = self.ln_1_kv(context_BSD)
+        x = x + self.attn(self.ln_1(x), context_BSD, mask, fold)
+        return x + self.mlp(self.ln_2(x))
+
+    def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
+        """As Attention.step."""
+        x_RLD = x_RLD + self.attn.step(self.ln_1(x_RLD), cache, layer)
+        return x_RLD + self.mlp(self.ln_2(x_RLD))
+
+    def look(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As Attention.look."""
+        x_RLD = x_RLD + self.attn.look(self.ln_1(x_RLD), keys, values)
+        return x_RLD + self.mlp(self.ln_2(x_RLD))
+
+
+class Recomputed:
+    """How the blocks of a stack keep their activations: every n-th block's are computed again in the backward pass."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.offload = False  # keep the inputs of recomputed blocks in host memory
+
+    def __call__(self, block: nn.Module, index: int, x: Tensor, *args: Any) -> Tensor:
+        if not (self.every and block.training and index % self.every == 0):
+            return block(x, *args)
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+            return checkpoint(block, x, *args, use_reentrant=False)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(self, dim: int, layers: int, num_heads: int, mlp_ratio: float, recomputed: Recomputed):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(layers))
+        self.recomputed = recomputed
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, fold: Fold | None = None) -> Tensor:
+        for i, block in enumerate(self.resblocks):
+            x = self.recomputed(block, i, x, None, mask, fold)
+        return x
+
+
+class AttentionalPooler(nn.Module):
+    """Learnt queries that attend to tokens (CoCa, arXiv:2205.01917, section 3.2)."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, queries: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, dim))
+        self.attn = Attention(dim, num_heads, context_dim)
+        self.ln_q = nn.LayerNorm(dim)
+        self.ln_k = nn.LayerNorm(context_dim)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, context_dim] -> [B, queries, dim]."""
+        query = self.ln_q(self.query).expand(len(x_BSD), -1, -1)
+        return self.attn(query, self.ln_k(x_BSD))

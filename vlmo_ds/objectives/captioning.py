@@ -1,0 +1,57 @@
+"""Captioning: the next word of a text, of an image (CoCa, arXiv:2205.01917, equation 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # rows whose logits are in memory at a time
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WordLosses(torch.autograd.Function):
+    """-log softmax at the labels, summed, with the logits of a chunk of rows at a time, computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_ND [N, D], head_DV [D, V], labels_N int64 -> (sum of the losses, rows whose best word is the label)."""
+        total, right = wide(hidden_ND.new_zeros(())), labels_N.new_zeros(())
+        normalisers = []
+        for hidden, labels in zip(hidden_ND.split(CHUNK), labels_N.split(CHUNK), strict=True):
+            logits = wide(hidden @ head_DV)
+            normalisers.append(logits.logsumexp(1))
+            total = total + (normalisers[-1] - logits.gather(1, labels[:, None])[:, 0]).sum()
+            right = right + (logits.argmax(1) == labels).sum()
+        ctx.save_for_backward(hidden_ND, head_DV, labels_N, torch.cat(normalisers))
+        ctx.mark_non_differentiable(right)
+        return total, right
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden_ND, head_DV, labels_N, normaliser_N = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(head_DV) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden_ND), CHUNK):
+            rows = slice(start, start + CHUNK)
+            chance = (wide(hidden_ND[rows] @ head_DV) - normaliser_N[rows, None]).exp_()
+            chance[torch.arange(len(chance), device=chance.device), labels_N[rows]] -= 1
+            of_logits = chance.mul_(grad).to(hidden_ND.dtype)
+            if of_hidden is not None:
+                torch.mm(of_logits, head_DV.t(), out=of_hidden[rows])
+            if of_head is not None:
+                of_head.addmm_(hidden_ND[rows].t(), of_logits)
+        return of_hidden, of_head, None
+
+
+def word_losses(hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the next words' cross-entropies, how many of them are the most likely word).
+
+    hidden_ND: the decoder's output at the words that have a next one; head_DV: vocabulary head; labels_N: that word's id.
+    """
+    return WordLosses.apply(hidden_ND, head_DV, labels_N)
