@@ -303,7 +303,8 @@ class StageConfig(Settings):
             fitting = [name for name, task in self.family.tasks.items() if task.modalities == {modality}]
             if getattr(self.data, setting) and not self.tasks.keys() <= set(fitting):
                 names = " or ".join(f"'{name}'" for name in fitting)
-                raise ValueError(f"data.{setting} is true, which fits task {names} alone, found {list(self.tasks)}")
+                fits = f"task {names} alone" if fitting else f"no task of {self.family.name}"
+                raise ValueError(f"data.{setting} is true, which fits {fits}, found {list(self.tasks)}")
             for name in fitting:
                 if getattr(self.data, other) and name in self.tasks:
                     raise ValueError(f"data.{other} is {getattr(self.data, other)}, but task '{name}' reads none")
@@ -373,6 +374,57 @@ class RetrievalConfig(HeldOutConfig):
     gallery: int = Field(12, ge=0, description="queries shown in the report")
 
 
+class DecodingConfig(Settings):
+    """How texts are written."""
+
+    method: Literal["greedy", "beam", "sample"] = Field(
+        "greedy", description="greedy: the best word each time; beam: the best of several texts; sample: by chance"
+    )
+    beams: int | None = Field(None, gt=0, le=1000, description="beam search: texts followed at a time; null: 3")
+    length_penalty: float = Field(1.0, ge=-10, le=10, description="beam search: exponent of the length that a score is over")
+    temperature: float = Field(1.0, gt=0, le=100, description="sampling: scores are divided by it")
+    top_k: int = Field(0, ge=0, description="sampling: from the so many best words; 0: from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="sampling: from the best words that together have this chance")
+    min_length: int = Field(0, ge=0, description="words of a text at least, its start included")
+    max_length: int = Field(0, ge=0, description="words of a text at most, start and end included; 0: the model's")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="above 1: words that are there already get less likely")
+    prompt: str = Field("", description="what every text begins with")
+    num_return_sequences: int = Field(
+        1, gt=0, le=1000, description="texts an image: the best of beam search, or so many samples"
+    )
+
+    @model_validator(mode="after")
+    def check_method(self) -> DecodingConfig:
+        defaults = type(self).model_fields
+        only = {"temperature": "sample", "top_k": "sample", "top_p": "sample", "length_penalty": "beam", "beams": "beam"}
+        for name, method in only.items():
+            value = getattr(self, name)
+            if value != defaults[name].default and self.method != method:
+                raise ValueError(f"{name} is {value}, which is for method '{method}', found method '{self.method}'")
+        texts = self.num_return_sequences
+        if self.method == "greedy" and texts > 1:
+            raise ValueError(
+                f"num_return_sequences is {texts}: method 'greedy' writes one; accepted: 1, or method 'sample' or 'beam'"
+            )
+        if self.method == "beam" and texts > self.texts_at_once:
+            raise ValueError(f"num_return_sequences is {texts}, above beams, which are {self.texts_at_once}")
+        if self.max_length and self.min_length > self.max_length:
+            raise ValueError(f"min_length is {self.min_length}, above max_length, which is {self.max_length}")
+        return self
+
+    @property
+    def texts_at_once(self) -> int:
+        """Of one image."""
+        return {"greedy": 1, "beam": self.beams or 3, "sample": self.num_return_sequences}[self.method]
+
+
+class CaptioningConfig(HeldOutConfig, DecodingConfig):
+    """Captions written for held-out images after the last stage, and their scores."""
+
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling")
+    gallery: int = Field(24, ge=0, description="images shown with their captions in the report")
+
+
 class SpikeConfig(Settings):
     """A guard against jumps of the loss: back to the last checkpoint before the jump, and past its data."""
 
@@ -397,6 +449,7 @@ class Recipe(Settings):
     retrieval: RetrievalConfig | None = Field(None, description="null: no retrieval after the last stage")
     vqa: EvaluationConfig | None = Field(None, description="null: no questions answered after the last stage")
     nlvr2: EvaluationConfig | None = Field(None, description="null: no pairs of images judged after the last stage")
+    captioning: CaptioningConfig | None = Field(None, description="null: no captions written after the last stage")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
     background_checkpoints: bool = Field(
         True, description="write checkpoints while training goes on, from a copy in host memory"

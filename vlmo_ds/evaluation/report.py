@@ -12,6 +12,7 @@ from pathlib import Path
 from vlmo_ds import ledger, metrics
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.evaluation.circumstances import Hardware, hardware_table, versions
+from vlmo_ds.evaluation.captioning import Captioned
 from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
 
 STYLE = """
@@ -127,6 +128,16 @@ def gallery(data: RetrievalSet, result: RetrievalResult, count: int) -> str:
     return "".join(parts)
 
 
+def caption_gallery(captions: Sequence[Captioned]) -> str:
+    """Images, what was written for each, and what people wrote."""
+    parts = ["<h2>Captions</h2><p class='note'>Written by the model (bold), and the images' own.</p>"]
+    for one in captions:
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in one.references)
+        written = "<br>".join(f"<b>{html.escape(text)}</b>" for text in one.written)
+        parts.append(f'<div class="query">{picture(one.encoded)}<div>{written}<ul>{items}</ul></div></div>')
+    return "".join(parts)
+
+
 def retrieval_table(result: RetrievalResult, images: int, captions: int) -> str:
     rows = []
     for direction, methods in result.metrics.items():
@@ -213,19 +224,22 @@ def write_report(
     result: RetrievalResult | None,
     queries: int,
     tables: Mapping[str, Mapping[str, float]] | None = None,
+    captions: Sequence[Captioned] = (),
     ranks: Sequence[Hardware] = (),
     evaluation_seconds: float = 0.0,
     precisions: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes <run>/report/index.html and returns its path.
 
-    tables: further numbers, by evaluation; ranks: what each runs on; precisions: of each stage, in the run's order.
+    tables: further numbers, by evaluation; captions: images with what was written for them; ranks: what each runs on; precisions: of each stage, in the run's order.
     """
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
     if data is not None and result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
     body += [numbers_table(title, values) for title, values in (tables or {}).items()]
     body.append("<h2>Training</h2>" + curves(run))
+    if captions:
+        body.append(caption_gallery(captions))
     if data is not None and result is not None and queries:
         body.append(gallery(data, result, queries))
     body.append(made_with(run, precisions or {}, ranks, evaluation_seconds))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import EvaluationConfig, Recipe, RetrievalConfig
+from vlmo_ds.config import CaptioningConfig, EvaluationConfig, Recipe, RetrievalConfig
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import nlvr2, retrieval, runs, vqa
+from vlmo_ds.evaluation import captioning, nlvr2, retrieval, runs, vqa
+from vlmo_ds.evaluation.captioning import Captioned
 from vlmo_ds.evaluation.retrieval import RetrievalResult, RetrievalSet
 from vlmo_ds.families.step import FamilyModel
 
@@ -27,20 +28,23 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """metrics: for <name>.json; text: for the console; pictures: for the report's gallery, instead of a table of metrics."""
+    """metrics: for <name>.json; text: for the console; pictures: for the report's gallery, instead of a table of metrics;
+    captions: for the report's captions, beside it."""
 
     metrics: Mapping[str, Any]
     text: str
     pictures: tuple[RetrievalSet, RetrievalResult] | None = None
+    captions: Sequence[Captioned] = ()
 
 
 class Evaluation(NamedTuple):
     """call: of the model, which the stage has to have trained; read: name and pictures of all that is read, from the settings;
-    measure: with the same settings."""
+    measure: with the same settings; check: that they fit the model's longest text and the tokenizer."""
 
     call: str
     read: Callable[[Any], Iterator[tuple[str, list[bytes]]]]
     measure: Callable[[FamilyModel, Finished, Any], Outcome]
+    check: Callable[[Any, int, PreTrainedTokenizerBase], None] = lambda *_: None
 
 
 def measure_retrieval(model: FamilyModel, of: Finished, config: RetrievalConfig) -> Outcome:
@@ -61,10 +65,19 @@ def measure_nlvr2(model: FamilyModel, of: Finished, config: EvaluationConfig) ->
     return Outcome(metrics, nlvr2.table(metrics))
 
 
+def measure_captioning(model: FamilyModel, of: Finished, config: CaptioningConfig) -> Outcome:
+    captioned = captioning.evaluate(model, config, of.tokenizer, of.collector)
+    metrics, how = captioning.overall(captioned)
+    return Outcome(metrics, captioning.table(metrics, how), captions=captioned[: config.gallery])
+
+
 TABLE: dict[str, Evaluation] = {
     "retrieval": Evaluation("encode_text", retrieval.names_and_pictures, measure_retrieval),
     "vqa": Evaluation("answer", lambda config: runs.names_and_pictures(config, vqa.read), measure_vqa),
     "nlvr2": Evaluation("compare", lambda config: runs.names_and_pictures(config, nlvr2.read), measure_nlvr2),
+    "captioning": Evaluation(
+        "caption_step", captioning.names_and_pictures, measure_captioning, captioning.check
+    ),
 }
 
 

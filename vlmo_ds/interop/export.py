@@ -1,25 +1,32 @@
-"""Hands a trained model to other code: a Hugging Face folder, or one file with the official parameter names.
+"""Hands a trained model to other code: a Hugging Face folder, one file with the official parameter names, or an open_clip folder.
 
     python -m vlmo_ds.interop.export RUN --output FOLDER
     python -m vlmo_ds.interop.export RUN --official FILE.pt [--half]
+    python -m vlmo_ds.interop.export RUN --open_clip FOLDER
 
 RUN is a run's directory (its last finished stage is taken) or checkpoints/<stage>/final inside it. The folder has
-config.json, model.safetensors, the tokenizer and the processor; the file has the weights under "state_dict".
+config.json, model.safetensors, the tokenizer and the processor; the file has the weights under "state_dict". open_clip reads its
+folder as open_clip.create_model("local-dir:FOLDER"); families whose models it knows can be written so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import RecipeError
-from vlmo_ds.data.tokenizer import load_tokenizer
+from vlmo_ds.config import ModelConfig, RecipeError
+from vlmo_ds.data.tokenizer import ClipTokenizer, load_tokenizer
 from vlmo_ds.evaluation.runs import find_stage
 from vlmo_ds.evaluation.vqa import read_answers
+from vlmo_ds.families.interface import Family
 from vlmo_ds.weights_file import read_weights
 
 
@@ -28,19 +35,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
     parser.add_argument("--output", type=Path, help="folder for transformers; must not be there yet")
     parser.add_argument("--official", type=Path, help="file with the official parameter names")
+    parser.add_argument("--open_clip", type=Path, metavar="FOLDER", help="folder for open_clip; must not be there yet")
     parser.add_argument("--half", action="store_true", help="the official file's weights in float16")
     args = parser.parse_args(argv)
-    if not args.output and not args.official:
-        parser.error("nothing to write: give --output, --official or both")
+    if not (args.output or args.official or args.open_clip):
+        parser.error("nothing to write: give --output, --official or --open_clip")
     try:
         run, recipe, folder = find_stage(args.run)
         stage = next(s for s in recipe.stages if s.name == folder.parent.name)
         weights = read_weights(folder)
+        tokenizer = load_tokenizer(str(run / "tokenizer"), *recipe.family.tokenizer)
+        for name in ("output", "open_clip"):
+            if (wanted := getattr(args, name)) and wanted.exists():
+                raise RecipeError(f"--{name}: {wanted} is there already: name a new folder")
         if args.output:
-            if args.output.exists():
-                raise RecipeError(f"--output: {args.output} is there already: name a new folder")
             answers = read_answers(run, recipe.model.vqav2_label_size) if "questions" in stage.reads else None
-            tokenizer = load_tokenizer(str(run / "tokenizer"), *recipe.family.tokenizer)
             export = recipe.family.huggingface().exported
             model = export(weights, recipe.model, list(stage.tasks), tokenizer, answers, args.output)
             print(
@@ -49,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.official:
             write_official(weights, args.official, args.half)
             print(f"{args.official}: {len(weights)} tensors under their official names")
+        if args.open_clip:
+            write_open_clip(weights, recipe.model, recipe.family, tokenizer, args.open_clip)
+            print(f"{args.open_clip}: open_clip.create_model('local-dir:{args.open_clip}')")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,6 +74,30 @@ def write_official(weights: dict[str, Tensor], file: Path, half: bool = False) -
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": kept}, temporary)
     temporary.replace(file)
+
+
+def write_open_clip(
+    weights: dict[str, Tensor],
+    settings: ModelConfig,
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Configuration and weights, and the tokenizer where it is not CLIP's, which open_clip has; published in one rename."""
+    if family.open_clip is None:
+        raise RecipeError(f"--open_clip: open_clip has no models of family {family.name}; accepted: --output, --official")
+    mean, std = family.pixels
+    model = family.open_clip(settings)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if not isinstance(tokenizer, ClipTokenizer):
+        tokenizer.save_pretrained(str(temporary))
+        model["text_cfg"]["hf_tokenizer_name"] = folder.name  # any name: it takes the one in the folder
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash"}}
+    (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "open_clip_model.safetensors")
+    temporary.replace(folder)
 
 
 if __name__ == "__main__":

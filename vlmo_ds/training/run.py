@@ -282,6 +282,11 @@ def check_data(
         raise RecipeError(
             f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces: take 0 (the tokenizer's) or more"
         )
+    for name, evaluation in due(recipe).items():
+        try:
+            evaluation.check(getattr(recipe, name), recipe.model.max_text_len, tokenizer)
+        except RecipeError as error:
+            raise RecipeError(f"{name}: {error}") from None
     for stage in stages:
         try:
             check_samples(build_dataset(recipe, stage, tokenizer, collector))
@@ -319,7 +324,8 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
         data, result = next((o.pictures for o in outcomes.values() if o.pictures), (None, None))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
         seconds = time.monotonic() - started
-        path = write_report(run, recipe.name, data, result, queries, tables, ranks, seconds, precisions(run))
+        captions = [one for outcome in outcomes.values() for one in outcome.captions]
+        path = write_report(run, recipe.name, data, result, queries, tables, captions, ranks, seconds, precisions(run))
         print(f"report: {path}", flush=True)
 
     if collector.rank == 0:

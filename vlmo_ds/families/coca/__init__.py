@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmo_ds.config import InitConfig
 from vlmo_ds.families.coca.config import NO_DECAY, PIXELS, TASKS, TRAINABLE, WORDS, CoCaSettings
@@ -31,6 +31,12 @@ def load_weights() -> Weights:
     from vlmo_ds.families.coca import weights as module
 
     return module
+
+
+def to_open_clip(config: CoCaSettings) -> dict[str, Any]:
+    from vlmo_ds.families.coca import weights
+
+    return weights.to_open_clip(config)
 
 
 def load_huggingface() -> HuggingFace:
@@ -62,4 +68,5 @@ FAMILY = Family(
     weights=load_weights,
     huggingface=load_huggingface,
     parity=load_parity,
+    open_clip=to_open_clip,
 )

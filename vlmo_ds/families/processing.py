@@ -1,0 +1,108 @@
+"""Images and texts as a family's transformers models take them: what its processor classes share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import transformers
+from PIL import Image
+from transformers import ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright_pixels
+from vlmo_ds.families.interface import Pixels
+
+
+def as_image(pixels_HWC: np.ndarray) -> Image.Image:
+    try:
+        return Image.fromarray(pixels_HWC)
+    except TypeError:
+        raise ValueError(
+            f"images: an array of shape {list(pixels_HWC.shape)} and type {pixels_HWC.dtype}; accepted: [height, width, 3], "
+            "uint8"
+        ) from None
+
+
+class SquareImageProcessor(BaseImageProcessor):
+    """Images to pixel_values [B, 3, S, S]: resized to a square and normalised, as in this project's evaluations.
+
+    Takes paths, encoded bytes, Pillow images and [H, W, 3], [H, W, 4] or [H, W] uint8 arrays. Paths and bytes give the
+    pixels of training and evaluation to the bit. Of Pillow's images a large JPEG differs slightly: it was decoded at its
+    full size. All are upright as their EXIF orientation says, with transparency on white and grey of 16 bits scaled to 8.
+    """
+
+    model_input_names = ["pixel_values"]
+    normalised_by: ClassVar[Pixels]  # the family's
+
+    def __init__(self, size: int = 224, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.size = size
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """One image or a list of them; of lists of images (NLVR2's pairs) a [B, 2, 3, S, S]."""
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if images and isinstance(images[0], (list, tuple)):
+            values = np.stack([np.stack([self.one(image) for image in group]) for group in images])
+        else:
+            values = np.stack([self.one(image) for image in images])
+        return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, **kwargs)
+
+    def one(self, image: Any) -> np.ndarray:
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            made = square(EncodedImage(image), self.size, np.random.default_rng(0))
+        else:
+            whole = image if isinstance(image, Image.Image) else as_image(np.asarray(image))
+            made = resized(upright_pixels(whole), self.size, self.size)
+        mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in self.normalised_by)
+        return (pixels(made).astype(np.float32) / 255 - mean) / std
+
+
+class PairProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one: processor(images=..., text=...)."""
+
+    attributes = ["image_processor", "tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+    if int(transformers.__version__.split(".")[0]) < 5:  # from 5 on known by the registration below
+        image_processor_class = "AutoImageProcessor"
+
+    def __init__(self, image_processor: SquareImageProcessor, tokenizer: Any, max_text_len: int = 40, **kwargs: Any):
+        self.max_text_len = max_text_len
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, return_tensors: str = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        found: dict[str, Any] = {}
+        if text is not None:
+            settings: Mapping[str, Any] = {
+                "padding": True,
+                "truncation": True,
+                "max_length": self.max_text_len,
+                **kwargs,
+            }
+            encoded = self.tokenizer(
+                [text] if isinstance(text, str) else text, return_tensors=return_tensors, **settings
+            )
+            found |= {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if images is not None:
+            found |= self.image_processor(images, return_tensors=return_tensors)
+        return BatchFeature(found)
+
+
+def save_whole(folder: Path, *parts: Any) -> None:
+    """Model and processor into a folder that appears in one rename."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in parts:
+        part.save_pretrained(temporary)
+    temporary.replace(folder)
