@@ -381,13 +381,17 @@ class DecodingConfig(Settings):
         "greedy", description="greedy: the best word each time; beam: the best of several texts; sample: by chance"
     )
     beams: int | None = Field(None, gt=0, le=1000, description="beam search: texts followed at a time; null: 3")
-    length_penalty: float = Field(1.0, ge=-10, le=10, description="beam search: exponent of the length that a score is over")
+    length_penalty: float = Field(
+        1.0, ge=-10, le=10, description="beam search: exponent of the length that a score is over"
+    )
     temperature: float = Field(1.0, gt=0, le=100, description="sampling: scores are divided by it")
     top_k: int = Field(0, ge=0, description="sampling: from the so many best words; 0: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="sampling: from the best words that together have this chance")
     min_length: int = Field(0, ge=0, description="words of a text at least, its start included")
     max_length: int = Field(0, ge=0, description="words of a text at most, start and end included; 0: the model's")
-    repetition_penalty: float = Field(1.0, gt=0, le=100, description="above 1: words that are there already get less likely")
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=100, description="above 1: words that are there already get less likely"
+    )
     prompt: str = Field("", description="what every text begins with")
     num_return_sequences: int = Field(
         1, gt=0, le=1000, description="texts an image: the best of beam search, or so many samples"
@@ -396,7 +400,13 @@ class DecodingConfig(Settings):
     @model_validator(mode="after")
     def check_method(self) -> DecodingConfig:
         defaults = type(self).model_fields
-        only = {"temperature": "sample", "top_k": "sample", "top_p": "sample", "length_penalty": "beam", "beams": "beam"}
+        only = {
+            "temperature": "sample",
+            "top_k": "sample",
+            "top_p": "sample",
+            "length_penalty": "beam",
+            "beams": "beam",
+        }
         for name, method in only.items():
             value = getattr(self, name)
             if value != defaults[name].default and self.method != method:

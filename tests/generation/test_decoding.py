@@ -121,7 +121,9 @@ def test_the_batch_does_not_matter(settings):
         order = [2, 0, 1]
         again = written(model, {k: v[order] for k, v in images.items()}, [1], END, config, seed=3)
         assert again == [whole[i] for i in order]
-        alone = [written(model, {k: v[i : i + 1] for k, v in images.items()}, [1], END, config, seed=3)[0] for i in range(3)]
+        alone = [
+            written(model, {k: v[i : i + 1] for k, v in images.items()}, [1], END, config, seed=3)[0] for i in range(3)
+        ]
         assert alone == whole
 
 
@@ -148,7 +150,11 @@ def test_lengths_that_do_not_fit_are_told():
     for config, prompt, message in (
         (DecodingConfig(max_length=99), [1], "max_length is 99, the model's texts have 21"),
         (DecodingConfig(min_length=30), [1], "min_length is 30, above the longest text of 21"),
-        (DecodingConfig(max_length=3, prompt="a b"), [1, 4, 5], "prompt 'a b' has 3 words with the start, a text 3 at most"),
+        (
+            DecodingConfig(max_length=3, prompt="a b"),
+            [1, 4, 5],
+            "prompt 'a b' has 3 words with the start, a text 3 at most",
+        ),
     ):
         with pytest.raises(RecipeError, match=message):
             written(model, images, prompt, END, config)

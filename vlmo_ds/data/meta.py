@@ -59,7 +59,14 @@ LABELS = Rule(
     lambda value: is_list(value, is_label) and len(set(value)) == len(value),
     "a list of different whole numbers from 0",
 )
-SAMPLE = {"captions": TEXTS, "caption": TEXTS, "image_id": ID, "questions": ENTRIES, "sentences": ENTRIES, "things": ENTRIES}
+SAMPLE = {
+    "captions": TEXTS,
+    "caption": TEXTS,
+    "image_id": ID,
+    "questions": ENTRIES,
+    "sentences": ENTRIES,
+    "things": ENTRIES,
+}
 QUESTION = {
     "question": TEXT,
     "question_id": ID,

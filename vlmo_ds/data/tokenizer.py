@@ -111,7 +111,9 @@ def pairs_of_clip(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : CLIP_MERGES + 1]
         merges = [(first, second) for first, second in (line.split() for line in lines)]
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"tokenizer: {file} is no list of byte pairs such as bpe_simple_vocab_16e6.txt.gz ({error})") from None
+        raise DataError(
+            f"tokenizer: {file} is no list of byte pairs such as bpe_simple_vocab_16e6.txt.gz ({error})"
+        ) from None
     alphabet = bytes_to_characters()
     pieces = [*alphabet, *(f"{c}</w>" for c in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
     return {piece: number for number, piece in enumerate(pieces)}, merges
@@ -119,7 +121,11 @@ def pairs_of_clip(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def bytes_to_characters() -> list[str]:
     """The characters that stand for the 256 bytes, in the order of CLIP's numbers: printable ones first, as themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("\xa1"), ord("\xac") + 1),
+        *range(ord("\xae"), ord("\xff") + 1),
+    ]
     others = 256 - len(printable)
     return [chr(code) for code in printable] + [chr(256 + number) for number in range(others)]
 
@@ -135,7 +141,9 @@ def pairs_of_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         if missing := [token for token in (CLIP_START, CLIP_END) if token not in vocabulary]:
             raise ValueError(f"vocab.json lacks {missing[0]}: it is not CLIP's")
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"tokenizer: {folder} holds a vocab.json and merges.txt that cannot be used ({error})") from None
+        raise DataError(
+            f"tokenizer: {folder} holds a vocab.json and merges.txt that cannot be used ({error})"
+        ) from None
     return vocabulary, merges  # type: ignore[return-value]  # pairs, by the check above
 
 
@@ -150,7 +158,9 @@ def byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Cli
     )
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    )
     start, end = vocabulary[CLIP_START], vocabulary[CLIP_END]
     tokenizer.post_processor = processors.RobertaProcessing((CLIP_END, end), (CLIP_START, start), False, False)
     return ClipTokenizer(tokenizer_object=tokenizer, **CLIP_SPECIAL)

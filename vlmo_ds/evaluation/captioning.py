@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,9 @@ from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.generation.decoding import check_lengths, written
 from vlmo_ds.progress import progress
 
-PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())  # as pycocoevalcap's, and brackets
+PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)  # as pycocoevalcap's, and brackets
 BRACKETS = frozenset("()[]{}")
 EXTRA = "pip install 'vlmo_ds[captioning]'"
 
@@ -121,7 +123,9 @@ def evaluate(
         samples = [shard.read(row) for shard, row in places]
         raw = samples[0]
         references = [text for one in samples for text in (one.captions if scored or has_captions(one) else [])]
-        return Captioned(raw.meta.get("image_id", raw.key), raw.image_id, raw.image, references, meaning.scene_of(raw.meta), [])
+        return Captioned(
+            raw.meta.get("image_id", raw.key), raw.image_id, raw.image, references, meaning.scene_of(raw.meta), []
+        )
 
     mine = list(range(collector.rank, len(images), collector.world_size))
     done: list[tuple[int, Captioned]] = []
@@ -130,7 +134,10 @@ def evaluate(
         heartbeat.beat("writing captions")
         found = [describe(images[row]) for row in rows]
         pixels = [square_pixels(one.encoded, model.config.image_size, str(one.image_id)) for one in found]
-        batch = {"image": torch.stack(pixels).to(device), "image_id": torch.tensor([one.key for one in found]).to(device)}
+        batch = {
+            "image": torch.stack(pixels).to(device),
+            "image_id": torch.tensor([one.key for one in found]).to(device),
+        }
         for one, ids in zip(found, written(model, batch, begin, end, config, config.seed), strict=True):
             one.written = [text.strip() for text in texts(ids)]
         done += zip(rows, found, strict=True)
@@ -242,7 +249,9 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [name.upper() for name in ("meteor", "spice") if getattr(args, name)]
     if wanted and not shutil.which("java"):
-        raise RecipeError(f"--{wanted[0].lower()}: {wanted[0]} runs in Java, and there is no `java` on this machine's PATH")
+        raise RecipeError(
+            f"--{wanted[0].lower()}: {wanted[0]} runs in Java, and there is no `java` on this machine's PATH"
+        )
     if args.unscored and not args.captions:
         raise RecipeError("--unscored writes no scores: name a file for the captions with --captions")
     _, recipe, model, tokenizer = runs.open_run(args.run, "caption_step")
@@ -258,14 +267,18 @@ def main() -> None:
     print(table(metrics, how))
     if args.output:
         rows = [{"image_id": one.image_id, "captions": one.written, "references": one.references} for one in captioned]
-        write_atomically(args.output, runs.as_json({**metrics, "scored with": how, "settings": config.model_dump(), "images": rows}))
+        write_atomically(
+            args.output, runs.as_json({**metrics, "scored with": how, "settings": config.model_dump(), "images": rows})
+        )
 
 
 def settings_for(settings: CaptioningConfig | None, method: str | None) -> CaptioningConfig | None:
     """The recipe's, without those that belong to another method than the one asked for."""
     if settings is None or method in (None, settings.method):
         return settings
-    kept = settings.model_dump(exclude={"method", "beams", "length_penalty", "temperature", "top_k", "top_p", "num_return_sequences"})
+    kept = settings.model_dump(
+        exclude={"method", "beams", "length_penalty", "temperature", "top_k", "top_p", "num_return_sequences"}
+    )
     return CaptioningConfig(**kept)
 
 

@@ -14,7 +14,12 @@ from vlmo_ds.data.synthetic import COLOURS, SHAPES, SIZE_WORDS, TEXTURES, Thing
 
 SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
 RELATIONS = ("above", "below", "to the left of", "to the right of")
-PLACES = ("in the middle", r"on the (?:left|right)", r"at the (?:top|bottom)", r"in the (?:top|bottom) (?:left|right) corner")
+PLACES = (
+    "in the middle",
+    r"on the (?:left|right)",
+    r"at the (?:top|bottom)",
+    r"in the (?:top|bottom) (?:left|right) corner",
+)
 PHRASE = re.compile(
     rf"\b(?:(?:(?P<size>{'|'.join(SIZE_OF)}) )?(?:(?P<texture>{'|'.join(TEXTURES)}) )?"
     rf"(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from vlmo_ds import ledger, metrics
 from vlmo_ds.data.storage import write_atomically
-from vlmo_ds.evaluation.circumstances import Hardware, hardware_table, versions
 from vlmo_ds.evaluation.captioning import Captioned
+from vlmo_ds.evaluation.circumstances import Hardware, hardware_table, versions
 from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
 
 STYLE = """

@@ -182,7 +182,9 @@ class Family:
     huggingface: Callable[[], HuggingFace]
     parity: Callable[[], Mapping[str, Check]]  # by the format that a file of recorded numbers names
     averaged: Sequence[str] = ()
-    open_clip: Callable[[Any], dict[str, Any]] | None = None  # settings -> open_clip's of a model with these parameter names
+    open_clip: Callable[[Any], dict[str, Any]] | None = (
+        None  # settings -> open_clip's of a model with these parameter names
+    )
 
     def giving(self, call: str) -> list[str]:
         """The tasks that train a call of the model."""

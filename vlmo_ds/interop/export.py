@@ -85,7 +85,9 @@ def write_open_clip(
 ) -> None:
     """Configuration and weights, and the tokenizer where it is not CLIP's, which open_clip has; published in one rename."""
     if family.open_clip is None:
-        raise RecipeError(f"--open_clip: open_clip has no models of family {family.name}; accepted: --output, --official")
+        raise RecipeError(
+            f"--open_clip: open_clip has no models of family {family.name}; accepted: --output, --official"
+        )
     mean, std = family.pixels
     model = family.open_clip(settings)
     temporary = folder.with_name(folder.name + ".tmp")

@@ -102,7 +102,9 @@ TASKS: dict[str, Task] = {
     "itc": Task(
         reads=frozenset({"image", "text"}), gives=frozenset({"encode_image", "encode_text"}), gradient_cache="features"
     ),
-    "caption": Task(reads=frozenset({"image", "text"}), gives=frozenset({"caption_step"}), weight=2.0, gradient_cache="beside"),
+    "caption": Task(
+        reads=frozenset({"image", "text"}), gives=frozenset({"caption_step"}), weight=2.0, gradient_cache="beside"
+    ),
 }
 
 TRAINABLE: dict[str, list[str]] = {
@@ -144,7 +146,9 @@ class CoCaSettings(ModelConfig):
     vision_width: int = Field(192, gt=0, description="width of the image tower")
     vision_layers: int = Field(6, gt=0, description="blocks of the image tower")
     vision_head_width: int = Field(64, gt=0, description="width of one attention head of the image tower")
-    vision_mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the image tower's feed-forward layers over its width")
+    vision_mlp_ratio: float = Field(
+        4.0, gt=0, description="hidden width of the image tower's feed-forward layers over its width"
+    )
     attentional_pool: Literal["single", "cascade", "parallel", "none"] = Field(
         "single",
         description="single: query 0 is the image's feature, the others are caption tokens (released models); cascade: a "
@@ -158,7 +162,9 @@ class CoCaSettings(ModelConfig):
     text_heads: int = Field(3, gt=0, description="attention heads of the text tower")
     decoder_layers: int = Field(3, gt=0, description="pairs of blocks of the multimodal decoder")
     decoder_heads: int = Field(3, gt=0, description="attention heads of the multimodal decoder")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the text layers' feed-forward layers over their width")
+    mlp_ratio: float = Field(
+        4.0, gt=0, description="hidden width of the text layers' feed-forward layers over their width"
+    )
     max_text_len: int = Field(76, gt=2, description="longest text in tokens, start and end included")
     class_mask: Literal["legacy", "correct"] = Field(
         "legacy",

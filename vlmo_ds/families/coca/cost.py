@@ -57,7 +57,9 @@ def forward_flops(config: CoCaSettings, stage: StageConfig, samples: float = 1.0
         total += one.layers * (linear + 4 * one.tokens * one.context * one.width)
     d = config.embed_dim
     for queries, tokens, width in poolers(config):
-        total += 2 * queries * d**2 + 4 * tokens * width * d + 4 * queries * tokens * d  # queries are projected once a batch
+        total += (
+            2 * queries * d**2 + 4 * tokens * width * d + 4 * queries * tokens * d
+        )  # queries are projected once a batch
     if "itc" in stage.tasks:
         total += 2 * d * (config.token_width + config.text_width)
     if "caption" in stage.tasks:

@@ -44,7 +44,11 @@ class CoCaConfig(PreTrainedConfig):
     """CoCaSettings' values."""
 
     model_type = "coca"
-    attribute_map = {"hidden_size": "text_width", "num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_heads"}
+    attribute_map = {
+        "hidden_size": "text_width",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_heads",
+    }
 
     def __init__(self, **kwargs: Any):
         known = {name: kwargs.pop(name) for name in CoCaSettings.model_fields if name in kwargs}
@@ -129,7 +133,9 @@ class CoCaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs |= {"use_cache": False, "image_tokens": self.image_tokens(pixel_values)}
         return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, image_tokens: Tensor | None = None, **_: Any) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, image_tokens: Tensor | None = None, **kwargs: Any
+    ) -> dict:
         return {"input_ids": input_ids, "image_tokens": image_tokens}
 
 

@@ -24,7 +24,6 @@ from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.objectives.captioning import wide, word_losses
 from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
 
-
 PADDING = 0  # the padding word's id: of its embedding alone, which words are valid is told by lengths
 OF_CONTRAST = [  # what the contrastive loss alone reaches
     "logit_scale",

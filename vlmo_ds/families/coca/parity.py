@@ -32,7 +32,9 @@ def compare(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, floa
         found["image_features"], found["text_features"] = unit(image), unit(text.feature)
         found["token_embs"] = text.tokens_ND
         x_ND, fold, labels = next_words(ids, lengths, text)
-        found["logits"] = model.text_decoder.hidden(x_ND, fold, found["image_embs"]) @ model.text_decoder.text_projection
+        found["logits"] = (
+            model.text_decoder.hidden(x_ND, fold, found["image_embs"]) @ model.text_decoder.text_projection
+        )
         found["logit_scale"] = model.logit_scale.exp()
     valid = ids != 0
     wanted = dict(recorded)
