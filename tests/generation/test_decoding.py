@@ -80,10 +80,11 @@ def test_cached_logits_are_those_of_a_recomputation():
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam"])
-def test_the_texts_are_those_of_transformers(method):
+@pytest.mark.parametrize("models", [12, pytest.param(100, marks=pytest.mark.long)])
+def test_the_texts_are_those_of_transformers(models, method):
     config = DecodingConfig(method=method, max_length=WORDS + 1)
     lengths = set()
-    for seed in range(100):
+    for seed in range(models):
         model, images = tiny(seed)
         ours = written(model, images, [1], END, config)
         theirs = exported(model).generate(
@@ -91,7 +92,7 @@ def test_the_texts_are_those_of_transformers(method):
         )
         assert [row[0] for row in ours] == cut(theirs.tolist()), seed
         lengths |= {len(row[0]) for row in ours}
-    assert len(lengths) > 5  # short ones and long ones
+    assert len(lengths) > 3  # short ones and long ones
 
 
 def test_options_agree_with_transformers():
@@ -115,7 +116,7 @@ def test_the_batch_does_not_matter(settings):
     if settings["method"] == "sample":
         settings = settings | {"num_return_sequences": 4, "temperature": 0.8, "top_k": 9}
     config = DecodingConfig(**settings)
-    for seed in range(20):
+    for seed in range(8):
         model, images = tiny(seed)
         whole = written(model, images, [1], END, config, seed=3)
         order = [2, 0, 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,13 @@ class Finished(NamedTuple):
 @dataclass(frozen=True)
 class Outcome:
     """metrics: for <name>.json; text: for the console; pictures: for the report's gallery, instead of a table of metrics;
-    captions: for the report's captions, beside it."""
+    captions: for the report's captions, beside it; files: further ones of the run's folder, by name."""
 
     metrics: Mapping[str, Any]
     text: str
     pictures: tuple[RetrievalSet, RetrievalResult] | None = None
     captions: Sequence[Captioned] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Evaluation(NamedTuple):
@@ -66,9 +67,10 @@ def measure_nlvr2(model: FamilyModel, of: Finished, config: EvaluationConfig) ->
 
 
 def measure_captioning(model: FamilyModel, of: Finished, config: CaptioningConfig) -> Outcome:
-    captioned = captioning.evaluate(model, config, of.tokenizer, of.collector)
-    metrics, how = captioning.overall(captioned)
-    return Outcome(metrics, captioning.table(metrics, how), captions=captioned[: config.gallery])
+    written = captioning.evaluate(model, config, of.tokenizer, of.collector)
+    metrics, how = captioning.overall(written)
+    files = {"captions.json": captioning.server_json(written)}
+    return Outcome(metrics, captioning.table(metrics, how), captions=written[: config.gallery], files=files)
 
 
 TABLE: dict[str, Evaluation] = {

@@ -320,6 +320,8 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
     def publish() -> None:
         for name, outcome in outcomes.items():
             write_atomically(run / f"{name}.json", as_json(outcome.metrics))
+            for file, content in outcome.files.items():
+                write_atomically(run / file, content)
         tables = {name: outcome.metrics for name, outcome in outcomes.items() if not outcome.pictures}
         data, result = next((o.pictures for o in outcomes.values() if o.pictures), (None, None))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0

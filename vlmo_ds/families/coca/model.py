@@ -276,7 +276,7 @@ class CoCa(FamilyModel):
     def idle(self) -> list[str]:
         """Patterns of what none of the tasks reaches."""
         if "caption" not in self.tasks:
-            return ["text_decoder.*"]
+            return ["text_decoder.*", *(["visual.attn_pool.*"] if self.config.attentional_pool == "parallel" else [])]
         return [] if "itc" in self.tasks else OF_CONTRAST
 
     # ---- evaluation ----
