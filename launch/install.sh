@@ -10,4 +10,6 @@ pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 pip install --upgrade pip setuptools wheel
 .venv/bin/python -c 'import torch' 2>/dev/null || pip install "${VLMO_TORCH:-torch==2.13.0}"
 DS_BUILD_OPS=0 pip install --no-build-isolation -e '.[test]'
+# its package asks for torchvision, which tests of ours do without
+pip install --no-deps open_clip_torch==3.3.0
 touch "$stamp"

@@ -162,6 +162,7 @@ class Family:
     trainable: name -> what a stage with this name trains. no_decay: what weight decay spares. heads: what
     optimizer.head_lr_multiplier is for. words: tensors whose rows are word pieces, the table first. averaged: what moves
     without a gradient (teachers), which is never frozen. clamped: scales that stay within bounds.
+    open_clip: settings -> (its configuration of a model with these parameter names, what that cannot say).
     build(config, tasks with weights, collector): the model; cost, weights, huggingface, parity: imported when they are asked for.
     """
 
@@ -182,9 +183,7 @@ class Family:
     huggingface: Callable[[], HuggingFace]
     parity: Callable[[], Mapping[str, Check]]  # by the format that a file of recorded numbers names
     averaged: Sequence[str] = ()
-    open_clip: Callable[[Any], dict[str, Any]] | None = (
-        None  # settings -> open_clip's of a model with these parameter names
-    )
+    open_clip: Callable[[Any], tuple[dict[str, Any], str]] | None = None
 
     def giving(self, call: str) -> list[str]:
         """The tasks that train a call of the model."""

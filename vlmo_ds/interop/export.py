@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> int:
             write_official(weights, args.official, args.half)
             print(f"{args.official}: {len(weights)} tensors under their official names")
         if args.open_clip:
-            write_open_clip(weights, recipe.model, recipe.family, tokenizer, args.open_clip)
+            note = write_open_clip(weights, recipe.model, recipe.family, tokenizer, args.open_clip)
             print(f"{args.open_clip}: open_clip.create_model('local-dir:{args.open_clip}')")
+            if note:
+                print(note)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,14 +84,15 @@ def write_open_clip(
     family: Family,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-) -> None:
-    """Configuration and weights, and the tokenizer where it is not CLIP's, which open_clip has; published in one rename."""
+) -> str:
+    """Configuration and weights, and the tokenizer where it is not CLIP's, which open_clip has; published in one rename.
+    Returns what open_clip has to be told besides."""
     if family.open_clip is None:
         raise RecipeError(
             f"--open_clip: open_clip has no models of family {family.name}; accepted: --output, --official"
         )
     mean, std = family.pixels
-    model = family.open_clip(settings)
+    model, note = family.open_clip(settings)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -100,6 +103,7 @@ def write_open_clip(
     (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "open_clip_model.safetensors")
     temporary.replace(folder)
+    return note
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from vlmo_ds.training.ds_config import (
 )
 from vlmo_ds.training.optim import parameter_groups, set_trainable
 
-VOCABULARIES = {"bert-base-uncased": 30522}  # known without the hub
+VOCABULARIES = {"openai/clip-vit-base-patch32": 49408, "bert-base-uncased": 30522}  # known without the hub
 MASTER, MOMENTS = 4, 8  # bytes per trained parameter: float32 weight, Adam's two moments
 SWEEP = tuple(2**i for i in range(11))  # 1 to 1,024 GPUs
 

@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--max_text_len", type=positive, default=40, help="word pieces per sample, with --tokenizer")
     sub = dataset(
         "synthetic",
-        "the built-in world: folders train, test and text under --output",
+        "the built-in world: folders train, one, test and text under --output",
         None,
     )
     sub.add_argument("--train", type=positive, default=16000, help="training scenes (default: %(default)s)")
@@ -249,6 +249,7 @@ def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
     pairs = partial(sources.synthetic_pairs, train=args.train, held_out=args.test, seed=args.seed, size=args.image_size)
     return {
         args.output / "train": pairs("train"),
+        args.output / "one": pairs("train", things=1),
         args.output / "test": pairs("test"),
         args.output / "text": sources.synthetic_text(args.text, args.seed),
     }

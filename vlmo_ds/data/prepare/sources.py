@@ -506,10 +506,11 @@ def write_text(texts: Iterable[str]) -> Made:
             yield Sample({"txt": words.encode(errors="replace")}, 1)
 
 
-def synthetic_pairs(split: str, train: int, held_out: int, seed: int, size: int) -> Plan:
-    """Scenes of the synthetic world with four captions each (one, for held-out scenes)."""
+def synthetic_pairs(split: str, train: int, held_out: int, seed: int, size: int, things: int = 3) -> Plan:
+    """Scenes of the synthetic world with at most so many things, with four captions each (one, for held-out scenes)."""
     held, trained = synthetic.scenes(seed, held_out, train)
-    items = list(enumerate(trained if split == "train" else held))
+    scenes = trained if split == "train" else held
+    items = [(number, scene) for number, scene in enumerate(scenes) if len(scene) <= things]
     return Plan(split, items, partial(make_scene, split=split, seed=seed, size=size))
 
 

@@ -33,7 +33,7 @@ def load_weights() -> Weights:
     return module
 
 
-def to_open_clip(config: CoCaSettings) -> dict[str, Any]:
+def to_open_clip(config: CoCaSettings) -> tuple[dict[str, Any], str]:
     from vlmo_ds.families.coca import weights
 
     return weights.to_open_clip(config)

@@ -82,8 +82,8 @@ def from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_open_clip(config: CoCaSettings) -> dict[str, Any]:
-    """open_clip's configuration of a model (its `model_cfg`)."""
+def to_open_clip(config: CoCaSettings) -> tuple[dict[str, Any], str]:
+    """(open_clip's configuration of a model, its `model_cfg`; what it cannot say, "" where nothing)."""
     text = {"context_length": config.max_text_len, "vocab_size": config.vocab_size, "width": config.text_width}
     vision = {
         "image_size": config.image_size,
@@ -105,8 +105,6 @@ def to_open_clip(config: CoCaSettings) -> dict[str, Any]:
         "embed_cls": True,
         "output_tokens": True,
     }
-    if config.class_mask == "correct":
-        tower["correct_cls_mask"] = True
     decoder = {
         **text,
         "heads": config.decoder_heads,
@@ -114,10 +112,14 @@ def to_open_clip(config: CoCaSettings) -> dict[str, Any]:
         "mlp_ratio": config.mlp_ratio,
         "attn_pooler_heads": config.pooler_heads,
     }
-    return {
+    note = ""
+    if config.class_mask == "correct":
+        note = "its configuration cannot say class_mask 'correct': set model.text.correct_cls_mask = True for text features"
+    whole = {
         "embed_dim": config.embed_dim,
         "vision_cfg": vision,
         "text_cfg": tower,
         "multimodal_cfg": decoder,
         "custom_text": True,
     }
+    return whole, note
