@@ -83,7 +83,9 @@ def batch_of(config: CoCaSettings, lengths: list[int], device: torch.device) -> 
     longest = max(lengths)
     masks = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
     batch = {
-        "image": torch.randint(0, 256, (len(lengths), 3, config.image_size, config.image_size), generator=g).to(torch.uint8),
+        "image": torch.randint(0, 256, (len(lengths), 3, config.image_size, config.image_size), generator=g).to(
+            torch.uint8
+        ),
         "text_ids": torch.randint(1, config.vocab_size, masks.shape, generator=g) * masks,
         "text_masks": masks,
     }
@@ -93,7 +95,14 @@ def batch_of(config: CoCaSettings, lengths: list[int], device: torch.device) -> 
 def check_parity(golden: Path | None) -> float:
     """The worst relative difference of losses and gradients between the two versions. SystemExit where they differ."""
     torch.manual_seed(0)
-    small = {"image_size": 64, "patch_size": 16, "vision_layers": 2, "text_layers": 2, "decoder_layers": 2, "pooler_queries": 9}
+    small = {
+        "image_size": 64,
+        "patch_size": 16,
+        "vision_layers": 2,
+        "text_layers": 2,
+        "decoder_layers": 2,
+        "pooler_queries": 9,
+    }
     worst = 0.0
     for mask in ("legacy", "correct"):
         config = CoCaSettings(**small, vocab_size=90, max_text_len=20, class_mask=mask)
@@ -203,7 +212,9 @@ def main() -> None:
                 "captions": pair["ours"]["captions"],
                 "time, ours over plain": round(pair["ours"]["seconds"] / pair["plain"]["seconds"], 3),
                 "memory, ours over plain": round(
-                    pair["ours"]["peak_beyond_weights_and_gradients_gb"] / pair["plain"]["peak_beyond_weights_and_gradients_gb"], 3
+                    pair["ours"]["peak_beyond_weights_and_gradients_gb"]
+                    / pair["plain"]["peak_beyond_weights_and_gradients_gb"],
+                    3,
                 ),
             }
         )

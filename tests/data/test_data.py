@@ -293,3 +293,45 @@ def test_objects_are_where_captions_say():
     rows, columns = np.nonzero(red)
     assert thing.place == "in the top right corner"
     assert rows.mean() < 32 and columns.mean() > 64
+
+
+def small_pairs(folder):
+    """A byte-pair vocabulary in CLIP's two forms: a .txt.gz of merges, and vocab.json with merges.txt."""
+    import gzip
+
+    from vlmo_ds.data.tokenizer import bytes_to_characters
+
+    merges = ["t h", "th e</w>", "a n", "an d</w>", "d o", "do g</w>"]
+    (folder / "pairs.txt.gz").write_bytes(gzip.compress("\n".join(["#version", *merges]).encode()))
+    alphabet = bytes_to_characters()
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(m.replace(" ", "") for m in merges)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+
+
+def test_clips_byte_pairs_in_every_form(tmp_path):
+    small_pairs(tmp_path)
+    anyone = ((), None)
+    first = load_tokenizer(str(tmp_path / "pairs.txt.gz"), *anyone)
+    text = "The dog &amp;amp; “the” dog’s  cafÃ©"
+    ids = first(text)["input_ids"]
+    assert first.convert_ids_to_tokens(ids)[:3] == ["<|startoftext|>", "the</w>", "dog</w>"]
+    assert first.decode(ids, skip_special_tokens=True) == 'the dog & " the " dog \'s café'
+    second = load_tokenizer(str(tmp_path), *anyone)
+    assert second(text)["input_ids"] == ids
+    second.save_pretrained(str(tmp_path / "saved"))
+    third = load_tokenizer(str(tmp_path / "saved"), *anyone)
+    assert third([text, "a"])["input_ids"] == [ids, third("a")["input_ids"]]
+    assert len(third(text, truncation=True, max_length=5)["input_ids"]) == 5
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.txt.gz", b"no gzip"), ("vocab.json", b"[1]"), ("vocab.json", b'{"a": 1}'), ("merges.txt", b"one two three\n"),
+])  # fmt: skip
+def test_byte_pairs_that_cannot_be_used_are_told(tmp_path, name, content):
+    small_pairs(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    path = tmp_path / name if name.endswith(".gz") else tmp_path
+    with pytest.raises(DataError, match="byte pairs|cannot be used"):
+        load_tokenizer(str(path), (), None)

@@ -20,12 +20,52 @@ TOP = {
     *(f"itc_{twin}{kind}_proj.fc.weight" for twin in ("", "vl_") for kind in ("text", "image")),
     *(f"{task}_classifier.{layer}.weight" for task in ("vqa", "nlvr2") for layer in (0, 3)),
 }
+BLOCK = ["attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"]
+STACKS = [
+    "visual.transformer.resblocks",
+    "text.transformer.resblocks",
+    "text_decoder.resblocks",
+    "text_decoder.cross_attn",
+]
+POOLERS = {
+    f"visual.attn_pool{name}.attn.{part}"
+    for name in ("", "_contrastive")
+    for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+}
+COCA = {
+    "visual.conv1.weight",
+    "visual.proj",
+    "visual.attn_pool_contrastive.attn.in_proj_weight",  # of the cascade, whose two poolers are of one width
+    "text.token_embedding.weight",
+    "text.text_projection",
+    "text_decoder.text_projection",
+}
 DECAYED = {
+    "coca": COCA | POOLERS | {f"{stack}.{i}.{name}" for stack in STACKS for i in (0, 1) for name in BLOCK},
     "vlmo": TOP
     | {f"transformer.blocks.{i}.{name}" for i in (0, 1) for name in LINEAR + EXPERTS}
     | {f"transformer.blocks.1.{name}" for name in VL},
 }
 SETTINGS = {
+    "coca": [
+        {
+            "embed_dim": 8,
+            "image_size": 16,
+            "patch_size": 8,
+            "vision_width": 12,
+            "vision_layers": 2,
+            "vision_head_width": 4,
+            "pooler_heads": 2,
+            "text_width": 8,
+            "text_layers": 2,
+            "text_heads": 2,
+            "decoder_layers": 2,
+            "decoder_heads": 2,
+            "vocab_size": 20,
+        },
+        {"attentional_pool": "parallel"},
+        {"attentional_pool": "cascade"},
+    ],
     "vlmo": [
         {
             "embed_dim": 8,
@@ -36,7 +76,7 @@ SETTINGS = {
             "vqav2_label_size": 3,
         },
         {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None},
-    ]
+    ],
 }
 
 

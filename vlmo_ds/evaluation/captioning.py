@@ -10,9 +10,10 @@ Sets of the synthetic world are judged by what their captions mean as well (eval
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ from vlmo_ds.progress import progress
 
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)  # as pycocoevalcap's, and brackets
-BRACKETS = frozenset("()[]{}")
+)  # pycocoevalcap's, and what it writes as -LRB- ...
+BRACKETS = frozenset("(){}")
 EXTRA = "pip install 'vlmo_ds[captioning]'"
 
 
@@ -148,13 +149,21 @@ def evaluate(
 # ---- scores ----
 
 
-def words_of(texts: Sequence[str]) -> tuple[list[str], str]:
+def java_runs() -> bool:
+    try:
+        return subprocess.run(["java", "-version"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def words_of(texts: Sequence[str], java: bool) -> tuple[list[str], str]:
     """(the texts as words with a space between, without punctuation; the name of what cut them)."""
-    if shutil.which("java"):
+    if java:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        cut = PTBTokenizer(verbose=False).tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
-        return [cut[i][0] for i in range(len(texts))], "PTBTokenizer (Java)"
+        with contextlib.suppress(OSError):  # it writes into its package's folder
+            found = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
+            return [found[i][0] for i in range(len(texts))], "PTBTokenizer (Java)"
     from nltk.tokenize import TreebankWordTokenizer
 
     cutter = TreebankWordTokenizer()
@@ -175,7 +184,7 @@ def scores(captioned: Sequence[Captioned], wanted: Sequence[str] = ()) -> tuple[
     from pycocoevalcap.rouge.rouge import Rouge
 
     texts = [text for one in captioned for text in (one.written[0], *one.references)]
-    cut, how = words_of(texts)
+    cut, how = words_of(texts, java_runs())
     words = iter(cut)
     ours, theirs = {}, {}
     for i, one in enumerate(captioned):
@@ -248,10 +257,8 @@ def main() -> None:
     parser.add_argument("--spice", action="store_true", help="SPICE as well; needs Java")
     args = parser.parse_args()
     wanted = [name.upper() for name in ("meteor", "spice") if getattr(args, name)]
-    if wanted and not shutil.which("java"):
-        raise RecipeError(
-            f"--{wanted[0].lower()}: {wanted[0]} runs in Java, and there is no `java` on this machine's PATH"
-        )
+    if wanted and not java_runs():
+        raise RecipeError(f"--{wanted[0].lower()}: {wanted[0]} runs in Java, and no `java` runs on this machine")
     if args.unscored and not args.captions:
         raise RecipeError("--unscored writes no scores: name a file for the captions with --captions")
     _, recipe, model, tokenizer = runs.open_run(args.run, "caption_step")

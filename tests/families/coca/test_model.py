@@ -106,8 +106,10 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
     out.loss.backward()
     direct = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    pieces = [{k: v[i :: parts] for k, v in batch.items()} for i in range(parts)]
-    cached = cached_contrast(model, parts, lambda i, name, also: model({**pieces[i], **also}, name), torch.Tensor.backward)
+    pieces = [{k: v[i::parts] for k, v in batch.items()} for i in range(parts)]
+    cached = cached_contrast(
+        model, parts, lambda i, name, also: model({**pieces[i], **also}, name), torch.Tensor.backward
+    )
     assert float(cached.loss) == pytest.approx(float(out.loss), rel=1e-9)
     for name, value in out.values.items():
         assert float(cached.values[name]) == pytest.approx(float(value), rel=1e-9), name
@@ -167,7 +169,9 @@ def test_captions_need_texts():
 def test_only_contrast_has_features_to_cache():
     stage = {"name": "a", "tasks": {"caption": 1}, "data": {"shards": ["x"]}, "global_batch_size": 4, "steps": 2}
     with pytest.raises(RecipeError, match="gradient_cache is for a stage with the task itc, with caption beside it"):
-        parse_recipe({"model": {"family": "coca"}, "stages": [stage | {"gradient_cache": True, "micro_batch_size": 2}]}, "here")
+        parse_recipe(
+            {"model": {"family": "coca"}, "stages": [stage | {"gradient_cache": True, "micro_batch_size": 2}]}, "here"
+        )
 
 
 def test_one_step_writes_its_losses():

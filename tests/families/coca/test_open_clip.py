@@ -43,7 +43,13 @@ def open_clip(monkeypatch):
     """open_clip beside a torchvision that cannot be imported; of its image transforms nothing is used."""
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip("needs open_clip: pip install --no-deps open_clip_torch==3.3.0")
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops", "torchvision.ops.misc"):
+    for name in (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.functional",
+        "torchvision.ops",
+        "torchvision.ops.misc",
+    ):
         stub = Stub(name)
         stub.__path__ = []
         stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -78,11 +84,15 @@ def test_open_clip_reads_the_folder_and_agrees(tmp_path, open_clip, tokenizer, m
         logits = hidden @ model.text_decoder.text_projection
     features = torch.nn.functional.normalize(text.feature, dim=-1), torch.nn.functional.normalize(image, dim=-1)
     torch.testing.assert_close(features[1], found["image_features"], rtol=1e-6, atol=1e-6)
-    sure = batch["text_ids"].ne(0).eq(batch["text_masks"].bool()).all(1)  # texts without the word that open_clip takes for padding
+    sure = (
+        batch["text_ids"].ne(0).eq(batch["text_masks"].bool()).all(1)
+    )  # texts without the word that open_clip takes for padding
     assert bool(sure.any())
     torch.testing.assert_close(features[0][sure], found["text_features"][sure], rtol=1e-6, atol=1e-6)
     valid = (batch["text_masks"].bool() & sure[:, None])[:, 1:]
-    torch.testing.assert_close(logits[:, : valid.shape[1]][valid], found["logits"][:, : valid.shape[1]][valid], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        logits[:, : valid.shape[1]][valid], found["logits"][:, : valid.shape[1]][valid], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_there_and_back(tmp_path, tokenizer):
@@ -109,7 +119,10 @@ def test_a_released_file_at_another_size(tmp_path):
         settings = CoCaSettings(**{**SETTINGS, "vocab_size": 50, "image_size": size, "max_text_len": length})
         model = FAMILIES["coca"].build(settings, BOTH, None)
         report = hand_over(model, read_weights(tmp_path / "released.pt"), InitConfig(), "released.pt")
-        assert [line.split()[0] for line in report["converted"][1:]] == ["visual.positional_embedding", "text.positional_embedding"]
+        assert [line.split()[0] for line in report["converted"][1:]] == [
+            "visual.positional_embedding",
+            "text.positional_embedding",
+        ]
         ours, theirs = model.text.positional_embedding, source.text.positional_embedding
         assert torch.equal(ours[-1], theirs[-1])  # the class token's
         common = min(length, 24)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,8 +141,22 @@ class Block(nn.Module):
             self.ln_1_kv = nn.LayerNorm(dim)
         self.ln_2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
-        layers = (("c_fc", nn.Linear(dim, hidden)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(hidden, dim)))
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        c_fc, c_proj = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.mlp = nn.Sequential(OrderedDict((("c_fc", c_fc), ("gelu", nn.GELU()), ("c_proj", c_proj))))
+
+    def reset_parameters(self, depth: int) -> None:
+        """CLIP's scheme for a block of a tower of so many (arXiv:2103.00020, section 2.4)."""
+        dim = self.attn.dim
+        for weight in self.attn.projections:
+            nn.init.normal_(weight, std=dim**-0.5)
+        first, second = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
+        for linear, std in (
+            (self.attn.out_proj, (2 * dim * depth) ** -0.5),
+            (first, (2 * dim) ** -0.5),
+            (second, (2 * dim * depth) ** -0.5),
+        ):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
 
     def forward(
         self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
@@ -162,6 +176,10 @@ class Block(nn.Module):
         """As Attention.look."""
         x_RLD = x_RLD + self.attn.look(self.ln_1(x_RLD), keys, values)
         return x_RLD + self.mlp(self.ln_2(x_RLD))
+
+
+def blocks_of(stack: nn.ModuleList) -> list[Block]:
+    return cast(list[Block], list(stack))
 
 
 class Recomputed:
@@ -202,7 +220,14 @@ class AttentionalPooler(nn.Module):
         self.ln_q = nn.LayerNorm(dim)
         self.ln_k = nn.LayerNorm(context_dim)
 
+    def reset_parameters(self) -> None:
+        for weight in (*self.attn.projections, self.attn.out_proj.weight):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.attn.out_proj.bias)
+
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, context_dim] -> [B, queries, dim]."""
-        query = self.ln_q(self.query).expand(len(x_BSD), -1, -1)
-        return self.attn(query, self.ln_k(x_BSD))
+        query = self.attn.query(self.ln_q(self.query)[None])  # the same for all
+        keys, values = self.attn.keys_and_values(self.ln_k(x_BSD))
+        out = F.scaled_dot_product_attention(query.expand(len(x_BSD), -1, -1, -1), keys, values)
+        return self.attn.out_proj(joined(out))

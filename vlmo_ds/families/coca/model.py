@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlmo_ds.blocks.layers import given, normalize
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.coca import FAMILY
-from vlmo_ds.families.coca.block import AttentionalPooler, Block, Cache, Fold, Recomputed, Transformer
+from vlmo_ds.families.coca.block import AttentionalPooler, Block, Cache, Fold, Recomputed, Transformer, blocks_of
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.objectives.captioning import wide, word_losses
@@ -132,7 +132,7 @@ class TextTransformer(nn.Module):
         """The L newest words of R texts that have `first` words already -> [R, L, D]."""
         places = slice(first, first + ids_RL.shape[1])
         x_RLD = self.token_embedding(ids_RL) + self.positional_embedding[places]
-        for layer, block in enumerate(self.transformer.resblocks):
+        for layer, block in enumerate(blocks_of(self.transformer.resblocks)):
             x_RLD = block.step(x_RLD, cache, layer)
         return x_RLD
 
@@ -162,11 +162,12 @@ class MultimodalTransformer(nn.Module):
 
     def memory(self, image_BSD: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the caption tokens, of every layer [B, H, S, D/H]."""
-        return [cross.attn.keys_and_values(cross.ln_1_kv(image_BSD)) for cross in self.cross_attn]
+        return [cross.attn.keys_and_values(cross.ln_1_kv(image_BSD)) for cross in blocks_of(self.cross_attn)]
 
     def step(self, x_RLD: Tensor, memory: Sequence[tuple[Tensor, Tensor]], cache: Cache, first_layer: int) -> Tensor:
         """The text tower's output for the newest words -> logits [R, V] of the word after them, in float32 at least."""
-        for i, (block, cross) in enumerate(zip(self.resblocks, self.cross_attn, strict=True)):
+        pairs = zip(blocks_of(self.resblocks), blocks_of(self.cross_attn), strict=True)
+        for i, (block, cross) in enumerate(pairs):
             x_RLD = cross.look(block.step(x_RLD, cache, first_layer + i), *memory[i])
         return wide(self.ln_final(x_RLD[:, -1]) @ self.text_projection)
 
@@ -200,22 +201,18 @@ class CoCa(FamilyModel):
         width = self.config.text_width
         nn.init.normal_(self.text.text_projection, std=width**-0.5)
         nn.init.normal_(self.text_decoder.text_projection, std=width**-0.5)
-        decoder = [*self.text_decoder.resblocks, *self.text_decoder.cross_attn]
-        for blocks in (self.visual.transformer.resblocks, self.text.transformer.resblocks, decoder):
-            for block in blocks:
-                dim = block.attn.dim
-                for weight in block.attn.projections:
-                    nn.init.normal_(weight, std=dim**-0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=dim**-0.5 * (2 * len(blocks)) ** -0.5)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=dim**-0.5 * (2 * len(blocks)) ** -0.5)
-                for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                    nn.init.zeros_(linear.bias)
-        for pooler in self.visual.modules():
-            if isinstance(pooler, AttentionalPooler):
-                for weight in (*pooler.attn.projections, pooler.attn.out_proj.weight):
-                    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-                nn.init.zeros_(pooler.attn.out_proj.bias)
+        config = self.config
+        towers = (
+            (self.visual, config.vision_layers),
+            (self.text, config.text_layers),
+            (self.text_decoder, 2 * config.decoder_layers),
+        )
+        for tower, depth in towers:
+            for module in tower.modules():
+                if isinstance(module, Block):
+                    module.reset_parameters(depth)
+                elif isinstance(module, AttentionalPooler):
+                    module.reset_parameters()
 
     def forward(self, batch: Batch, call: str = "step"):
         """Runs one of: step (all tasks, gives StepOutput); contrast_features and cached_step (of a gradient-cached step);
