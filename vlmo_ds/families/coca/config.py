@@ -149,6 +149,13 @@ class CoCaSettings(ModelConfig):
     vision_mlp_ratio: float = Field(
         4.0, gt=0, description="hidden width of the image tower's feed-forward layers over its width"
     )
+    position_std: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="std of the image tower's initial positions; null: vision_width ** -0.5 (CLIP), which pictures of flat "
+        "colour drown: there a small model that is to say where things are wants about 1",
+    )
     attentional_pool: Literal["single", "cascade", "parallel", "none"] = Field(
         "single",
         description="single: query 0 is the image's feature, the others are caption tokens (released models); cascade: a "

@@ -41,7 +41,7 @@ from vlmo_ds.families.processing import PairProcessor, SquareImageProcessor, sav
 
 
 class CoCaConfig(PreTrainedConfig):
-    """CoCaSettings' values."""
+    """CoCaSettings' values; tasks: those that the weights were trained for."""
 
     model_type = "coca"
     attribute_map = {
@@ -50,7 +50,8 @@ class CoCaConfig(PreTrainedConfig):
         "num_attention_heads": "decoder_heads",
     }
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, tasks: Sequence[str] = (), **kwargs: Any):
+        self.tasks = list(tasks)
         known = {name: kwargs.pop(name) for name in CoCaSettings.model_fields if name in kwargs}
         # every value as the check of the settings leaves it: sizes that do not fit raise here
         for name, value in CoCaSettings(**known).model_dump().items():
@@ -158,7 +159,7 @@ def exported(
     folder: Path,
 ) -> CoCaForConditionalGeneration:
     """Writes the folder in one rename."""
-    model = CoCaForConditionalGeneration(CoCaConfig(**settings.model_dump())).eval()
+    model = CoCaForConditionalGeneration(CoCaConfig(tasks=list(tasks), **settings.model_dump())).eval()
     own = model.coca.state_dict()
     if missing := sorted(own.keys() - weights.keys()):
         raise RecipeError(f"the weights have no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")

@@ -192,8 +192,9 @@ class CoCa(FamilyModel):
 
     def reset_parameters(self) -> None:
         """CLIP's scheme (arXiv:2103.00020, section 2.4) in all three towers, vocabulary head and poolers included."""
-        for position in (self.visual.class_embedding, self.visual.positional_embedding):
-            nn.init.normal_(position, std=self.config.vision_width**-0.5)
+        config = self.config
+        nn.init.normal_(self.visual.class_embedding, std=config.vision_width**-0.5)
+        nn.init.normal_(self.visual.positional_embedding, std=config.position_std or config.vision_width**-0.5)
         nn.init.normal_(self.visual.proj, std=self.config.token_width**-0.5)
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text.positional_embedding, std=0.01)
@@ -201,7 +202,6 @@ class CoCa(FamilyModel):
         width = self.config.text_width
         nn.init.normal_(self.text.text_projection, std=width**-0.5)
         nn.init.normal_(self.text_decoder.text_projection, std=width**-0.5)
-        config = self.config
         towers = (
             (self.visual, config.vision_layers),
             (self.text, config.text_layers),
