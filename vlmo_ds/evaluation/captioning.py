@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +50,7 @@ class Captioned:
 
     image_id: int | str  # as the set has it
     key: int
-    encoded: bytes
+    encoded: bytes  # of those that the report shows
     references: list[str]
     scene: tuple[Thing, ...]
     written: list[str]
@@ -85,12 +85,6 @@ def has_captions(raw: RawSample) -> bool:
         return False
 
 
-def start_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """The ids that every text begins and ends with."""
-    first, *_, last = tokenizer("")["input_ids"]
-    return first, last
-
-
 def prompt_ids(config: DecodingConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(config.prompt)["input_ids"][:-1]
 
@@ -115,8 +109,7 @@ def evaluate(
     model.eval()
     check(config, model.config.max_text_len, tokenizer)
     device = next(model.parameters()).device
-    _, end = start_and_end(tokenizer)
-    begin = prompt_ids(config, tokenizer)
+    begin, end = prompt_ids(config, tokenizer), tokenizer("")["input_ids"][-1]
     images = samples_of_images(config)
     texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
 
@@ -141,7 +134,8 @@ def evaluate(
         }
         for one, ids in zip(found, written(model, batch, begin, end, config, config.seed), strict=True):
             one.written = [text.strip() for text in texts(ids)]
-        done += zip(rows, found, strict=True)
+        for row, one in zip(rows, found, strict=True):
+            done.append((row, one if row < config.gallery else replace(one, encoded=b"")))
     every = [pair for part in collector.each_rank(done) for pair in part]
     return [one for _, one in sorted(every, key=lambda pair: pair[0])]
 

@@ -21,7 +21,7 @@ Heads3 = tuple[Tensor, Tensor, Tensor]
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens so far (transformers' DynamicCache)."""
+    """Keys and values of the tokens so far (generation.decoding.KeyValueCache)."""
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Appends a layer's new ones, [R, H, L, D/H]; all of the layer's."""

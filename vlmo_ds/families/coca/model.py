@@ -195,11 +195,11 @@ class CoCa(FamilyModel):
         config = self.config
         nn.init.normal_(self.visual.class_embedding, std=config.vision_width**-0.5)
         nn.init.normal_(self.visual.positional_embedding, std=config.position_std or config.vision_width**-0.5)
-        nn.init.normal_(self.visual.proj, std=self.config.token_width**-0.5)
+        nn.init.normal_(self.visual.proj, std=config.token_width**-0.5)
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text.positional_embedding, std=0.01)
         nn.init.normal_(self.text.cls_emb, std=0.01)
-        width = self.config.text_width
+        width = config.text_width
         nn.init.normal_(self.text.text_projection, std=width**-0.5)
         nn.init.normal_(self.text_decoder.text_projection, std=width**-0.5)
         towers = (
