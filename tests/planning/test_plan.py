@@ -7,6 +7,7 @@ from statistics import mean
 import pytest
 from conftest import ROOT, call, run_ranks, tiny_recipe, write_yaml
 
+from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.vlmo import cost
 from vlmo_ds.planning import plan
 from vlmo_ds.recipe_file import load_recipe, parse_recipe
@@ -118,6 +119,33 @@ def test_forward_flops_of_the_published_models():
         recipe["model"] = {"arch": arch, "vocab_size": 30522}
         parsed = parse_recipe(recipe, "test")
         assert cost.forward_flops(parsed.model, parsed.stages[2]) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("words, gigaflops", [(76, 98.3), (14, 47.8)])
+def test_flops_of_a_captioner(words, gigaflops):
+    """Forward and backward of a pair at ViT-B/32, padded to the context and with COCO's captions (open_clip, counted)."""
+    family = FAMILIES["coca"]
+    model = {"arch": "coca_ViT-B-32", "vocab_size": 49408, "max_text_len": words}
+    stage = {
+        "name": "a",
+        "tasks": {"itc": None, "caption": None},
+        "data": {"shards": ["x"]},
+        "global_batch_size": 8,
+        "steps": 1,
+    }
+    recipe = parse_recipe({"model": model, "stages": [stage]}, "test")
+    assert 3e-9 * family.cost().forward_flops(recipe.model, recipe.stages[0]) == pytest.approx(gigaflops, rel=0.02)
+
+
+@pytest.mark.parametrize("tasks", [["itc"], ["caption"], ["itc", "caption"]])
+@pytest.mark.parametrize("pool", ["single", "cascade", "parallel", "none"])
+def test_a_captioner_is_planned(tasks, pool):
+    model = {"family": "coca", "vocab_size": 500, "attentional_pool": pool}
+    stage = {"name": "a", "tasks": dict.fromkeys(tasks), "data": {"shards": ["x"]}, "global_batch_size": 64, "steps": 1}
+    recipe = parse_recipe({"model": model, "stages": [stage]}, "test")
+    found = plan.plan(recipe, recipe.stages[0], {"zero_optimization": {"stage": 2}}, 4, plan.Machine())
+    assert (found.trained < found.parameters) == (len(tasks) == 1)
+    assert found.memory.activations > 0 and (found.wire["all-gather"] > 0) and found.flops > 0
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
