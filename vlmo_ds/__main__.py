@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate retrieval": ("vlmo_ds.evaluation.retrieval", "image-text retrieval of a finished run"),
     "evaluate vqa": ("vlmo_ds.evaluation.vqa", "questions about images"),
     "evaluate nlvr2": ("vlmo_ds.evaluation.nlvr2", "sentences about pairs of images"),
+    "evaluate captioning": ("vlmo_ds.evaluation.captioning", "captions for images, and their scores"),
     "evaluate zero_shot": ("vlmo_ds.evaluation.zero_shot", "classification by the names of the classes"),
     "search": ("vlmo_ds.evaluation.search", "find photographs in a folder by words"),
     "export": ("vlmo_ds.interop.export", "a finished run as a Hugging Face model"),

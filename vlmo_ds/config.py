@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 if TYPE_CHECKING:
     from vlmo_ds.families.interface import Family, Task
@@ -356,7 +356,13 @@ class HeldOutConfig(Settings):
         given = {key: value for key, value in given.items() if value is not None}
         if settings is None and "shards" not in given:
             raise RecipeError(f"--shards is missing, and the run's recipe has no '{name}'")
-        return cls(**((settings.model_dump() if settings else {}) | given))
+        try:
+            return cls(**((settings.model_dump() if settings else {}) | given))
+        except ValidationError as error:
+            told = [
+                (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()
+            ]
+            raise RecipeError("; ".join(f"{place}: {what}" if place else what for place, what in told)) from None
 
 
 class EvaluationConfig(HeldOutConfig):
@@ -382,7 +388,7 @@ class DecodingConfig(Settings):
     )
     beams: int | None = Field(None, gt=0, le=1000, description="beam search: texts followed at a time; null: 3")
     length_penalty: float = Field(
-        1.0, ge=-10, le=10, description="beam search: exponent of the length that a score is over"
+        1.0, ge=-5, le=5, description="beam search: exponent of the length that a score is over"
     )
     temperature: float = Field(1.0, gt=0, le=100, description="sampling: scores are divided by it")
     top_k: int = Field(0, ge=0, description="sampling: from the so many best words; 0: from all")

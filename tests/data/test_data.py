@@ -335,3 +335,13 @@ def test_byte_pairs_that_cannot_be_used_are_told(tmp_path, name, content):
     path = tmp_path / name if name.endswith(".gz") else tmp_path
     with pytest.raises(DataError, match="byte pairs|cannot be used"):
         load_tokenizer(str(path), (), None)
+
+
+def test_a_tokenizer_without_start_and_end_is_told(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", unk_token="<pad>").save_pretrained(str(tmp_path))
+    with pytest.raises(DataError, match="puts 0 ids around a text"):
+        load_tokenizer(str(tmp_path), (), None)

@@ -73,6 +73,12 @@ def test_coco_scores_are_those_recorded(shared_data, monkeypatch, java, tokenize
     assert 0 < found["BLEU-4"] < found["BLEU-1"] < 100 and 0 < found["ROUGE-L"] < 100
 
 
+def test_things_of_another_world_are_not_judged():
+    assert meaning.scene_of({"things": [{"name": "dog"}]}) == () == meaning.scene_of({})
+    thing = {"shape": "ring", "colour": "red", "size": "small", "texture": "plain", "row": 0, "column": 2}
+    assert meaning.scene_of({"things": [thing]})[0].place == "in the top right corner"
+
+
 def test_words_are_cut_without_marks():
     words, _ = captioning.words_of(["A man's dog (brown) isn't here, is it?"], java=False)
     assert words == ["a man 's dog brown is n't here is it"]

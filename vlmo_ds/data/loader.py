@@ -123,7 +123,7 @@ class BatchDataset(Dataset):
             sample, errors = self.load(place)
             samples.append(sample)
             replaced += [(self.names[place.source], error) for error in errors]
-        padding = self.tokenizer.pad_token_id if self.tokenizer is not None else 0
+        padding = (self.tokenizer.pad_token_id or 0) if self.tokenizer is not None else 0
         return {**collate(samples, self.spec.max_text_len, padding), "replaced": replaced}
 
     def text_length(self, place: Place) -> int:

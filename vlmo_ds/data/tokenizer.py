@@ -101,6 +101,11 @@ def load_tokenizer(
             f"tokenizer: '{name}' has padding id {tokenizer.pad_token_id} and lacks {missing or 'nothing'}; the model needs "
             f"{' and '.join([*wanted, 'the special tokens ' + ', '.join(special)])}"
         )
+    if (around := len(tokenizer("")["input_ids"])) != 2:
+        raise DataError(
+            f"tokenizer: '{name}' puts {around} ids around a text; accepted: one that marks its start and its end, as BERT's and "
+            "CLIP's do"
+        )
     return tokenizer
 
 

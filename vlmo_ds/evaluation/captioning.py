@@ -59,13 +59,15 @@ class Captioned:
 Place = tuple[Shard, int]
 
 
-def samples_of_images(config: CaptioningConfig) -> list[list[Place]]:
-    """Where the samples of every image lie, in the order in which the images come."""
+def samples_of_images(config: CaptioningConfig, scored: bool) -> list[list[Place]]:
+    """Where the samples of every image lie, in the order in which the images come. scored: each has to have a caption."""
     found: dict[int, list[Place]] = {}
     for shard in list_shards(config.shards):
         for row in range(shard.samples):
             heartbeat.beat("reading the held-out set")
-            found.setdefault(shard.read(row).image_id, []).append((shard, row))
+            raw = shard.read(row)
+            _ = raw.captions if scored else []
+            found.setdefault(raw.image_id, []).append((shard, row))
     return list(found.values())
 
 
@@ -110,7 +112,7 @@ def evaluate(
     check(config, model.config.max_text_len, tokenizer)
     device = next(model.parameters()).device
     begin, end = prompt_ids(config, tokenizer), tokenizer("")["input_ids"][-1]
-    images = samples_of_images(config)
+    images = samples_of_images(config, scored)
     texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
 
     def describe(places: list[Place]) -> Captioned:
@@ -157,7 +159,8 @@ def words_of(texts: Sequence[str], java: bool) -> tuple[list[str], str]:
 
         with contextlib.suppress(OSError):  # it writes into its package's folder
             found = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
-            return [found[i][0] for i in range(len(texts))], "PTBTokenizer (Java)"
+            if len(found) == len(texts):
+                return [found[i][0] for i in range(len(texts))], "PTBTokenizer (Java)"
     from nltk.tokenize import TreebankWordTokenizer
 
     cutter = TreebankWordTokenizer()
@@ -231,7 +234,7 @@ def main() -> None:
     parser.add_argument("--method", choices=get_args(fields["method"].annotation))
     for name, kind, least in (
         ("beams", int, None),
-        ("length_penalty", float, -10),
+        ("length_penalty", float, -5),
         ("temperature", float, None),
         ("top_k", int, 0),
         ("top_p", float, None),
@@ -253,8 +256,11 @@ def main() -> None:
     wanted = [name.upper() for name in ("meteor", "spice") if getattr(args, name)]
     if wanted and not java_runs():
         raise RecipeError(f"--{wanted[0].lower()}: {wanted[0]} runs in Java, and no `java` runs on this machine")
-    if args.unscored and not args.captions:
-        raise RecipeError("--unscored writes no scores: name a file for the captions with --captions")
+    if wanted and find_spec("pycocoevalcap") is None:
+        raise RecipeError(f"--{wanted[0].lower()} needs pycocoevalcap, which is not installed: {EXTRA}")
+    if args.unscored and (args.output or not args.captions):
+        raise RecipeError("--unscored writes no scores: name a file for the captions with --captions, and no --output")
+    runs.check_outputs(output=args.output, captions=args.captions)
     _, recipe, model, tokenizer = runs.open_run(args.run, "caption_step")
     given = {name: getattr(args, name) for name in CaptioningConfig.model_fields if hasattr(args, name)}
     config = CaptioningConfig.of(settings_for(recipe.captioning, args.method), "captioning", **given)

@@ -97,6 +97,8 @@ def judge(captions: Sequence[str], scenes: Sequence[Sequence[Thing]]) -> dict[st
 
 
 def scene_of(meta: Mapping[str, Any]) -> tuple[Thing, ...]:
-    """The things that a sample's .json lists; nothing where it lists none."""
-    fields = Thing.__dataclass_fields__
-    return tuple(Thing(**{name: thing[name] for name in fields}) for thing in meta.get("things", []))
+    """The things that a sample's .json lists; nothing where it lists none, or things of another world."""
+    fields, things = Thing.__dataclass_fields__, meta.get("things", [])
+    if any(name not in thing for thing in things for name in fields):
+        return ()
+    return tuple(Thing(**{name: thing[name] for name in fields}) for thing in things)

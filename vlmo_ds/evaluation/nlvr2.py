@@ -80,6 +80,7 @@ def main() -> None:
     parser = runs.parser(__doc__)
     parser.add_argument("--predictions", type=Path, help="write lines of identifier,True or False here")
     args = parser.parse_args()
+    runs.check_outputs(output=args.output)
     _, recipe, model, tokenizer = runs.open_run(args.run, "compare")
     config = EvaluationConfig.of(recipe.nlvr2, "nlvr2", shards=args.shards)
     rows = evaluate(model, config, tokenizer, model.collector)

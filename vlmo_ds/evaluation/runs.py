@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,14 +42,23 @@ def find_stage(path: Path, call: str | None = None) -> tuple[Path, Recipe, Path]
     if path.name == "final":
         if path.parent.name not in [stage.name for stage in recipe.stages]:
             raise RecipeError(f"{path} is no stage of its run's recipe ({', '.join(s.name for s in recipe.stages)})")
+        stage = next(stage for stage in recipe.stages if stage.name == path.parent.name)
+        if call is not None and call not in stage.gives:
+            raise RecipeError(f"{path} was trained for {', '.join(stage.tasks)}; {wanted_for(recipe, call)}")
         return run, recipe, path
     for stage in reversed(recipe.stages):
         folder = run / "checkpoints" / stage.name / "final"
         if (call is None or call in stage.gives) and folder.is_dir():
             return run, recipe, folder
     stages = "; ".join(f"{stage.name}: {', '.join(stage.tasks)}" for stage in recipe.stages)
-    wanted = "" if call is None else f" with the task {' or '.join(sorted(recipe.family.giving(call)))}"
+    wanted = "" if call is None else f" that trains what is asked ({wanted_for(recipe, call)})"
     raise RecipeError(f"{run} has no finished stage{wanted}; its recipe has {stages}")
+
+
+def wanted_for(recipe: Recipe, call: str) -> str:
+    """Which tasks train a call of the model, in words."""
+    tasks = sorted(recipe.family.giving(call))
+    return f"this needs the task {' or '.join(tasks)}" if tasks else f"no task of {recipe.family.name} trains this"
 
 
 def load_model(recipe: Recipe, folder: Path) -> FamilyModel:
@@ -209,6 +219,19 @@ def parser(about: str) -> argparse.ArgumentParser:
     made.add_argument("--shards", nargs="+", help="held-out shards (default: the recipe's)")
     made.add_argument("--output", type=Path, help="write the metrics to this JSON file")
     return made
+
+
+def check_outputs(**files: Path | None) -> None:
+    """RecipeError where a file that is to be written cannot be, by its argument's name; folders above it are made."""
+    for name, file in files.items():
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"--{name}: {file} cannot be written ({error.strerror})") from None
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise RecipeError(f"--{name}: {file} cannot be written: it is a folder, or the one above it is read-only")
 
 
 def command(main: Callable[[], None]) -> int:

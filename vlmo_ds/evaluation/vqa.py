@@ -97,6 +97,7 @@ def main() -> None:
     parser = runs.parser(__doc__)
     parser.add_argument("--submission", type=Path, help="write question_id and answer of every question here")
     args = parser.parse_args()
+    runs.check_outputs(output=args.output, submission=args.submission)
     run, recipe, model, tokenizer = runs.open_run(args.run, "answer")
     own = run / ANSWERS
     for option in ("submission", "output"):

@@ -118,6 +118,7 @@ def main() -> None:
         "--batch_size", type=number(int), default=64, help="images per forward pass (default: %(default)s)"
     )
     args = parser.parse_args()
+    runs.check_outputs(output=args.output)
     _, _, model, tokenizer = runs.open_run(args.run, "encode_text")
     templates = read_lines(args.templates, "templates") if args.templates else TEMPLATES
     if without := next((t for t in templates if "{}" not in t), None):

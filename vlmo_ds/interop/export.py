@@ -29,6 +29,8 @@ from vlmo_ds.evaluation.vqa import read_answers
 from vlmo_ds.families.interface import Family
 from vlmo_ds.weights_file import read_weights
 
+CLIP_WORDS = 49408  # of the vocabulary that open_clip has in itself
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,9 +98,10 @@ def write_open_clip(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if not isinstance(tokenizer, ClipTokenizer):
+    if not isinstance(tokenizer, ClipTokenizer) or len(tokenizer) != CLIP_WORDS:
         tokenizer.save_pretrained(str(temporary))
         model["text_cfg"]["hf_tokenizer_name"] = folder.name  # any name: it takes the one in the folder
+        model["text_cfg"]["pad_id"] = tokenizer.pad_token_id or 0
     config = {"model_cfg": model, "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash"}}
     (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "open_clip_model.safetensors")

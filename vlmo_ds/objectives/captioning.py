@@ -36,7 +36,9 @@ class WordLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden_ND, head_DV, labels_N, normaliser_N = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        of_head = torch.zeros_like(head_DV) if ctx.needs_input_grad[1] else None
+        of_head = (
+            torch.zeros_like(wide(head_DV)) if ctx.needs_input_grad[1] else None
+        )  # 16 bits would round at every chunk
         for start in range(0, len(hidden_ND), CHUNK):
             rows = slice(start, start + CHUNK)
             chance = (wide(hidden_ND[rows] @ head_DV) - normaliser_N[rows, None]).exp_()
@@ -45,8 +47,8 @@ class WordLosses(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(of_logits, head_DV.t(), out=of_hidden[rows])
             if of_head is not None:
-                of_head.addmm_(hidden_ND[rows].t(), of_logits)
-        return of_hidden, of_head, None
+                of_head += hidden_ND[rows].t() @ of_logits
+        return of_hidden, None if of_head is None else of_head.to(head_DV.dtype), None
 
 
 def word_losses(hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmo_ds.config import Recipe, RecipeError, StageConfig, nearest, number
+from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig, nearest, number
 from vlmo_ds.data.storage import DataError, expand
 from vlmo_ds.recipe_file import QUICKSTART, load_recipe
 from vlmo_ds.training.ds_config import check_recipe, merge, read_config
@@ -28,7 +28,7 @@ Settings are those of the recipe, key=value, such as stages.joint.steps=100. The
   stages.<name>.optimizer.*    learning rate and AdamW's settings
   stages.<name>.schedule.*     warm-up and decay
   stages.<name>.init.*         initial weights
-  retrieval.*, vqa.*, nlvr2.*  what is evaluated after the last stage
+  retrieval.*, vqa.*, nlvr2.*, captioning.*  what is evaluated after the last stage
   loss_spike.*                 a guard against jumps of the loss
   name, seed, keep_checkpoints, background_checkpoints, checkpoint_failures, max_nonfinite_steps, check_ranks
 `vlmo recipe --explain` lists every setting with its type, default and meaning (from a clone: python -m vlmo_ds recipe --explain).
@@ -160,8 +160,8 @@ def check_shards_are_there(command: Command) -> None:
     for stage in command.stages:
         for source in stage.data.mixture.values():
             expand(source.shards)
-    for held_out in (command.recipe.retrieval, command.recipe.vqa, command.recipe.nlvr2):
-        if held_out:
+    for name in EVALUATIONS:
+        if held_out := getattr(command.recipe, name):
             expand(held_out.shards)
 
 

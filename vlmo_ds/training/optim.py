@@ -33,6 +33,11 @@ def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
         parameter.requires_grad_(matches(name, stage.trainable_patterns) and not matches(name, idle))
         if parameter.requires_grad:
             trained.append(name)
+    if not trained:
+        raise RecipeError(
+            f"stages.{stage.name}: nothing is trained: {', '.join(stage.tasks)} reaches none of what trainable names "
+            f"(it leaves alone {', '.join(idle)})"
+        )
     return trained
 
 

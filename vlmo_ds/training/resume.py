@@ -57,6 +57,7 @@ OWN_FILES = (
     "metrics.jsonl",
     ledger.FILE,
     "answers.json",
+    "captions.json",
     *(f"{name}.json" for name in EVALUATIONS),
     DATA,
 )

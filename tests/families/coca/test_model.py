@@ -166,6 +166,25 @@ def test_captions_need_texts():
         parse_recipe({"model": {"family": "coca"}, "stages": [stage]}, "here")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_words_of_many_parts_are_counted_exactly(dtype):
+    """A count in 16 bits stops growing at 256 times the part, or overflows."""
+    model, batch = tiny_model(dtype=torch.float32).to(dtype), tiny_batch(5, dtype=torch.float32)
+    words = int((batch["text_masks"].sum(1) - 1).sum())
+    counted = sum(model(batch, "contrast_features")["words_count"] for _ in range(1000))
+    assert int(counted) == 1000 * words
+
+
+def test_a_stage_that_trains_nothing_is_told():
+    from vlmo_ds.training.optim import set_trainable
+
+    stage = {"name": "a", "tasks": {"itc": 1}, "data": {"shards": ["x"]}, "global_batch_size": 4, "steps": 2}
+    stage["trainable"] = ["text_decoder.*"]
+    parsed = parse_recipe({"model": {"family": "coca"}, "stages": [stage]}, "here").stages[0]
+    with pytest.raises(RecipeError, match="stages.a: nothing is trained: itc reaches none of what trainable names"):
+        set_trainable(tiny_model({"itc": 1.0}), parsed)
+
+
 def test_only_contrast_has_features_to_cache():
     stage = {"name": "a", "tasks": {"caption": 1}, "data": {"shards": ["x"]}, "global_batch_size": 4, "steps": 2}
     with pytest.raises(RecipeError, match="gradient_cache is for a stage with the task itc, with caption beside it"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families.coca.tiny import BOTH, SETTINGS, tiny_batch, tiny_model
 
-from vlmo_ds.config import InitConfig
+from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.coca.config import CoCaSettings
@@ -105,6 +105,12 @@ def test_there_and_back(tmp_path, tokenizer):
     config = json.loads((tmp_path / "folder" / "open_clip_config.json").read_text())["model_cfg"]
     assert CoCaSettings(**from_open_clip(config)) == model.config
     assert to_open_clip(CoCaSettings(**from_open_clip(config))) == to_open_clip(model.config)
+    for changes, message in (
+        ({"attentional_pool": "cascade"}, "attentional_pool is 'cascade', which open_clip computes otherwise"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio is 2"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            to_open_clip(model.config.model_copy(update=changes))
     _, note = to_open_clip(model.config.model_copy(update={"class_mask": "correct"}))
     assert "text.correct_cls_mask = True" in note
 

@@ -17,13 +17,18 @@ CACHED = {"gradient_cache": True, "micro_batch_size": 2}
 def arguments(folder, recipe, zero: int) -> list[str]:
     folder.mkdir(exist_ok=True)
     file = write_yaml(folder / "recipe.yaml", recipe)
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero}, "steps_per_print": 10**9}))
+    spread = {
+        "stage": zero,
+        **({"stage3_param_persistence_threshold": 0} if zero == 3 else {}),
+    }  # every weight is let go
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": spread, "steps_per_print": 10**9}))
     command = ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(folder / "ds.json")]
     return [*command, "--output_dir", str(folder / "run")]
 
 
-def run(folder, data, ranks: int, zero: int, steps: int = 10, cached: bool = False) -> list[dict]:
+def run(folder, data, ranks: int, zero: int, steps: int = 10, cached: bool = False, **model) -> list[dict]:
     recipe = tiny_coca(data, retrieval=None, captioning=None)
+    recipe["model"] |= model
     for stage in recipe["stages"]:
         stage["steps"] = steps
         if cached:
@@ -51,6 +56,15 @@ def test_losses_do_not_depend_on_ranks_zero_or_parts(tmp_path, synthetic, refere
         for key, value in theirs.items():
             if key.startswith("loss"):
                 assert ours[key] == pytest.approx(value, rel=1e-5), (ours["stage"], ours["step"], key)
+
+
+def test_cascaded_poolers_under_zero_3(tmp_path, synthetic):
+    found = [
+        run(tmp_path / f"{ranks}", synthetic, ranks, zero, 4, attentional_pool="cascade")
+        for ranks, zero in ((1, 0), (2, 3))
+    ]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):

@@ -77,12 +77,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
     ) -> Tensor:
-        """x: [B, L, D], or [N, D] with fold; context_BSD: what is attended to, None: x itself; mask: bool, true where a query
-        may look, broadcastable to [B, H, L, S]. The same shape as x."""
+        """x: [B, L, D], [1, L, D] for the same queries in all contexts, or [N, D] with fold; context_BSD: what is attended to,
+        None: x itself; mask: bool, true where a query may look, broadcastable to [B, H, L, S]. Gives what x is, for every
+        context."""
         if context_BSD is None:
             q, k, v = self.of_itself(x, fold)
         else:
             q, (k, v) = self.query(x, fold), self.keys_and_values(context_BSD)
+            q = q.expand(len(k), -1, -1, -1)  # one for all contexts, where x is one
         out_BLD = joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         return self.out_proj(out_BLD if fold is None else fold.folded(out_BLD))
 
@@ -93,6 +95,7 @@ class Attention(nn.Module):
         return self.heads(q), self.heads(k), self.heads(v)
 
     def query(self, x: Tensor, fold: Fold | None = None) -> Tensor:
+        """As forward's x -> [B, H, L, D/H]."""
         q = F.linear(x, self.projections[0], self.in_proj_bias[: self.dim])
         return self.heads(q if fold is None else fold.padded(q))
 
@@ -103,6 +106,7 @@ class Attention(nn.Module):
         return self.heads(F.linear(context_BSD, wk, bk)), self.heads(F.linear(context_BSD, wv, bv))
 
     def heads(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] -> [B, H, L, D/H]."""
         return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
@@ -115,7 +119,8 @@ class Attention(nn.Module):
         return self.out_proj(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
     def look(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of R = n * B texts, n for each of B contexts, to keys and values [B, H, S, D/H] of the contexts."""
+        """Attention of R = n * B texts, n for each of B contexts, to keys and values [B, H, S, D/H] of the contexts
+        -> [R, L, D]."""
         q = self.heads(F.linear(x_RLD, self.projections[0], self.in_proj_bias[: self.dim]))
         contexts, length = len(keys), q.shape[2]
         q = q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, n * L, D/H]
@@ -227,7 +232,4 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, context_dim] -> [B, queries, dim]."""
-        query = self.attn.query(self.ln_q(self.query)[None])  # the same for all
-        keys, values = self.attn.keys_and_values(self.ln_k(x_BSD))
-        out = F.scaled_dot_product_attention(query.expand(len(x_BSD), -1, -1, -1), keys, values)
-        return self.attn.out_proj(joined(out))
+        return self.attn(self.ln_q(self.query)[None], self.ln_k(x_BSD))

@@ -126,11 +126,16 @@ class CoCaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Texts for images [B, 3, S, S] by transformers' generate, with its settings; input_ids [B, L]: how they begin (None:
-        with the start word)."""
+        """Texts for images [B, 3, S, S] by transformers' generate, with its settings; input_ids [B, L]: how they begin, of one
+        length, without or with the end word (None: with the start word)."""
+        mask = kwargs.pop("attention_mask", None)
+        if mask is not None and not bool(mask.bool().all()):
+            raise ValueError("prompts of different lengths: generate for those of one length at a time")
         if input_ids is None:
             start = self.generation_config.bos_token_id
             input_ids = torch.full((len(pixel_values), 1), start, device=pixel_values.device)
+        if input_ids.shape[1] > 1 and bool((input_ids[:, -1] == self.generation_config.eos_token_id).all()):
+            input_ids = input_ids[:, :-1]
         kwargs |= {"use_cache": False, "image_tokens": self.image_tokens(pixel_values)}
         return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
 

@@ -56,8 +56,9 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(config.token_width)
         self.proj = nn.Parameter(torch.empty(config.token_width, dim))
 
-    def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images [B, 3, S, S] -> (feature [B, E] before its normalisation, caption tokens [B, S, D])."""
+    def forward(self, image_BCHW: Tensor, feature: bool = True) -> tuple[Tensor | None, Tensor]:
+        """Normalised images [B, 3, S, S] -> (feature [B, E] before its normalisation, None where it is not asked for; caption
+        tokens [B, S, D])."""
         if image_BCHW.shape[-2:] != (self.image_size, self.image_size):
             found = "x".join(str(n) for n in image_BCHW.shape[-2:])
             raise ValueError(f"image is {found} pixels, the model takes {self.image_size}x{self.image_size}")
@@ -67,7 +68,9 @@ class VisionTransformer(nn.Module):
         tokens = self.ln_post(x_BLD if self.pool == "none" else self.attn_pool(x_BLD))
         if self.pool in ("none", "single"):
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
-        else:
+        if not feature:
+            return None, tokens
+        if self.pool in ("cascade", "parallel"):
             pooled = self.ln_post(self.attn_pool_contrastive(tokens if self.pool == "cascade" else x_BLD))[:, 0]
         return pooled @ self.proj, tokens
 
@@ -154,7 +157,7 @@ class MultimodalTransformer(nn.Module):
         return word_losses(self.hidden(x_ND, fold, image_BSD), self.text_projection, labels_N)
 
     def hidden(self, x_ND: Tensor, fold: Fold, image_BSD: Tensor) -> Tensor:
-        """[N, D] after the final norm."""
+        """As forward's first three -> [N, D] after the final norm."""
         for i, (block, cross) in enumerate(zip(self.resblocks, self.cross_attn, strict=True)):
             x_ND = self.recomputed(block, i, x_ND, None, fold.causal, fold)
             x_ND = self.recomputed(cross, i, x_ND, image_BSD, None, fold)
@@ -240,9 +243,10 @@ class CoCa(FamilyModel):
         """(what add_contrast needs, the other tasks' losses), from one pass through the towers. batch may hold
         words_count: the words whose loss is taken in all parts of this rank's batch, of which this is one."""
         out = StepOutput.empty()
-        image, tokens = self.visual(self.pixels(batch))
+        contrast = "itc" in self.tasks
+        image, tokens = self.visual(self.pixels(batch), feature=contrast)
         lengths_B = batch["text_masks"].sum(1)
-        text = self.text(batch["text_ids"], lengths_B, feature="itc" in self.tasks)
+        text = self.text(batch["text_ids"], lengths_B, feature=contrast)
         if "caption" in self.tasks:
             x_ND, fold, labels_N = next_words(batch["text_ids"], lengths_B, text)
             total, right = self.text_decoder(x_ND, fold, tokens, labels_N)
@@ -250,7 +254,7 @@ class CoCa(FamilyModel):
             loss = self.collector.global_mean(total, words)
             self.record(out, "caption", (loss, {"accuracy": (right, total.detach().new_tensor(len(labels_N)))}))
             out = out._replace(loss=out.losses["caption"])
-        features = {} if text.feature is None else self.contrast_of(image, text.feature)
+        features = self.contrast_of(image, given(text.feature, "feature")) if contrast else {}
         return features, out
 
     def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
@@ -258,9 +262,10 @@ class CoCa(FamilyModel):
         image, _ = self.visual(self.pixels(batch))
         lengths_B = batch["text_masks"].sum(1)
         feature = given(self.text(batch["text_ids"], lengths_B).feature, "feature")
-        return {**self.contrast_of(image, feature), "words_count": (lengths_B - 1).sum().to(self.logit_scale.dtype)}
+        return {**self.contrast_of(image, feature), "words_count": (lengths_B - 1).sum()}
 
     def contrast_of(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """Features [B, E] before their normalisation -> what add_contrast needs."""
         return {"image": unit(image), "text": unit(text), "logit_scale": self.logit_scale.clone()}
 
     def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> Contrast:
@@ -288,8 +293,8 @@ class CoCa(FamilyModel):
         return {"text": unit(given(text.feature, "feature"))}
 
     def caption_image(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """image [B, 3, S, S] -> what caption_step needs of it, computed once: keys and values of every decoder layer."""
-        return self.text_decoder.memory(self.visual(self.pixels(batch))[1])
+        """image [B, 3, S, S] -> what caption_step needs of it, computed once: keys and values [B, H, S, D/H] of every layer."""
+        return self.text_decoder.memory(self.visual(self.pixels(batch), feature=False)[1])
 
     def caption_step(self, batch: Mapping[str, Any]) -> Tensor:
         """text_ids [R, L] int64, the newest words of R = n * B texts, n for each of B images; first: words before them;
@@ -303,7 +308,8 @@ class CoCa(FamilyModel):
         return self.config.text_layers + self.config.decoder_layers
 
     def pixels(self, batch: Batch) -> Tensor:
-        return normalize(batch["image"], *PIXELS, self.visual.class_embedding.dtype)
+        """uint8 image [B, 3, S, S] -> normalised, in the model's dtype."""
+        return normalize(batch["image"], *PIXELS, self.logit_scale.dtype)
 
     def contrast_scale(self) -> Tensor:
         return self.logit_scale.detach().float().exp()
@@ -320,5 +326,5 @@ def next_words(ids_BL: Tensor, lengths_B: Tensor, text: EncodedText) -> tuple[Te
 
 
 def unit(feature: Tensor) -> Tensor:
-    """Of unit length, in float32 at least."""
+    """[B, E] of unit length, in float32 at least."""
     return F.normalize(wide(feature), dim=-1)

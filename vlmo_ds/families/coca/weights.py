@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmo_ds.blocks.resample import first_rows, resize_absolute
-from vlmo_ds.config import InitConfig
+from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families.coca.config import CoCaSettings
 from vlmo_ds.families.coca.model import CoCa
 
@@ -37,10 +37,8 @@ def convert(
         change(IMAGE_POSITIONS, resize_absolute(fitted[IMAGE_POSITIONS][None], len(own[IMAGE_POSITIONS]))[0], "bicubic")
     if differs(TEXT_POSITIONS) and fitted[TEXT_POSITIONS].shape[1] == own[TEXT_POSITIONS].shape[1]:
         found, wanted = fitted[TEXT_POSITIONS], own[TEXT_POSITIONS]
-        value = first_rows(found[:-1], wanted)[: len(wanted)]
+        value = first_rows(found[:-1], wanted)
         value[-1] = found[-1]  # the class token's, whatever the context
-        if len(wanted) > len(found):
-            value[len(found) - 1 : -1] = wanted[len(found) - 1 : -1].to(value.dtype)
         how = "cut" if len(found) > len(wanted) else "the further ones start fresh"
         change(TEXT_POSITIONS, value, f"{how}, the class token's stays")
     return fitted, changed
@@ -83,7 +81,17 @@ def from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_open_clip(config: CoCaSettings) -> tuple[dict[str, Any], str]:
-    """(open_clip's configuration of a model, its `model_cfg`; what it cannot say, "" where nothing)."""
+    """(open_clip's configuration of a model, its `model_cfg`; what it cannot say, "" where nothing).
+
+    RecipeError for a model that open_clip would load and compute otherwise, or could not build.
+    """
+    if config.attentional_pool in ("cascade", "parallel"):
+        raise RecipeError(
+            f"--open_clip: attentional_pool is '{config.attentional_pool}', which open_clip computes otherwise than the paper (its "
+            "poolers read normalised tokens, and what they give is not normalised); accepted: single, none"
+        )
+    if config.mlp_ratio != 4:
+        raise RecipeError(f"--open_clip: mlp_ratio is {config.mlp_ratio:g}, and open_clip's decoder has 4 always")
     text = {"context_length": config.max_text_len, "vocab_size": config.vocab_size, "width": config.text_width}
     vision = {
         "image_size": config.image_size,
