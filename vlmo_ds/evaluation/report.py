@@ -13,7 +13,7 @@ from vlmo_ds import ledger, metrics
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.evaluation.captioning import Captioned
 from vlmo_ds.evaluation.circumstances import Hardware, hardware_table, versions
-from vlmo_ds.evaluation.retrieval import RANKS, RetrievalResult, RetrievalSet
+from vlmo_ds.evaluation.retrieval import CONTRAST, RANKS, RERANKED, RetrievalResult, RetrievalSet
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1c2733; padding: 0 1rem }
@@ -23,7 +23,7 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: l
 .curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } figcaption { font-weight: 600 }
 small { font-weight: 400; margin-left: .4rem }
 .query { display: flex; gap: .6rem; align-items: flex-start; margin: 1rem 0; flex-wrap: wrap }
-.query > p { width: 17rem; margin: 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover }
+.query > p { width: 17rem; margin: 0 } .query > div { flex: 1; min-width: 20rem } ul { margin: .2rem 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover }
 ol { margin: 0; padding-left: 1.4rem } li.hit { outline: none; color: #1a7f37; font-weight: 600 }
 table.facts td { text-align: left } pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: 12px }
 details { margin: .6rem 0 } summary { cursor: pointer }
@@ -147,14 +147,21 @@ def retrieval_table(result: RetrievalResult, images: int, captions: int) -> str:
     head = "".join(f"<th>R@{k}</th>" for k in RANKS)
     note = (
         f"{images} held-out images, {captions} captions; percent of queries with a right answer among the first k. "
-        f"Chance at R@1 is {100 / images:.2f} for images. itc: contrastive features; itc+itm: the best candidates re-ranked."
+        f"Chance at R@1 is {100 / images:.2f} for images. {CONTRAST}: contrastive features"
     )
+    reranked = any(RERANKED in methods for methods in result.metrics.values())
+    note += f"; {RERANKED}: the best candidates re-ranked." if reranked else "."
     return f"<table><tr><th>direction</th><th>method</th>{head}</tr>{''.join(rows)}</table><p class='note'>{note}</p>"
 
 
 def numbers_table(name: str, metrics: Mapping[str, float]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{value:.10g}</td></tr>" for key, value in metrics.items())
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{short(value)}</td></tr>" for key, value in metrics.items())
     return f"<h2>{html.escape(name)}</h2><table>{rows}</table>"
+
+
+def short(value: float) -> str:
+    """With two decimals at most."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:
