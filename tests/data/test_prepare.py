@@ -513,7 +513,7 @@ def test_killed_and_started_again(tmp_path):
     prepare("synthetic", "--output", tmp_path / "out", *SMALL)
     assert digests(tmp_path / "out/train") == digests(tmp_path / "whole/train")
     assert {n: (tmp_path / "out/train" / n).stat().st_mtime_ns for n in first} == first  # not made again
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test", "text", "train"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["one", "test", "text", "train"]
 
 
 def test_outputs_are_not_overwritten_by_mistake(tmp_path):

@@ -247,9 +247,10 @@ def arrow(args: argparse.Namespace) -> Plan:
 
 def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
     pairs = partial(sources.synthetic_pairs, train=args.train, held_out=args.test, seed=args.seed, size=args.image_size)
+    one = pairs("train", things=1)
     return {
         args.output / "train": pairs("train"),
-        args.output / "one": pairs("train", things=1),
+        **({args.output / "one": one} if one.items else {}),
         args.output / "test": pairs("test"),
         args.output / "text": sources.synthetic_text(args.text, args.seed),
     }

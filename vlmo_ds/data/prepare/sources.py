@@ -511,7 +511,8 @@ def synthetic_pairs(split: str, train: int, held_out: int, seed: int, size: int,
     held, trained = synthetic.scenes(seed, held_out, train)
     scenes = trained if split == "train" else held
     items = [(number, scene) for number, scene in enumerate(scenes) if len(scene) <= things]
-    return Plan(split, items, partial(make_scene, split=split, seed=seed, size=size))
+    name = split if things > 1 else "one"
+    return Plan(name, items, partial(make_scene, split=split, seed=seed, size=size))
 
 
 def make_scene(item: tuple, split: str, seed: int, size: int) -> Made:
