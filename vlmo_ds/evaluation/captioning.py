@@ -15,7 +15,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,21 +26,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import CaptioningConfig, DecodingConfig, RecipeError, number
-from vlmo_ds.data.shards import RawSample, Shard, list_shards
+from vlmo_ds.data.shards import RawSample, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.synthetic import Thing
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import meaning, runs
-from vlmo_ds.evaluation.runs import square_pixels
+from vlmo_ds.evaluation.runs import Place, places_of, square_pixels
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.generation.decoding import check_lengths, written
 from vlmo_ds.progress import progress
 
-PUNCTUATION = frozenset(
-    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)  # pycocoevalcap's, and what it writes as -LRB- ...
-BRACKETS = frozenset("(){}")
+# pycocoevalcap's, and round and curly brackets, which PTBTokenizer writes as -LRB- and the like
+PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", "(", ")", "{", "}"])
 EXTRA = "pip install 'vlmo_ds[captioning]'"
 
 
@@ -56,28 +54,20 @@ class Captioned:
     written: list[str]
 
 
-Place = tuple[Shard, int]
-
-
 def samples_of_images(config: CaptioningConfig, scored: bool) -> list[list[Place]]:
     """Where the samples of every image lie, in the order in which the images come. scored: each has to have a caption."""
     found: dict[int, list[Place]] = {}
-    for shard in list_shards(config.shards):
-        for row in range(shard.samples):
-            heartbeat.beat("reading the held-out set")
-            raw = shard.read(row)
-            _ = raw.captions if scored else []
-            found.setdefault(raw.image_id, []).append((shard, row))
+    for shard, row in places_of(list_shards(config.shards)):
+        heartbeat.beat("reading the held-out set")
+        raw = shard.read(row)
+        _ = raw.captions if scored else []
+        found.setdefault(raw.image_id, []).append((shard, row))
     return list(found.values())
 
 
-def names_and_pictures(config: CaptioningConfig) -> Iterator[tuple[str, list[bytes]]]:
-    """Name and picture of every sample. DataError where one has no caption to compare with."""
-    for shard in list_shards(config.shards):
-        for row in range(shard.samples):
-            raw = shard.read(row)
-            _ = raw.captions
-            yield raw.name, [raw.image]
+def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+    """Picture and captions. DataError where there is no caption to compare with."""
+    return {"image": raw.image}, [{"caption": text} for text in raw.captions]
 
 
 def has_captions(raw: RawSample) -> bool:
@@ -164,18 +154,29 @@ def words_of(texts: Sequence[str], java: bool) -> tuple[list[str], str]:
     from nltk.tokenize import TreebankWordTokenizer
 
     cutter = TreebankWordTokenizer()
-    dropped = PUNCTUATION | BRACKETS
-    cut = [[word for word in cutter.tokenize(text.lower()) if word not in dropped] for text in texts]
+    cut = [[word for word in cutter.tokenize(text.lower()) if word not in PUNCTUATION] for text in texts]
     return [" ".join(words) for words in cut], "NLTK's Treebank tokenizer"
+
+
+def missing_package() -> str:
+    """The first package that scores need and this machine has not; "" where it has all."""
+    return next((name for name in ("pycocoevalcap", "nltk") if find_spec(name) is None), "")
+
+
+def check_scorers(wanted: Sequence[str]) -> None:
+    """RecipeError where METEOR or SPICE is wanted and cannot be had."""
+    if wanted and (missing := missing_package()):
+        raise RecipeError(f"{wanted[0]} needs {missing}, which is not installed: {EXTRA}")
+    if wanted and not java_runs():
+        raise RecipeError(f"{wanted[0]} runs in Java, and no `java` runs on this machine")
 
 
 def scores(captioned: Sequence[Captioned], wanted: Sequence[str] = ()) -> tuple[dict[str, float], str]:
     """(scores in percent of the first caption of every image, what they were taken with). wanted: METEOR, SPICE beside the
     others."""
-    if missing := [name for name in ("pycocoevalcap", "nltk") if find_spec(name) is None]:
-        if wanted:
-            raise RecipeError(f"{wanted[0]} needs {missing[0]}, which is not installed: {EXTRA}")
-        return {}, f"BLEU, ROUGE-L and CIDEr are left out, as {missing[0]} is not installed: {EXTRA}"
+    check_scorers(wanted)
+    if missing := missing_package():
+        return {}, f"BLEU, ROUGE-L and CIDEr are left out, as {missing} is not installed: {EXTRA}"
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -254,10 +255,7 @@ def main() -> None:
     parser.add_argument("--spice", action="store_true", help="SPICE as well; needs Java")
     args = parser.parse_args()
     wanted = [name.upper() for name in ("meteor", "spice") if getattr(args, name)]
-    if wanted and not java_runs():
-        raise RecipeError(f"--{wanted[0].lower()}: {wanted[0]} runs in Java, and no `java` runs on this machine")
-    if wanted and find_spec("pycocoevalcap") is None:
-        raise RecipeError(f"--{wanted[0].lower()} needs pycocoevalcap, which is not installed: {EXTRA}")
+    check_scorers(wanted)
     if args.unscored and (args.output or not args.captions):
         raise RecipeError("--unscored writes no scores: name a file for the captions with --captions, and no --output")
     runs.check_outputs(output=args.output, captions=args.captions)

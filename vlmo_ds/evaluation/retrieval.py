@@ -53,13 +53,12 @@ class RetrievalSet:
 def samples(config: RetrievalConfig) -> Iterator[tuple[RawSample, int, bool]]:
     """Every sample of the set, the number of its image, and whether it is the first that shows it."""
     index: dict[int, int] = {}
-    for shard in list_shards(config.shards):
-        for row in range(shard.samples):
-            raw = shard.read(row)
-            first = raw.image_id not in index
-            if first and config.max_images and len(index) == config.max_images:
-                continue
-            yield raw, index.setdefault(raw.image_id, len(index)), first
+    for shard, row in runs.places_of(list_shards(config.shards)):
+        raw = shard.read(row)
+        first = raw.image_id not in index
+        if first and config.max_images and len(index) == config.max_images:
+            continue
+        yield raw, index.setdefault(raw.image_id, len(index)), first
 
 
 def names_and_pictures(config: RetrievalConfig) -> Iterator[tuple[str, list[bytes]]]:

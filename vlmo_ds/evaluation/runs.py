@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import EvaluationConfig, Recipe, RecipeError
+from vlmo_ds.config import EvaluationConfig, HeldOutConfig, Recipe, RecipeError
 from vlmo_ds.data.loader import Told, collate, raised
 from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError
@@ -139,21 +139,27 @@ def share(total: int, batch: int, collector: Collector, compute: Callable[[Tenso
 Read = Callable[[RawSample], tuple[dict[str, bytes], list[dict]]]  # pictures by their names in a batch, and entries
 
 
-def names_and_pictures(config: EvaluationConfig, read: Read) -> Iterator[tuple[str, list[bytes]]]:
+Place = tuple[Shard, int]  # a shard and a row of it
+
+
+def places_of(shards: Sequence[Shard]) -> list[Place]:
+    """Where the samples of a set lie, in its order."""
+    return [(shard, row) for shard in shards for row in range(shard.samples)]
+
+
+def names_and_pictures(config: HeldOutConfig, read: Read) -> Iterator[tuple[str, list[bytes]]]:
     """Name and pictures of every sample of a set. DataError where one could not be used."""
-    for shard in list_shards(config.shards):
-        for row in range(shard.samples):
-            raw = shard.read(row)
-            pictures, _ = read(raw)
-            yield raw.name, list(pictures.values())
+    for shard, row in places_of(list_shards(config.shards)):
+        raw = shard.read(row)
+        pictures, _ = read(raw)
+        yield raw.name, list(pictures.values())
 
 
 class Samples(Dataset):
     """This rank's samples of some shards, every world_size-th, each made into a list of examples by a function."""
 
     def __init__(self, shards: Sequence[Shard], make: Callable[[RawSample], list[dict]], collector: Collector):
-        places = [(shard, row) for shard in shards for row in range(shard.samples)]
-        self.places, self.make = places[collector.rank :: collector.world_size], make
+        self.places, self.make = places_of(shards)[collector.rank :: collector.world_size], make
         self.silent = collector.rank > 0  # one rank shows how far it is
 
     def __len__(self) -> int:

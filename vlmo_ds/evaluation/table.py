@@ -77,7 +77,12 @@ TABLE: dict[str, Evaluation] = {
     "retrieval": Evaluation("encode_text", retrieval.names_and_pictures, measure_retrieval),
     "vqa": Evaluation("answer", lambda config: runs.names_and_pictures(config, vqa.read), measure_vqa),
     "nlvr2": Evaluation("compare", lambda config: runs.names_and_pictures(config, nlvr2.read), measure_nlvr2),
-    "captioning": Evaluation("caption_step", captioning.names_and_pictures, measure_captioning, captioning.check),
+    "captioning": Evaluation(
+        "caption_step",
+        lambda config: runs.names_and_pictures(config, captioning.read),
+        measure_captioning,
+        captioning.check,
+    ),
 }
 
 

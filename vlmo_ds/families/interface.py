@@ -6,6 +6,7 @@ Nothing here imports PyTorch, so that a recipe is checked in a second; a family'
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -152,6 +153,16 @@ class HuggingFace(Protocol):
 
 
 Check = Callable[[dict, "torch.dtype"], Iterable[tuple[str, float, float]]]  # (quantity, relative difference, bar)
+
+
+def imported(module: str, name: str | None = None) -> Callable[[], Any]:
+    """A function that gives a module, or what has a name in it; it is imported then and no sooner."""
+
+    def get() -> Any:
+        found = importlib.import_module(module)
+        return found if name is None else getattr(found, name)
+
+    return get
 
 
 @dataclass(frozen=True)

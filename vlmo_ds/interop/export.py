@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.data.tokenizer import ClipTokenizer, load_tokenizer
 from vlmo_ds.evaluation.runs import find_stage
 from vlmo_ds.evaluation.vqa import read_answers
+from vlmo_ds.families.huggingface import appearing
 from vlmo_ds.families.interface import Family
 from vlmo_ds.weights_file import read_weights
 
-CLIP_WORDS = 49408  # of the vocabulary that open_clip has in itself
+OPEN_CLIPS_OWN = 49408  # words of the vocabulary that open_clip has in itself
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,17 +95,15 @@ def write_open_clip(
         )
     mean, std = family.pixels
     model, note = family.open_clip(settings)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if not isinstance(tokenizer, ClipTokenizer) or len(tokenizer) != CLIP_WORDS:
-        tokenizer.save_pretrained(str(temporary))
-        model["text_cfg"]["hf_tokenizer_name"] = folder.name  # any name: it takes the one in the folder
-        model["text_cfg"]["pad_id"] = tokenizer.pad_token_id or 0
-    config = {"model_cfg": model, "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash"}}
-    (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-    save_file({name: value.contiguous() for name, value in weights.items()}, temporary / "open_clip_model.safetensors")
-    temporary.replace(folder)
+    with appearing(folder) as temporary:
+        if not isinstance(tokenizer, ClipTokenizer) or len(tokenizer) != OPEN_CLIPS_OWN:
+            tokenizer.save_pretrained(str(temporary))
+            model["text_cfg"]["hf_tokenizer_name"] = folder.name  # any name: it takes the one in the folder
+            model["text_cfg"]["pad_id"] = tokenizer.pad_token_id or 0
+        config = {"model_cfg": model, "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash"}}
+        (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+        contiguous = {name: value.contiguous() for name, value in weights.items()}
+        save_file(contiguous, temporary / "open_clip_model.safetensors")
     return note
 
 

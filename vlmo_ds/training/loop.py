@@ -130,10 +130,10 @@ def build_model(
             f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)",
             flush=True,
         )
-        patterns, names = model.idle(), [name for name, _ in model.named_parameters()]
-        if idle := [name for name in names if matches(name, patterns) and matches(name, stage.trainable_patterns)]:
+        wanted = [name for name, _ in model.named_parameters() if matches(name, stage.trainable_patterns)]
+        if idle := len(wanted) - len(trained):
             print(
-                f"{stage.name}: {', '.join(stage.tasks)} reaches none of {', '.join(patterns)}: {len(idle)} tensors stay as they are",
+                f"{stage.name}: {', '.join(stage.tasks)} reaches none of {', '.join(model.idle())}: {idle} tensors stay as they are",
                 flush=True,
             )
     return model

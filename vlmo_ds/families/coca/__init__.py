@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmo_ds.config import InitConfig
 from vlmo_ds.families.coca.config import NO_DECAY, PIXELS, TASKS, TRAINABLE, WORDS, CoCaSettings
-from vlmo_ds.families.interface import Check, Clamp, Cost, Family, HuggingFace, TokenizerNeeds, Weights
+from vlmo_ds.families.interface import Clamp, Family, TokenizerNeeds, imported
 
 if TYPE_CHECKING:
     from vlmo_ds.distributed.collector import Collector
@@ -21,34 +21,10 @@ def build(config: CoCaSettings, tasks: Mapping[str, float], collector: Collector
     return CoCa(config, tasks, collector)
 
 
-def load_cost() -> Cost:
-    from vlmo_ds.families.coca import cost as module
-
-    return module
-
-
-def load_weights() -> Weights:
-    from vlmo_ds.families.coca import weights as module
-
-    return module
-
-
 def to_open_clip(config: CoCaSettings) -> tuple[dict[str, Any], str]:
     from vlmo_ds.families.coca import weights
 
     return weights.to_open_clip(config)
-
-
-def load_huggingface() -> HuggingFace:
-    from vlmo_ds.families.coca import huggingface as module
-
-    return module
-
-
-def load_parity() -> Mapping[str, Check]:
-    from vlmo_ds.families.coca.parity import FORMATS
-
-    return FORMATS
 
 
 FAMILY = Family(
@@ -64,9 +40,9 @@ FAMILY = Family(
     pixels=PIXELS,
     tokenizer=TokenizerNeeds((), padding=None),
     build=build,
-    cost=load_cost,
-    weights=load_weights,
-    huggingface=load_huggingface,
-    parity=load_parity,
+    cost=imported("vlmo_ds.families.coca.cost"),
+    weights=imported("vlmo_ds.families.coca.weights"),
+    huggingface=imported("vlmo_ds.families.coca.huggingface"),
+    parity=imported("vlmo_ds.families.coca.parity", "FORMATS"),
     open_clip=to_open_clip,
 )

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-Heads3 = tuple[Tensor, Tensor, Tensor]
-
 
 class Cache(Protocol):
     """Keys and values of the tokens so far (generation.decoding.KeyValueCache)."""
@@ -88,7 +86,7 @@ class Attention(nn.Module):
         out_BLD = joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         return self.out_proj(out_BLD if fold is None else fold.folded(out_BLD))
 
-    def of_itself(self, x: Tensor, fold: Fold | None = None) -> Heads3:
+    def of_itself(self, x: Tensor, fold: Fold | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens, [B, H, L, D/H] each."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (qkv if fold is None else fold.padded(qkv)).chunk(3, dim=-1)
@@ -121,7 +119,7 @@ class Attention(nn.Module):
     def look(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of R = n * B texts, n for each of B contexts, to keys and values [B, H, S, D/H] of the contexts
         -> [R, L, D]."""
-        q = self.heads(F.linear(x_RLD, self.projections[0], self.in_proj_bias[: self.dim]))
+        q = self.query(x_RLD)
         contexts, length = len(keys), q.shape[2]
         q = q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, n * L, D/H]
         out = F.scaled_dot_product_attention(q, keys, values)

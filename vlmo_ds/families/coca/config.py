@@ -9,6 +9,14 @@ from pydantic import Field, model_validator
 from vlmo_ds.config import ModelConfig
 from vlmo_ds.families.interface import Pixels, Task
 
+
+def text_stacks(width: int, layers: int, heads: int) -> dict[str, Any]:
+    """Settings of a text tower and a decoder of the same size, for CLIP's length of texts with a class token after it."""
+    tower = {"text_width": width, "text_layers": layers, "text_heads": heads, "max_text_len": 76}
+    return tower | {"decoder_layers": layers, "decoder_heads": heads}
+
+
+PAPER = {"image_size": 288, "patch_size": 18, "attentional_pool": "cascade", "class_mask": "correct"}
 # open_clip's configurations (mlfoundations/open_clip, model_configs/coca_*.json), and the paper's (arXiv:2205.01917, table 1).
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "coca_ViT-B-32": {
@@ -16,24 +24,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vision_width": 768,
         "vision_layers": 12,
         "patch_size": 32,
-        "text_width": 512,
-        "text_layers": 12,
-        "text_heads": 8,
-        "decoder_layers": 12,
-        "decoder_heads": 8,
-        "max_text_len": 76,
+        **text_stacks(512, 12, 8),
     },
     "coca_ViT-L-14": {
         "embed_dim": 768,
         "vision_width": 1024,
         "vision_layers": 24,
         "patch_size": 14,
-        "text_width": 768,
-        "text_layers": 12,
-        "text_heads": 12,
-        "decoder_layers": 12,
-        "decoder_heads": 12,
-        "max_text_len": 76,
+        **text_stacks(768, 12, 12),
     },
     "coca_base": {
         "embed_dim": 512,
@@ -42,59 +40,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vision_width": 768,
         "vision_layers": 12,
         "attentional_pool": "none",
-        "text_width": 768,
-        "text_layers": 12,
-        "text_heads": 12,
-        "decoder_layers": 12,
-        "decoder_heads": 12,
-        "max_text_len": 76,
+        **text_stacks(768, 12, 12),
     },
     "coca_paper_base": {
         "embed_dim": 768,
-        "image_size": 288,
-        "patch_size": 18,
         "vision_width": 768,
         "vision_layers": 12,
-        "attentional_pool": "cascade",
-        "text_width": 768,
-        "text_layers": 12,
-        "text_heads": 12,
-        "decoder_layers": 12,
-        "decoder_heads": 12,
-        "max_text_len": 76,
-        "class_mask": "correct",
+        **PAPER,
+        **text_stacks(768, 12, 12),
     },
     "coca_paper_large": {
         "embed_dim": 1024,
-        "image_size": 288,
-        "patch_size": 18,
         "vision_width": 1024,
         "vision_layers": 24,
-        "attentional_pool": "cascade",
-        "text_width": 1024,
-        "text_layers": 12,
-        "text_heads": 16,
-        "decoder_layers": 12,
-        "decoder_heads": 16,
-        "max_text_len": 76,
-        "class_mask": "correct",
+        **PAPER,
+        **text_stacks(1024, 12, 16),
     },
     "coca_paper_2b": {
         "embed_dim": 1408,
-        "image_size": 288,
-        "patch_size": 18,
         "vision_width": 1408,
         "vision_layers": 40,
         "vision_head_width": 88,
         "vision_mlp_ratio": 4.3637,  # 6144 hidden units
-        "attentional_pool": "cascade",
-        "text_width": 1408,
-        "text_layers": 18,
-        "text_heads": 16,
-        "decoder_layers": 18,
-        "decoder_heads": 16,
-        "max_text_len": 76,
-        "class_mask": "correct",
+        **PAPER,
+        **text_stacks(1408, 18, 16),
     },
 }
 

@@ -7,32 +7,31 @@ from typing import NamedTuple
 from vlmo_ds.config import StageConfig
 from vlmo_ds.families.coca.config import CoCaSettings
 from vlmo_ds.families.coca.model import CoCa
+from vlmo_ds.families.cost import contrast_memory, contrast_wire
 from vlmo_ds.families.interface import Load, matches
+from vlmo_ds.objectives.captioning import CHUNK
 
 
 class Stack(NamedTuple):
-    """Blocks of a tower: how many, tokens of a sequence, tokens that they attend to, width, hidden width over it; keys:
-    tokens whose keys and values a block computes."""
+    """Blocks of a tower: how many, tokens of a sequence, tokens that they attend to, width, hidden width over it."""
 
     layers: int
     tokens: int
     context: int
     width: int
     ratio: float
-    keys: int
 
 
 def stacks(config: CoCaSettings, stage: StageConfig) -> list[Stack]:
     image, text = config.patches + 1, config.max_text_len
     whole = text + ("itc" in stage.tasks)
     found = [
-        Stack(config.vision_layers, image, image, config.vision_width, config.vision_mlp_ratio, image),
-        Stack(config.text_layers, whole, whole, config.text_width, config.mlp_ratio, whole),
+        Stack(config.vision_layers, image, image, config.vision_width, config.vision_mlp_ratio),
+        Stack(config.text_layers, whole, whole, config.text_width, config.mlp_ratio),
     ]
     if "caption" in stage.tasks:
-        words, tokens = text - 1, config.caption_tokens
-        found.append(Stack(config.decoder_layers, words, words, config.text_width, config.mlp_ratio, words))
-        found.append(Stack(config.decoder_layers, words, tokens, config.text_width, config.mlp_ratio, tokens))
+        for context in (text - 1, config.caption_tokens):
+            found.append(Stack(config.decoder_layers, text - 1, context, config.text_width, config.mlp_ratio))
     return found
 
 
@@ -53,13 +52,12 @@ def forward_flops(config: CoCaSettings, stage: StageConfig, samples: float = 1.0
     """Multiply-adds times two of the forward pass: linear layers, attention products, patches, vocabulary head."""
     total = 2.0 * config.patches * 3 * config.patch_size**2 * config.vision_width
     for one in stacks(config, stage):
-        linear = (one.tokens * (4 + 4 * one.ratio) + 4 * one.keys) * one.width**2
+        linear = (one.tokens * (4 + 4 * one.ratio) + 4 * one.context) * one.width**2
         total += one.layers * (linear + 4 * one.tokens * one.context * one.width)
     d = config.embed_dim
     for queries, tokens, width in poolers(config):
-        total += (
-            2 * queries * d**2 + 4 * tokens * width * d + 4 * queries * tokens * d
-        )  # queries are projected once a batch
+        # queries are projected once a batch
+        total += 2 * queries * d**2 + 4 * tokens * width * d + 4 * queries * tokens * d
     if "itc" in stage.tasks:
         total += 2 * d * (config.token_width + config.text_width)
     if "caption" in stage.tasks:
@@ -70,15 +68,13 @@ def forward_flops(config: CoCaSettings, stage: StageConfig, samples: float = 1.0
 def activations(config: CoCaSettings, stage: StageConfig, load: Load) -> dict[str, float]:
     """Estimates of what the forward pass leaves for the backward pass (8 tensors of a block's width and 2 of its hidden
     width a token), of a chunk of vocabulary logits, and of contrastive features."""
-    from vlmo_ds.objectives.captioning import CHUNK
-
     b, every = load.bytes, config.activation_checkpoint_every
     per_sample = 0.0
     for one in stacks(config, stage):
         share = 1 - (-(-one.layers // every) / one.layers if every else 0)  # of blocks that keep everything
         row = one.width * b
         inputs = 0 if load.offloaded else row
-        kept = one.tokens * (8 + 2 * one.ratio) * row + (2 * one.keys * row if one.keys != one.tokens else 0)
+        kept = one.tokens * (8 + 2 * one.ratio) * row + (2 * one.context * row if one.context != one.tokens else 0)
         per_sample += one.layers * (share * kept + (1 - share) * one.tokens * inputs)
     for queries, tokens, width in poolers(config):
         per_sample += (4 * queries * config.embed_dim + tokens * (width + 2 * config.embed_dim)) * b
@@ -86,9 +82,8 @@ def activations(config: CoCaSettings, stage: StageConfig, load: Load) -> dict[st
     if "caption" in stage.tasks:
         logits = 3 * min(CHUNK, load.micro * (config.max_text_len - 1)) * config.vocab_size * 4
     if "itc" in stage.tasks:
-        rows = load.micro * (load.accumulation if stage.gradient_cache else 1)
-        features = 2 * 2 * rows * load.ranks * config.embed_dim * 4  # of the global batch, and their gradients
-        logits += 2 * rows * min(8192, rows * load.ranks) * 4
+        features, chunk = contrast_memory(2, config.embed_dim, stage, load)
+        logits += chunk
     return {"activations": load.micro * per_sample, "logits": logits, "features": features, "collector": 0.0}
 
 
@@ -96,9 +91,7 @@ def collectives(config: CoCaSettings, stage: StageConfig, load: Load) -> dict[st
     """Bytes that a rank receives in an optimiser step for contrastive features and their gradients."""
     if "itc" not in stage.tasks:
         return {}
-    features = 2 * load.micro * load.ranks * config.embed_dim * 4
-    wire = (load.ranks - 1) / load.ranks * features * load.accumulation
-    return {"all-gather": wire, "reduce-scatter": wire}
+    return dict.fromkeys(("all-gather", "reduce-scatter"), contrast_wire(2, config.embed_dim, load))
 
 
 def walks(model: CoCa, stage: StageConfig) -> dict[str, int]:

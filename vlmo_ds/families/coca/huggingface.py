@@ -28,20 +28,18 @@ from transformers import (
     AutoProcessor,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import ModelOutput
 
-from vlmo_ds.config import RecipeError
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.coca.model import CoCa
-from vlmo_ds.families.processing import PairProcessor, SquareImageProcessor, save_whole
+from vlmo_ds.families.huggingface import FamilyConfig, PairProcessor, SquareImageProcessor, appearing, fill
 
 
-class CoCaConfig(PreTrainedConfig):
-    """CoCaSettings' values; tasks: those that the weights were trained for."""
+class CoCaConfig(FamilyConfig):
+    """CoCaSettings' values."""
 
     model_type = "coca"
     attribute_map = {
@@ -49,18 +47,7 @@ class CoCaConfig(PreTrainedConfig):
         "num_hidden_layers": "decoder_layers",
         "num_attention_heads": "decoder_heads",
     }
-
-    def __init__(self, tasks: Sequence[str] = (), **kwargs: Any):
-        self.tasks = list(tasks)
-        known = {name: kwargs.pop(name) for name in CoCaSettings.model_fields if name in kwargs}
-        # every value as the check of the settings leaves it: sizes that do not fit raise here
-        for name, value in CoCaSettings(**known).model_dump().items():
-            setattr(self, name, value)
-        super().__init__(**kwargs)
-
-    @property
-    def settings(self) -> CoCaSettings:
-        return CoCaSettings(**{name: getattr(self, name) for name in CoCaSettings.model_fields})
+    settings_class = CoCaSettings
 
 
 @dataclasses.dataclass
@@ -165,16 +152,15 @@ def exported(
 ) -> CoCaForConditionalGeneration:
     """Writes the folder in one rename."""
     model = CoCaForConditionalGeneration(CoCaConfig(tasks=list(tasks), **settings.model_dump())).eval()
-    own = model.coca.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise RecipeError(f"the weights have no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
-    model.coca.load_state_dict({name: weights[name] for name in own})
+    fill(model.coca, weights)
     start, *_, end = tokenizer("")["input_ids"]
     model.generation_config = GenerationConfig(
         bos_token_id=start, eos_token_id=end, pad_token_id=end, max_length=settings.max_text_len
     )
     processor = CoCaProcessor(CoCaImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
-    save_whole(folder, model, processor)
+    with appearing(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
     return model
 
 

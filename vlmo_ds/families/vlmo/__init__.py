@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vlmo_ds.families.interface import Check, Clamp, Cost, Family, HuggingFace, TokenizerNeeds, Weights
+from vlmo_ds.families.interface import Clamp, Family, TokenizerNeeds, imported
 from vlmo_ds.families.vlmo.config import HEADS, NO_DECAY, PIXELS, TASKS, TRAINABLE, WORDS, VLMoInit, VLMoSettings
 
 if TYPE_CHECKING:
@@ -20,30 +20,6 @@ def build(config: VLMoSettings, tasks: Mapping[str, float], collector: Collector
     from vlmo_ds.families.vlmo.model import VLMo
 
     return VLMo(config, tasks, collector)
-
-
-def load_cost() -> Cost:
-    from vlmo_ds.families.vlmo import cost as module
-
-    return module
-
-
-def load_weights() -> Weights:
-    from vlmo_ds.families.vlmo import weights as module
-
-    return module
-
-
-def load_huggingface() -> HuggingFace:
-    from vlmo_ds.families.vlmo import huggingface as module
-
-    return module
-
-
-def load_parity() -> Mapping[str, Check]:
-    from vlmo_ds.families.vlmo.parity import FORMATS
-
-    return FORMATS
 
 
 FAMILY = Family(
@@ -62,8 +38,8 @@ FAMILY = Family(
     pixels=PIXELS,
     tokenizer=TokenizerNeeds(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), padding=0),
     build=build,
-    cost=load_cost,
-    weights=load_weights,
-    huggingface=load_huggingface,
-    parity=load_parity,
+    cost=imported("vlmo_ds.families.vlmo.cost"),
+    weights=imported("vlmo_ds.families.vlmo.weights"),
+    huggingface=imported("vlmo_ds.families.vlmo.huggingface"),
+    parity=imported("vlmo_ds.families.vlmo.parity", "FORMATS"),
 )

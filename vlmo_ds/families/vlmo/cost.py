@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vlmo_ds.config import StageConfig
+from vlmo_ds.families.cost import contrast_memory, contrast_wire
 from vlmo_ds.families.interface import Load
 from vlmo_ds.families.vlmo.config import VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
@@ -49,9 +50,8 @@ def activations(config: VLMoSettings, stage: StageConfig, load: Load) -> dict[st
     logits = masked * config.vocab_size * (b + 8) if {"mlm", "textmlm"} & stage.tasks.keys() else 0.0
     features = collector = 0.0
     if tables := contrast_tables(stage):
-        rows = micro * (load.accumulation if stage.gradient_cache else 1)
-        features = 2 * tables * rows * load.ranks * d * 4  # of the global batch, and their gradients
-        logits += 2 * rows * min(8192, rows * load.ranks) * 4
+        features, chunk = contrast_memory(tables, d, stage, load)
+        logits += chunk
     if "itm" in stage.tasks:
         collector = 3 * micro * row_bytes(config)  # sent, received, sorted
     return {"activations": micro * bytes_per_sample, "logits": logits, "features": features, "collector": collector}
@@ -73,9 +73,9 @@ def collectives(config: VLMoSettings, stage: StageConfig, load: Load) -> dict[st
     away = (ranks - 1) / ranks
     wire = dict.fromkeys(("all-gather", "reduce-scatter", "all-to-all"), 0.0)
     if tables := contrast_tables(stage):
-        features = tables * micro * ranks * config.embed_dim * 4
-        wire["all-gather"] += away * features * times
-        wire["reduce-scatter"] += away * features * times
+        features = contrast_wire(tables, config.embed_dim, load)
+        wire["all-gather"] += features
+        wire["reduce-scatter"] += features
     if "itm" in stage.tasks:
         wire["all-gather"] += away * 5 * 8 * micro * ranks * times  # two ids and three wanted rows a sample
         others = (micro * ranks - micro) / max(micro * ranks - 1, 1)  # share of the other samples that are elsewhere

@@ -25,7 +25,6 @@ from transformers import (
     AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,8 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from vlmo_ds.blocks.layers import init_weights
-from vlmo_ds.config import RecipeError
-from vlmo_ds.families.processing import PairProcessor, SquareImageProcessor, save_whole
+from vlmo_ds.families.huggingface import FamilyConfig, PairProcessor, SquareImageProcessor, appearing, fill
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
 from vlmo_ds.families.vlmo.multiway import Stream
@@ -42,23 +40,12 @@ from vlmo_ds.families.vlmo.multiway import Stream
 RETRIEVAL = ("itc", "itm", "irtr")
 
 
-class VLMoConfig(PreTrainedConfig):
-    """VLMoSettings' values; tasks: those whose heads the weights have; id2label: VQA's answers."""
+class VLMoConfig(FamilyConfig):
+    """VLMoSettings' values; id2label: VQA's answers."""
 
     model_type = "vlmo"
     attribute_map = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
-
-    def __init__(self, tasks: Sequence[str] = (), **kwargs: Any):
-        known = {name: kwargs.pop(name) for name in VLMoSettings.model_fields if name in kwargs}
-        self.tasks = list(tasks)
-        # every value as the check of the settings leaves it: sizes that do not fit raise here
-        for name, value in VLMoSettings(**known).model_dump().items():
-            setattr(self, name, value)
-        super().__init__(**kwargs)
-
-    @property
-    def settings(self) -> VLMoSettings:
-        return VLMoSettings(**{name: getattr(self, name) for name in VLMoSettings.model_fields})
+    settings_class = VLMoSettings
 
 
 class VLMoPreTrainedModel(PreTrainedModel):
@@ -248,12 +235,11 @@ def exported(
         config.id2label = dict(enumerate(answers))
         config.label2id = {answer: number for number, answer in enumerate(answers)}
     model = class_for(tasks)(config).eval()
-    own = model.vlmo.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise RecipeError(f"the weights have no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
-    model.vlmo.load_state_dict({name: weights[name] for name in own})
+    fill(model.vlmo, weights)
     processor = VLMoProcessor(VLMoImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
-    save_whole(folder, model, processor)
+    with appearing(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
     return model
 
 

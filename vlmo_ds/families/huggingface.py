@@ -1,20 +1,42 @@
-"""Images and texts as a family's transformers models take them: what its processor classes share."""
+"""What the families' transformers classes share: configurations, processors, and how an exported folder is written."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import transformers
 from PIL import Image
-from transformers import ProcessorMixin
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright_pixels
 from vlmo_ds.families.interface import Pixels
+
+
+class FamilyConfig(PreTrainedConfig):
+    """The values of a family's settings; tasks: those that the weights were trained for."""
+
+    settings_class: ClassVar[type[ModelConfig]]
+
+    def __init__(self, tasks: Sequence[str] = (), **kwargs: Any):
+        known = {name: kwargs.pop(name) for name in self.settings_class.model_fields if name in kwargs}
+        self.tasks = list(tasks)
+        # every value as the check of the settings leaves it: sizes that do not fit raise here
+        for name, value in self.settings_class(**known).model_dump().items():
+            setattr(self, name, value)
+        super().__init__(**kwargs)
+
+    @property
+    def settings(self) -> Any:
+        """The family's settings."""
+        return self.settings_class(**{name: getattr(self, name) for name in self.settings_class.model_fields})
 
 
 def as_image(pixels_HWC: np.ndarray) -> Image.Image:
@@ -99,10 +121,19 @@ class PairProcessor(ProcessorMixin):
         return BatchFeature(found)
 
 
-def save_whole(folder: Path, *parts: Any) -> None:
-    """Model and processor into a folder that appears in one rename."""
+def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives a network the weights of its names; further ones are left out. RecipeError where one is missing."""
+    own = network.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise RecipeError(f"the weights have no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
+    network.load_state_dict({name: weights[name] for name in own})
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name in one rename when all of it is there."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
     temporary.replace(folder)
