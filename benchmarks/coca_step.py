@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import measured, write_results
+from common import matrix_rate, measured, write_results
 from torch import Tensor
 
 from vlmo_ds.config import DataConfig
@@ -167,6 +167,7 @@ def one(version: str, arch: str, pairs: int, dtype_name: str, full: bool, repeat
     seconds = measured(step, repeats, 1 if device.type == "cpu" else 5)
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
     shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
+    forward = forward_flops(shortened, stage)
     return {
         "version": version,
         "arch": arch,
@@ -176,7 +177,8 @@ def one(version: str, arch: str, pairs: int, dtype_name: str, full: bool, repeat
         "seconds": round(seconds, 3),
         "pairs_per_second": round(pairs / seconds, 2),
         "peak_beyond_weights_and_gradients_gb": round(peak / 1e9, 3),
-        "gflop_forward_a_pair": round(forward_flops(shortened, stage) / 1e9, 1),
+        "gflop_forward_a_pair": round(forward / 1e9, 1),
+        "share_of_matrix_product_rate": round(3 * forward * pairs / seconds / matrix_rate(dtype, device), 3),
     }
 
 

@@ -50,6 +50,13 @@ def measured(function: Callable[[], object], repeats: int, warmup: int) -> float
     return sorted(times)[len(times) // 2]
 
 
+def matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20, warmup: int = 5) -> float:
+    """FLOP/s of large matrix products of the shapes that the blocks use."""
+    rows, d = (1536, 768) if device.type == "cpu" else (16384, 4096)
+    a, b = torch.randn(rows, d, dtype=dtype, device=device), torch.randn(d, 4 * d, dtype=dtype, device=device)
+    return 2 * rows * d * 4 * d / measured(lambda: a @ b, repeats, warmup)
+
+
 def write_results(path: Path, results: list[dict]) -> None:
     """The results with the machine and the command that made them."""
     script = Path(sys.argv[0])

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import measured, write_results
+from common import matrix_rate, measured, write_results
 
 from vlmo_ds.config import DataConfig
 from vlmo_ds.families.vlmo import FAMILY
@@ -28,13 +28,6 @@ from vlmo_ds.training.host import prepare_cpu
 
 TASKS = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
 MEMORY = "what the C library does with freed memory on a CPU: kept as in training, or returned as is its default"
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20, warmup: int = 5) -> float:
-    """FLOP/s of large matrix products of the shapes that the blocks use."""
-    rows, d = (1536, 768) if device.type == "cpu" else (16384, 4096)
-    a, b = torch.randn(rows, d, dtype=dtype, device=device), torch.randn(d, 4 * d, dtype=dtype, device=device)
-    return 2 * rows * d * 4 * d / measured(lambda: a @ b, repeats, warmup)
 
 
 def batch_of(config: VLMoSettings, pairs: int, text_len: int, device: torch.device) -> dict[str, torch.Tensor]:

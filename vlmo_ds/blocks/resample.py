@@ -18,9 +18,9 @@ def resample_distances(grid: Tensor, before: int, after: int) -> Tensor:
     steps = np.cumsum([ratio**i for i in range(before // 2)])
     known = np.concatenate((-steps[::-1], [0.0], steps))
     wanted = np.arange(-(after // 2), after // 2 + 1, dtype=np.float64)
-    values = grid.double().numpy().reshape(before, before, -1)
+    values = grid.double().cpu().numpy().reshape(before, before, -1)
     resampled = [RectBivariateSpline(known, known, values[:, :, c])(wanted, wanted) for c in range(values.shape[2])]
-    return torch.from_numpy(np.stack(resampled, axis=-1)).reshape(after * after, -1).to(grid.dtype)
+    return torch.from_numpy(np.stack(resampled, axis=-1)).reshape(after * after, -1).to(grid)
 
 
 def geometric_ratio(terms: int, total: float) -> float:

@@ -1,6 +1,6 @@
 """Compares a model with recorded numbers of a reference implementation.
 
-    python -m vlmo_ds.interop.parity FILE [--dtype float64|float32]
+    python -m vlmo_ds.interop.parity FILE [--dtype float64|float32] [--device cuda]
 
 The file's format says which family's numbers it holds. Builds the model from the file's own configuration, prints one line
 per quantity with its relative difference ||ours - recorded|| / ||recorded||, and exits 1 if one of them is past its bar.
@@ -20,8 +20,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="a file of recorded numbers")
     parser.add_argument("--dtype", choices=["float64", "float32"], help="precision to run in (default: both)")
+    parser.add_argument("--device", default="cpu", help="where to run, such as cuda (default: %(default)s)")
     args = parser.parse_args()
-    golden = torch.load(args.file, weights_only=True)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    torch.set_default_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 would have 10 bits
+    golden = torch.load(args.file, map_location=args.device, weights_only=True)
     formats = {name: check for family in FAMILIES.values() for name, check in family.parity().items()}
     check = formats.get(str(golden.get("format")))
     if check is None:

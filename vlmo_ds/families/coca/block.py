@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from vlmo_ds.blocks.layers import given
+
 
 class Cache(Protocol):
     """Keys and values of the tokens so far (generation.decoding.KeyValueCache)."""
@@ -73,18 +75,32 @@ class Attention(nn.Module):
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def forward(
-        self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
+        self,
+        x: Tensor,
+        context_BSD: Tensor | None = None,
+        mask: Tensor | None = None,
+        fold: Fold | None = None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
-        """x: [B, L, D], [1, L, D] for the same queries in all contexts, or [N, D] with fold; context_BSD: what is attended to,
-        None: x itself; mask: bool, true where a query may look, broadcastable to [B, H, L, S]. Gives what x is, for every
-        context."""
+        """x: [B, L, D], [1, L, D] for the same queries in all contexts, or [N, D] with fold; context_BSD: what is attended to
+        after its norm, None: x itself; mask: of x itself, bool, true where a query may look, broadcastable to [B, H, L, L].
+        Gives what x is, for every context."""
         if context_BSD is None:
-            q, k, v = self.of_itself(x, fold)
+            out_BHLC = F.scaled_dot_product_attention(*self.of_itself(x, fold), attn_mask=mask)
         else:
-            q, (k, v) = self.query(x, fold), self.keys_and_values(context_BSD)
-            q = q.expand(len(k), -1, -1, -1)  # one for all contexts, where x is one
-        out_BLD = joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            # a context has more tokens than a caption: its norm, keys and values are computed again in the backward pass
+            inputs = self.query(x, fold), context_BSD, given(norm, "norm")
+            if torch.is_grad_enabled():
+                out_BHLC = checkpoint(self.of_context, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out_BHLC = self.of_context(*inputs)
+        out_BLD = joined(out_BHLC)
         return self.out_proj(out_BLD if fold is None else fold.folded(out_BLD))
+
+    def of_context(self, q: Tensor, context_BSD: Tensor, norm: nn.Module) -> Tensor:
+        """What queries [B, H, L, D/H], or [1, ...] for all contexts, find in them -> [B, H, L, D/H]."""
+        k, v = self.keys_and_values(norm(context_BSD))
+        return F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
 
     def of_itself(self, x: Tensor, fold: Fold | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens, [B, H, L, D/H] each."""
@@ -165,9 +181,7 @@ class Block(nn.Module):
         self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
     ) -> Tensor:
         """As Attention."""
-        if context_BSD is not None:
-            context_BSD = self.ln_1_kv(context_BSD)
-        x = x + self.attn(self.ln_1(x), context_BSD, mask, fold)
+        x = x + self.attn(self.ln_1(x), context_BSD, mask, fold, None if context_BSD is None else self.ln_1_kv)
         return x + self.mlp(self.ln_2(x))
 
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
@@ -230,4 +244,4 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, context_dim] -> [B, queries, dim]."""
-        return self.attn(self.ln_q(self.query)[None], self.ln_k(x_BSD))
+        return self.attn(self.ln_q(self.query)[None], x_BSD, norm=self.ln_k)
