@@ -5,16 +5,21 @@ Dimensions: B sequences, L tokens of one sequence, D width, P patches, N tokens 
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
 
 
-def given(tensor: Tensor | None, what: str) -> Tensor:
-    """A tensor that not every call needs; ValueError where one that needs it goes without."""
-    if tensor is None:
+def given(value: T | None, what: str) -> T:
+    """What not every call needs; ValueError where one that needs it goes without."""
+    if value is None:
         raise ValueError(f"{what} is needed here, and is None")
-    return tensor
+    return value
 
 
 class PatchEmbed(nn.Module):
@@ -34,16 +39,44 @@ class PatchEmbed(nn.Module):
         return self.proj(image_BCHW).flatten(2).transpose(1, 2)
 
 
+class GeluThenLinear(torch.autograd.Function):
+    """F.linear(F.gelu(x), weight, bias), which keeps x for the backward pass and not what GELU makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            torch.ops.aten.gelu_backward(grad @ weight, x) if of_x else None,
+            rows.t() @ F.gelu(x).flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+class GeluLinear(nn.Linear):
+    """GELU and a linear layer: the second half of a feed-forward network, as one layer so that GELU's output need not be kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return GeluThenLinear.apply(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between them."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = GeluLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 def drop_path(x_ND: Tensor, rate: float, sequence_N: Tensor, num_sequences: int) -> Tensor:

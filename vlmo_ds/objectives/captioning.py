@@ -46,7 +46,9 @@ class WordLosses(torch.autograd.Function):
             of_logits = chance.mul_(grad).to(hidden_ND.dtype)
             if of_hidden is not None:
                 torch.mm(of_logits, head_DV.t(), out=of_hidden[rows])
-            if of_head is not None:
+            if of_head is not None and of_head.dtype == of_logits.dtype:
+                of_head.addmm_(hidden_ND[rows].t(), of_logits)  # no second tensor of the head's size
+            elif of_head is not None:
                 of_head += hidden_ND[rows].t() @ of_logits
         return of_hidden, None if of_head is None else of_head.to(head_DV.dtype), None
 

@@ -7,6 +7,7 @@ from families.coca.tiny import BOTH, tiny_batch, tiny_model
 
 from vlmo_ds.config import RecipeError
 from vlmo_ds.families import FAMILIES
+from vlmo_ds.families.coca.block import Block
 from vlmo_ds.families.coca.config import CoCaSettings
 from vlmo_ds.families.coca.parity import compare
 from vlmo_ds.families.step import StepOutput
@@ -49,6 +50,28 @@ def test_trimmed_texts_give_what_padded_ones_do(mask, pool):
         torch.testing.assert_close(alone.feature[0], whole.feature[row], rtol=1e-9, atol=1e-9)
         hidden = model.text_decoder.hidden(alone.tokens_ND, alone.fold, tokens[row : row + 1])
         torch.testing.assert_close(hidden, whole_hidden[row, :length], rtol=1e-9, atol=1e-9)
+
+
+def test_cross_attention_keeps_nothing_of_its_context():
+    """A context of a thousand tokens leaves no more for the backward pass than one of ten."""
+    torch.manual_seed(0)
+    block = Block(8, 2, 2.0, cross=True)
+    block.reset_parameters(1)
+    kept = []
+    for tokens in (10, 1000):
+        context, sizes = torch.randn(3, tokens, 8, requires_grad=True), []
+
+        def pack(tensor, context=context, sizes=sizes):
+            if tensor.data_ptr() != context.data_ptr():
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = block(torch.randn(3, 4, 8, requires_grad=True), context)
+        out.square().sum().backward()
+        assert context.grad.abs().sum() > 0
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("mask", ["legacy", "correct"])

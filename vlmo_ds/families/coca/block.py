@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from vlmo_ds.blocks.layers import given
+from vlmo_ds.blocks.layers import GeluLinear, given
 
 
 class Cache(Protocol):
@@ -89,15 +89,14 @@ class Attention(nn.Module):
             out_BHLC = F.scaled_dot_product_attention(*self.of_itself(x, fold), attn_mask=mask)
         else:
             # a context has more tokens than a caption: its norm, keys and values are computed again in the backward pass
-            inputs = self.query(x, fold), context_BSD, given(norm, "norm")
+            look = partial(self.of_context, given(norm, "norm"))
             if torch.is_grad_enabled():
-                out_BHLC = checkpoint(self.of_context, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                out_BHLC = self.of_context(*inputs)
+                look = partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
+            out_BHLC = look(self.query(x, fold), context_BSD)
         out_BLD = joined(out_BHLC)
         return self.out_proj(out_BLD if fold is None else fold.folded(out_BLD))
 
-    def of_context(self, q: Tensor, context_BSD: Tensor, norm: nn.Module) -> Tensor:
+    def of_context(self, norm: nn.Module, q: Tensor, context_BSD: Tensor) -> Tensor:
         """What queries [B, H, L, D/H], or [1, ...] for all contexts, find in them -> [B, H, L, D/H]."""
         k, v = self.keys_and_values(norm(context_BSD))
         return F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
@@ -160,8 +159,7 @@ class Block(nn.Module):
             self.ln_1_kv = nn.LayerNorm(dim)
         self.ln_2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
-        c_fc, c_proj = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.mlp = nn.Sequential(OrderedDict((("c_fc", c_fc), ("gelu", nn.GELU()), ("c_proj", c_proj))))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, hidden), c_proj=GeluLinear(hidden, dim)))
 
     def reset_parameters(self, depth: int) -> None:
         """CLIP's scheme for a block of a tower of so many (arXiv:2103.00020, section 2.4)."""

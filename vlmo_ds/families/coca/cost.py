@@ -66,7 +66,7 @@ def forward_flops(config: CoCaSettings, stage: StageConfig, samples: float = 1.0
 
 
 def activations(config: CoCaSettings, stage: StageConfig, load: Load) -> dict[str, float]:
-    """Estimates of what the forward pass leaves for the backward pass (8 tensors of a block's width and 2 of its hidden
+    """Estimates of what the forward pass leaves for the backward pass (8 tensors of a block's width and 1 of its hidden
     width a token), of a chunk of vocabulary logits, and of contrastive features."""
     b, every = load.bytes, config.activation_checkpoint_every
     per_sample = 0.0
@@ -74,10 +74,10 @@ def activations(config: CoCaSettings, stage: StageConfig, load: Load) -> dict[st
         share = 1 - (-(-one.layers // every) / one.layers if every else 0)  # of blocks that keep everything
         row = one.width * b
         inputs = 0 if load.offloaded else row
-        kept = one.tokens * (8 + 2 * one.ratio) * row + (2 * one.context * row if one.context != one.tokens else 0)
-        per_sample += one.layers * (share * kept + (1 - share) * one.tokens * inputs)
+        kept = (8 + one.ratio) * row
+        per_sample += one.layers * one.tokens * (share * kept + (1 - share) * inputs)
     for queries, tokens, width in poolers(config):
-        per_sample += (4 * queries * config.embed_dim + tokens * (width + 2 * config.embed_dim)) * b
+        per_sample += (4 * queries * config.embed_dim + tokens * width) * b
     logits = features = 0.0
     if "caption" in stage.tasks:
         logits = 3 * min(CHUNK, load.micro * (config.max_text_len - 1)) * config.vocab_size * 4

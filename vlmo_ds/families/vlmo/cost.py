@@ -33,7 +33,7 @@ def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[tuple[float, 
 
 
 def activations(config: VLMoSettings, stage: StageConfig, load: Load) -> dict[str, float]:
-    """Estimates of what the forward pass leaves for the backward pass (18 tensors of width D and the attention's
+    """Estimates of what the forward pass leaves for the backward pass (14 tensors of width D and the attention's
     probabilities per token and block), of logits, contrastive features and what the exchange of negatives holds."""
     micro, b = load.micro, load.bytes
     d, lower = config.embed_dim, config.vlffn_start_layer_index
@@ -44,7 +44,7 @@ def activations(config: VLMoSettings, stage: StageConfig, load: Load) -> dict[st
     for low, high, length in sequences_of(config, stage):
         rows = (low * lower + high * upper) * length
         inputs = 0 if load.offloaded else d * b
-        bytes_per_sample += rows * (share * (18 * d + config.num_heads * length) * b + (1 - share) * inputs)
+        bytes_per_sample += rows * (share * (14 * d + config.num_heads * length) * b + (1 - share) * inputs)
         bytes_per_sample += 3 * max(low, high) * length * d * b
     masked = stage.data.mlm_probability * config.max_text_len * micro
     logits = masked * config.vocab_size * (b + 8) if {"mlm", "textmlm"} & stage.tasks.keys() else 0.0
