@@ -91,7 +91,8 @@ def test_all_problems_are_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
-def test_shipped_configs_are_sound(file):
+def test_shipped_configs_are_sound(file, monkeypatch):
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda builder: True)
     config = json.loads((ROOT / "ds_configs" / file).read_text())
     assert list(problems_of(config)) == []
     assert precision_of(config) == ("fp16" if file == "zero2_fp16.json" else "auto")
@@ -101,6 +102,14 @@ def test_shipped_configs_are_sound(file):
             refuse_by_device(config, file)
     else:
         refuse_by_device(config, file)
+
+
+def test_states_on_a_disk_without_what_that_needs(monkeypatch):
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda builder: False)
+    with pytest.raises(
+        RecipeError, match=r"ds.json:\n  'zero_optimization.offload_optimizer.device' is 'nvme', .* libaio"
+    ):
+        refuse_by_device(read_config("zero3_nvme"), "ds.json")
 
 
 def test_what_hugging_face_users_paste_is_taken(tmp_path):

@@ -9,7 +9,7 @@ BARS = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-5, 1e-4)}  # (features, 
 
 
 def relative_difference(ours: Tensor, recorded: Tensor) -> float:
-    ours, recorded = ours.detach().double(), recorded.double()
+    ours, recorded = ours.detach().double(), recorded.detach().double()
     if ours.shape != recorded.shape:
         return float("inf")
     norm = recorded.norm()

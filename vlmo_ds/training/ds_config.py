@@ -330,14 +330,22 @@ def refuse_by_device(config: dict[str, Any], path: str | Path) -> None:
     """RecipeError for what this machine's device cannot do; imports DeepSpeed."""
     import torch
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if precision_of(config) == "fp16" and not get_accelerator().is_fp16_supported():
         raise RecipeError(
             f"{path}:\n  'fp16.enabled' is true, which this {get_accelerator().device_name()} device cannot do: "
             "use ds_configs/zero2.json"
         )
+    zero = config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme" and not AsyncIOBuilder().is_compatible():
+            raise RecipeError(
+                f"{path}:\n  'zero_optimization.{key}.device' is 'nvme', for which DeepSpeed compiles its async_io: "
+                "install a C++ compiler and libaio with its headers (Debian and Ubuntu: libaio-dev)"
+            )
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
-        if config.get("zero_optimization", {}).get(key) and not torch.cuda.is_available():
+        if zero.get(key) and not torch.cuda.is_available():
             raise RecipeError(
                 f"{path}:\n  'zero_optimization.{key}' needs a GPU (DeepSpeed's quantiser is a CUDA kernel): "
                 "take it out on this machine"

@@ -137,7 +137,8 @@ def compile_ops(merged: dict[str, Any]) -> None:
         for first in (True, False):
             if (os.environ.get("LOCAL_RANK", "0") == "0") is first:
                 builder().load(verbose=False)
-            dist.barrier()
+            if dist.get_world_size() > 1:
+                dist.barrier()
 
 
 def release(engine: deepspeed.DeepSpeedEngine) -> None:

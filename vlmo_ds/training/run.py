@@ -86,7 +86,8 @@ def run(command: Command) -> int:
         traceback.print_exc()
         return leave(1)
     try:
-        dist.barrier()  # rank 0 keeps the store of the process group: it leaves with the others, not before them
+        if dist.get_world_size() > 1:  # rank 0 keeps the store of the process group: it leaves with the others
+            dist.barrier()
         dist.destroy_process_group()
     except RuntimeError as error:  # a rank that has died since
         print(f"error: rank {rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
