@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from common import matrix_rate, measured, write_results
 from torch import Tensor
 
+from vlmo_ds.blocks.fold import Fold, joined
 from vlmo_ds.config import DataConfig
 from vlmo_ds.families.coca import FAMILY
-from vlmo_ds.families.coca.block import Block, Fold, joined
+from vlmo_ds.families.coca.block import Block
 from vlmo_ds.families.coca.config import CoCaSettings
 from vlmo_ds.families.coca.cost import forward_flops
 from vlmo_ds.families.coca.model import CoCa, unit

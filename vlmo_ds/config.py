@@ -51,13 +51,16 @@ class ModelConfig(Settings):
     still differ."""
 
     architectures: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> its settings
+    extra_words: ClassVar[int] = 0  # words of the model's own, behind the tokenizer's
 
     arch: str = Field("custom", description="a published architecture, or custom")
     family: str = Field("", description="the family of models that a custom architecture is of")
     image_size: int = Field(224, gt=0, description="pixels per side")
     patch_size: int = Field(16, gt=0, description="pixels per side of a patch; must divide image_size")
     max_text_len: int = Field(40, gt=2, description="longest text in tokens, special ones included")
-    vocab_size: int = Field(0, ge=0, description="size of the vocabulary; 0: the tokenizer's")
+    vocab_size: int = Field(
+        0, ge=0, description="size of the vocabulary; 0: the tokenizer's and what words the model has of its own"
+    )
     vqav2_label_size: int = Field(0, ge=0, description="answers that questions choose among; 0: those of their data")
     activation_checkpoint_every: int = Field(
         0, ge=0, description="recompute activations in backward: 0 never, 1 every block, n every n-th"
@@ -79,6 +82,9 @@ class ModelConfig(Settings):
                 f"take {max(near, self.patch_size)} or {near + self.patch_size}"
             )
         return self
+
+    def check_stage(self, stage: StageConfig) -> None:
+        """ValueError where a stage asks what the model cannot do."""
 
     @property
     def patches(self) -> int:
@@ -490,6 +496,7 @@ class Recipe(Settings):
             raise ValueError(f"name is '{self.name}', which names no folder of its own below runs/")
         patches = self.model.patches
         for stage in self.stages:
+            self.model.check_stage(stage)
             if "masked_image" in stage.reads and not 0 < round(stage.data.mim_ratio * patches) < patches:
                 raise ValueError(
                     f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "

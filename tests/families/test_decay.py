@@ -40,13 +40,48 @@ COCA = {
     "text.text_projection",
     "text_decoder.text_projection",
 }
+ATTENTION = [f"self.{part}.weight" for part in ("query", "key", "value")] + ["output.dense.weight"]
+BLIP = {
+    "visual_encoder.patch_embed.proj.weight",
+    "text_encoder.embeddings.word_embeddings.weight",
+    "text_decoder.cls.predictions.transform.dense.weight",
+    "vision_proj.weight",
+    "text_proj.weight",
+    "itm_head.weight",
+}
 DECAYED = {
+    "blip": BLIP
+    | {f"visual_encoder.blocks.{i}.{name}" for i in (0, 1) for name in [*LINEAR, "mlp.fc1.weight", "mlp.fc2.weight"]}
+    | {
+        f"text_encoder.encoder.layer.{i}.{name}"
+        for i in (0, 1)
+        for name in (
+            *(f"{kind}.{part}" for kind in ("attention", "crossattention") for part in ATTENTION),
+            "intermediate.dense.weight",
+            "output.dense.weight",
+        )
+    }
+    | {f"text_decoder.bert.encoder.layer.{i}.attention.{part}" for i in (0, 1) for part in ATTENTION},
     "coca": COCA | POOLERS | {f"{stack}.{i}.{name}" for stack in STACKS for i in (0, 1) for name in BLOCK},
     "vlmo": TOP
     | {f"transformer.blocks.{i}.{name}" for i in (0, 1) for name in LINEAR + EXPERTS}
     | {f"transformer.blocks.1.{name}" for name in VL},
 }
 SETTINGS = {
+    "blip": [
+        {
+            "embed_dim": 8,
+            "image_size": 16,
+            "patch_size": 8,
+            "vision_width": 12,
+            "vision_layers": 2,
+            "text_width": 8,
+            "text_layers": 2,
+            "text_heads": 2,
+            "text_hidden": 16,
+            "vocab_size": 20,
+        },
+    ],
     "coca": [
         {
             "embed_dim": 8,
@@ -88,7 +123,7 @@ def test_the_decayed_tensors_are_the_intended_ones(name):
     for changes in ({}, *others):
         with torch.device("meta"):
             model = family.build(family.config(**first, **changes), dict.fromkeys(family.tasks, 1.0), None)
-        names |= {parameter for parameter, _ in model.named_parameters()}
+        names |= {parameter for parameter, value in model.named_parameters() if value.requires_grad}
     assert {parameter for parameter in names if not matches(parameter, family.no_decay)} == DECAYED[name]
     unused = [pattern for pattern in family.no_decay if not any(matches(parameter, [pattern]) for parameter in names)]
     assert not unused

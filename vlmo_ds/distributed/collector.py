@@ -39,6 +39,34 @@ class _Gather(torch.autograd.Function):
         return local, None
 
 
+class _Fetch(torch.autograd.Function):
+    """Rows of a distributed table; backward sends each row's gradient to the rank that has it, which adds them up."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, collector: Collector, wanted: Tensor) -> Tensor:
+        batch = len(table)
+        every_WB = collector.gather(wanted).view(collector.world_size, batch).cpu()
+        owner_WB = every_WB // batch
+        asked = [
+            every_WB[rank][owner_WB[rank] == collector.rank] - collector.rank * batch for rank in range(len(every_WB))
+        ]
+        ctx.sent = torch.cat(asked).to(table.device)  # rows of this rank, by who asks for them
+        ctx.send_sizes = [len(rows) for rows in asked]
+        mine = owner_WB[collector.rank]
+        ctx.receive_sizes = [int((mine == rank).sum()) for rank in range(len(every_WB))]
+        ctx.order = mine.argsort(stable=True).to(table.device)  # received rows come by their owner
+        ctx.group, ctx.batch = collector.group, batch
+        received = table.new_empty(batch, *table.shape[1:])
+        dist.all_to_all_single(received, table[ctx.sent], ctx.receive_sizes, ctx.send_sizes, group=ctx.group)
+        return torch.empty_like(received).index_copy_(0, ctx.order, received)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        returned = grad.new_empty(len(ctx.sent), *grad.shape[1:])
+        dist.all_to_all_single(returned, grad[ctx.order], ctx.send_sizes, ctx.receive_sizes, group=ctx.group)
+        return grad.new_zeros(ctx.batch, *grad.shape[1:]).index_add_(0, ctx.sent, returned), None, None
+
+
 class Collector:
     """Collectives over one process group (default: all ranks). Every rank calls the same methods in the same order."""
 
@@ -102,6 +130,13 @@ class Collector:
     def first_row(self, local_rows: int) -> int:
         """Global index of this rank's first row."""
         return self.rank * local_rows
+
+    def fetch(self, table: Tensor, wanted: Tensor) -> Tensor:
+        """Rows of a distributed table with their gradient: only the rows asked for travel, in one all-to-all.
+
+        table: [B, ...], this rank's rows of a table of W*B rows; wanted: [B] int64, global row numbers -> [B, ...].
+        """
+        return table[wanted] if self.world_size == 1 else _Fetch.apply(table, self, wanted)
 
     def exchange(self, tables: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
         """Fetches rows of distributed tables: only the rows asked for travel, in one all-to-all of bytes.

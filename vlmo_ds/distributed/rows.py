@@ -101,9 +101,12 @@ def sample_negatives(
     candidate_id_G: Tensor,
     query_image_B: Tensor,
     candidate_image_G: Tensor,
+    floor: float = 0.0,
     chunk: int = CHUNK,
 ) -> Tensor:
     """One hard negative per row, drawn from the softmax of its logits over all candidates of another image.
+
+    floor: what is added to each candidate's share of the softmax (over all candidates, as the reference of BLIP does).
 
     The Gumbel-max trick (Gumbel 1954): argmax(logit + noise) is a draw from softmax(logit), needs no normalisation,
     works chunk by chunk and cannot underflow. Candidates with the query's image id are left out: another caption of
@@ -118,9 +121,15 @@ def sample_negatives(
         )
     best_B = torch.full((len(q_BD),), float("-inf"), dtype=q_BD.dtype, device=q_BD.device)
     index_B = torch.zeros_like(query_id_B)
+    whole_B = best_B
+    for start in range(0, len(k_GD) if floor else 0, chunk):
+        logits = scale * (q_BD @ k_GD[start : start + chunk].t())
+        whole_B = torch.logaddexp(whole_B, logits.logsumexp(1))
     for start in range(0, len(k_GD), chunk):
         columns = slice(start, start + chunk)
         logits = scale * (q_BD @ k_GD[columns].t())
+        if floor:
+            logits = ((logits - whole_B[:, None]).exp() + floor).log()
         logits = logits + gumbel_noise(seed, query_id_B, candidate_id_G[columns]).to(logits.dtype)
         logits = logits.masked_fill(query_image_B[:, None] == candidate_image_G[None, columns], float("-inf"))
         value, index = logits.max(1)

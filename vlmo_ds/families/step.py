@@ -60,6 +60,23 @@ class FamilyModel(nn.Module):
         """Records the losses over all of a batch's features, as contrast_features gave them; reads no parameter."""
         raise NotImplementedError
 
+    def followed(self) -> Mapping[str, str]:
+        """Parameter that moves without a gradient -> the trained one that it is an average of (a teacher's, its student's)."""
+        return {}
+
+    @property
+    def momentum(self) -> float:
+        """What of such an average stays in a step."""
+        raise NotImplementedError
+
+    def keys_of_step(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Of a model with a teacher: what `step` is given beside each micro-batch, of what the call `keys` gave for all of them."""
+        raise NotImplementedError
+
+    def push(self, keys: Mapping[str, Tensor]) -> None:
+        """Of a model with a teacher: what keys_of_step gave, after a step that was taken."""
+        raise NotImplementedError
+
     def idle(self) -> Sequence[str]:
         """Patterns of parameters that none of the model's tasks reaches; they stay as they are."""
         return ()

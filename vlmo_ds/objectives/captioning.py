@@ -16,46 +16,73 @@ def wide(x: Tensor) -> Tensor:
 
 
 class WordLosses(torch.autograd.Function):
-    """-log softmax at the labels, summed, with the logits of a chunk of rows at a time, computed again in the backward."""
+    """Cross-entropies summed, with the logits of a chunk of rows at a time, computed again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_ND [N, D], head_DV [D, V], labels_N int64 -> (sum of the losses, rows whose best word is the label)."""
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor, bias_V: Tensor | None, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        """As word_losses."""
         total, right = wide(hidden_ND.new_zeros(())), labels_N.new_zeros(())
         normalisers = []
         for hidden, labels in zip(hidden_ND.split(CHUNK), labels_N.split(CHUNK), strict=True):
-            logits = wide(hidden @ head_DV)
+            logits = logits_of(hidden, head_DV, bias_V)
             normalisers.append(logits.logsumexp(1))
-            total = total + (normalisers[-1] - logits.gather(1, labels[:, None])[:, 0]).sum()
+            wanted = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0]
+            if smoothing:
+                wanted = wanted + smoothing * logits.mean(1)
+            total = total + (normalisers[-1] - wanted).sum()
             right = right + (logits.argmax(1) == labels).sum()
-        ctx.save_for_backward(hidden_ND, head_DV, labels_N, torch.cat(normalisers))
+        ctx.save_for_backward(hidden_ND, head_DV, labels_N, bias_V, torch.cat(normalisers))
+        ctx.smoothing = smoothing
         ctx.mark_non_differentiable(right)
         return total, right
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden_ND, head_DV, labels_N, normaliser_N = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, head_DV, labels_N, bias_V, normaliser_N = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         of_head = (
             torch.zeros_like(wide(head_DV)) if ctx.needs_input_grad[1] else None
         )  # 16 bits would round at every chunk
+        of_bias = torch.zeros_like(wide(bias_V)) if ctx.needs_input_grad[3] else None
         for start in range(0, len(hidden_ND), CHUNK):
             rows = slice(start, start + CHUNK)
-            chance = (wide(hidden_ND[rows] @ head_DV) - normaliser_N[rows, None]).exp_()
-            chance[torch.arange(len(chance), device=chance.device), labels_N[rows]] -= 1
-            of_logits = chance.mul_(grad).to(hidden_ND.dtype)
+            chance = (logits_of(hidden_ND[rows], head_DV, bias_V) - normaliser_N[rows, None]).exp_()
+            if ctx.smoothing:
+                chance -= ctx.smoothing / chance.shape[1]
+            chance[torch.arange(len(chance), device=chance.device), labels_N[rows]] -= 1 - ctx.smoothing
+            chance.mul_(grad)
+            if of_bias is not None:
+                of_bias += chance.sum(0)
+            of_logits = chance.to(hidden_ND.dtype)
             if of_hidden is not None:
                 torch.mm(of_logits, head_DV.t(), out=of_hidden[rows])
             if of_head is not None and of_head.dtype == of_logits.dtype:
                 of_head.addmm_(hidden_ND[rows].t(), of_logits)  # no second tensor of the head's size
             elif of_head is not None:
                 of_head += hidden_ND[rows].t() @ of_logits
-        return of_hidden, None if of_head is None else of_head.to(head_DV.dtype), None
+        return (
+            of_hidden,
+            None if of_head is None else of_head.to(head_DV.dtype),
+            None,
+            None if of_bias is None else of_bias.to(bias_V.dtype),
+            None,
+        )
 
 
-def word_losses(hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def logits_of(hidden_ND: Tensor, head_DV: Tensor, bias_V: Tensor | None) -> Tensor:
+    """[N, V] in float32 at least."""
+    logits = wide(hidden_ND @ head_DV)
+    return logits if bias_V is None else logits + bias_V
+
+
+def word_losses(
+    hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor, bias_V: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(sum of the next words' cross-entropies, how many of them are the most likely word).
 
-    hidden_ND: the decoder's output at the words that have a next one; head_DV: vocabulary head; labels_N: that word's id.
+    hidden_ND: the decoder's output at the words that have a next one; head_DV, bias_V: vocabulary head; labels_N: that word's id;
+    smoothing: share of the target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7).
     """
-    return WordLosses.apply(hidden_ND, head_DV, labels_N)
+    return WordLosses.apply(hidden_ND, head_DV, labels_N, bias_V, smoothing)

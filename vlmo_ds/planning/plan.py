@@ -107,10 +107,9 @@ def build(recipe: Recipe, stage: StageConfig) -> FamilyModel:
 def settled(recipe: Recipe) -> ModelConfig:
     """The architecture with the vocabulary's size filled in."""
     size, name = recipe.model.vocab_size, recipe.tokenizer.name
-    if not size and name == "train":
-        size = recipe.tokenizer.vocab_size
-    elif not size:
-        size = VOCABULARIES.get(name) or len(load_tokenizer(name, *recipe.family.tokenizer))
+    if not size:
+        known = recipe.tokenizer.vocab_size if name == "train" else VOCABULARIES.get(name)
+        size = (known or len(load_tokenizer(name, *recipe.family.tokenizer))) + recipe.model.extra_words
     return recipe.model.model_copy(update={"vocab_size": size})
 
 

@@ -37,6 +37,8 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.manifest import MANIFEST, crc32, fault_of, listed, write_manifest
 from vlmo_ds.training.state import (
     MOMENTS,
+    NOTHING,
+    Held,
     PartitionedLayout,
     aliases,
     averaged_parameters,
@@ -153,11 +155,16 @@ class CheckpointWriter:
         return self.folder / f"step-{self.step:08d}.tmp"
 
     def start(
-        self, engine: deepspeed.DeepSpeedEngine, step: int, frozen: Mapping[str, Tensor], about: Mapping[str, Any]
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        step: int,
+        frozen: Mapping[str, Tensor],
+        about: Mapping[str, Any],
+        averages: Mapping[str, Held] = NOTHING,
     ) -> str:
         """Copies the state and begins to write it. Returns why it cannot be written, the same on every rank, or "".
 
-        frozen: copies of what does not move (frozen_state); Moved where it has.
+        frozen: copies of what does not move (frozen_state); Moved where it has. averages: as full_state's.
         """
         refuse_moved(engine, frozen, self.collector)
         self.step = step
@@ -165,7 +172,7 @@ class CheckpointWriter:
         if problem:
             self.step = None
             return problem
-        tensors = snapshot(engine, frozen, self.collector)
+        tensors = snapshot(engine, frozen, averages, self.collector)
         state = {"format": FORMAT, "step": step, **about, "aliases": aliases(engine.module), **progress(engine)}
         self.problem = ""
         self.thread = threading.Thread(target=self.write, args=(tensors, state))
@@ -247,7 +254,10 @@ class FailedCheckpoints:
 
 
 def snapshot(
-    engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], collector: Collector
+    engine: deepspeed.DeepSpeedEngine,
+    frozen: Mapping[str, Tensor],
+    averages: Mapping[str, Held],
+    collector: Collector,
 ) -> dict[str, Tensor]:
     """Copies in host memory of what this rank writes. What every rank has whole is dealt out to the ranks in turn."""
     tensors = {
@@ -256,7 +266,8 @@ def snapshot(
         for kind, value in kinds.items()
     }
     layout = layout_of(engine)
-    parts = {n: layout.live(p) for n, p in averaged_parameters(engine, frozen).items()}
+    moving = averaged_parameters(engine, frozen)
+    parts = {n: averages[n] if n in averages else layout.live(p) for n, p in moving.items()}
     tensors |= {
         f"weight/{start}/{n}": part.to("cpu", torch.float32, copy=True)
         for n, (start, part) in parts.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from vlmo_ds.families.interface import Clamp, matches
 from vlmo_ds.families.step import FamilyModel, StepOutput
 from vlmo_ds.ledger import StageClock
 from vlmo_ds.training import checkpoint
+from vlmo_ds.training.averages import Averages
 from vlmo_ds.training.ds_config import merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
@@ -151,6 +152,11 @@ class Pass(NamedTuple):
     batch: dict[str, Tensor]
     seed: int
 
+    def beside(self, also: Mapping[str, Tensor | int]) -> Pass:
+        """The same with more in the batch; numbers as 0-d int64."""
+        more = {name: torch.tensor(value) if isinstance(value, int) else value for name, value in also.items()}
+        return self._replace(batch={**self.batch, **more})
+
 
 def train_stage(run: Run, stage: StageConfig, resume_from: Path | None, skip: int | None = None) -> Rollback | None:
     """Trains a stage to its end and writes its final weights; where to go on if the loss has jumped.
@@ -197,11 +203,12 @@ class StageTraining:
             refuse_other_words(vocabulary, vocabulary_of(Path(origin)), stage, origin)
         model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
         del source
-        self.frozen = frozen_state(model)
+        self.frozen, self.averages = frozen_state(model), Averages(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.counts = parameter_counts(model)
         buffer_shapes = {name: buffer.shape for name, buffer in model.named_buffers()}
         self.engine = build_engine(model, stage, merge(run.ds_config, stage, collector.world_size))
+        self.averages.attach(self.engine)
         self.first = checkpoint.restore(self.engine, reader) if reader else 0
         saved = reader.state if reader else {}
         self.skip = saved.get("skip", 0) if skip is None else skip
@@ -272,12 +279,19 @@ class StageTraining:
         skipped_before = engine.skipped_steps
         lr = engine.get_lr()[0]  # this step's; afterwards it is the next one's
         taken: list[dict[str, Tensor]] = []
-        passes = (self.next_pass(step, part, stream, taken) for part in range(self.accumulation))
+        passes: Iterable[Pass] = (self.next_pass(step, part, stream, taken) for part in range(self.accumulation))
+        keys: dict[str, Tensor] = {}
+        if self.averages:
+            passes = list(passes)
+            keys = self.keys(passes)
+            passes = [one.beside({**keys, "part": part, "step": step}) for part, one in enumerate(passes)]
         if stage.gradient_cache:
             outputs = [self.gradient_cached(list(passes))]
         else:
             outputs = [self.forward_backward(one) for one in passes]
         skipped = engine.skipped_steps > skipped_before
+        if keys and not skipped:
+            engine.module.push(keys)
         flags = {ASKED: float(run.stop.asked()), WRITING: float(self.writer.busy)}
         metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags}, run.collector)
         asked = bool(counts.pop(ASKED))
@@ -317,6 +331,16 @@ class StageTraining:
         # Dropout and stochastic depth need no saved state: they restart from a function of the step.
         return Pass(batch, (seed * 65_537 + run.collector.rank) % 2**64)
 
+    def keys(self, passes: Sequence[Pass]) -> dict[str, Tensor]:
+        """The teacher follows, and gives its keys of all micro-batches."""
+        self.averages.follow(self.engine.module.momentum)
+        found = []
+        with torch.no_grad():
+            for one in passes:
+                torch.manual_seed(one.seed)
+                found.append(self.engine(one.batch, "keys"))
+        return self.engine.module.keys_of_step(found)
+
     def forward_backward(self, one: Pass) -> StepOutput:
         torch.manual_seed(one.seed)
         out = self.engine(one.batch)
@@ -343,7 +367,7 @@ class StageTraining:
         if step == self.stage.steps:  # beside those that are kept to go back to
             self.writer.keep = self.run.recipe.keep_checkpoints + 1
         memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
-        problem = self.writer.start(self.engine, step, self.frozen, {**self.about, **memory})
+        problem = self.writer.start(self.engine, step, self.frozen, {**self.about, **memory}, self.averages.held)
         self.failures.count((step, problem) if problem else None)
         if wait or not self.run.recipe.background_checkpoints:
             self.failures.count(self.writer.finish())
@@ -358,7 +382,7 @@ class StageTraining:
         run = self.run
         heartbeat.beat(f"{GATHERING} {self.stage.name}")
         refuse_moved(self.engine, self.frozen, run.collector)
-        state = full_state(self.engine, self.frozen, self.shapes)
+        state = full_state(self.engine, self.frozen, self.shapes, self.averages.held)
         meta = {"stage": self.stage.name, "steps": self.stage.steps, "tasks": self.stage.weights}
         meta["vocabulary"] = self.about["vocabulary"]
         folder = self.writer.folder / "final"

@@ -148,7 +148,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
             print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
         known_shards = on_rank0(collector, lambda: check_before_start(command))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), *recipe.family.tokenizer)
-        recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer)
+        recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer) + recipe.model.extra_words
         recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
         check_held_out(recipe, collector)
@@ -279,9 +279,11 @@ def count_answers(recipe: Recipe, run: Path) -> int:
 def check_data(
     recipe: Recipe, stages: list[StageConfig], tokenizer: PreTrainedTokenizerBase, collector: Collector
 ) -> None:
-    if len(tokenizer) > recipe.model.vocab_size:
+    extra = recipe.model.extra_words
+    if len(tokenizer) + extra > recipe.model.vocab_size:
         raise RecipeError(
-            f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces: take 0 (the tokenizer's) or more"
+            f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces"
+            f"{f' and the model {extra} words of its own' if extra else ''}: take 0 (as many as that) or more"
         )
     for name, evaluation in due(recipe).items():
         try:

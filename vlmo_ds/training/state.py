@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -30,6 +30,16 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 Span = tuple[int, int]  # first element and number of elements of a flattened parameter
+
+
+class Held(NamedTuple):
+    """What this rank has of a flattened parameter: its first element, float32 values."""
+
+    start: int
+    values: Tensor
+
+
+NOTHING: Mapping[str, Held] = {}
 
 
 class Layout:
@@ -82,6 +92,10 @@ class Layout:
     def live(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
         """(first element, flat values) of what this rank computes with, of any parameter, trained or not."""
         return 0, parameter.detach().view(-1)
+
+    def gathered(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """What all ranks have of flat values, of each as much as `live` gives (every rank has to call)."""
+        return part
 
     def create_moments(self, steps: int) -> None:
         """Moments of zero after so many steps: PyTorch's optimisers have none before their first step."""
@@ -156,6 +170,10 @@ class PartitionedLayout(Layout):
         if span is None or parameter.ds_tensor.status != PartitionedParamStatus.AVAILABLE:  # type: ignore[attr-defined]
             return 0, parameter.detach().new_empty(0)  # padding, or on a disk, where nothing moves it
         return span[0], parameter.ds_tensor.detach().view(-1)[: span[1]]  # type: ignore[attr-defined]
+
+    def gathered(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        even = nn.functional.pad(part, (0, parameter.ds_tensor.ds_numel - part.numel()))  # type: ignore[attr-defined]
+        return Collector().gather(even)[: parameter.ds_numel]  # type: ignore[attr-defined]
 
     def create_moments(self, steps: int) -> None:
         for number in range(len(self.optimizer.fp32_partitioned_groups_flat)):
@@ -252,17 +270,26 @@ def set_weights(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]
 
 
 def full_state(
-    engine: deepspeed.DeepSpeedEngine, frozen: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+    engine: deepspeed.DeepSpeedEngine,
+    frozen: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    averages: Mapping[str, Held] = NOTHING,
 ) -> dict[str, Tensor]:
     """The model's float32 state dict, gathered from all ranks (every rank has to call; the result is rank 0's).
 
     frozen: float32 copies of what does not move, so that half precision never reaches them (frozen_state).
+    averages: float32 values of what follows other weights (training.averages); what else moves is there as it is.
     shapes: the parameters' shapes before the engine took them. A parameter with several names is there under each.
     """
     first = engine.global_rank == 0
     state = dict(frozen) if first else {}
     layout = layout_of(engine)
     for name, parameter in averaged_parameters(engine, frozen).items():
+        if name in averages:
+            value = layout.gathered(parameter, averages[name].values)
+            if first:
+                state[name] = value.cpu().view(shapes[name]).clone()
+            continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=isinstance(layout, PartitionedLayout)):
             if first:
                 state[name] = parameter.detach().float().cpu().reshape(shapes[name]).clone()

@@ -7,49 +7,18 @@ Dimensions: B sequences, L tokens of one sequence, S tokens that are attended to
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import nullcontext
-from functools import cached_property, partial
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from vlmo_ds.blocks.cache import Cache
+from vlmo_ds.blocks.fold import Fold, joined
 from vlmo_ds.blocks.layers import GeluLinear, given
-
-
-class Cache(Protocol):
-    """Keys and values of the tokens so far (generation.decoding.KeyValueCache)."""
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Appends a layer's new ones, [R, H, L, D/H]; all of the layer's."""
-        ...
-
-
-class Fold:
-    """Which places of a padded [B, L] hold tokens. Linear layers and norms work on those alone, [N, D]."""
-
-    def __init__(self, lengths_B: Tensor, length: int):
-        self.batch, self.length = len(lengths_B), length
-        self.valid_BL = torch.arange(length, device=lengths_B.device)[None] < lengths_B[:, None]
-        self.places_N = self.valid_BL.flatten().nonzero().squeeze(1)
-
-    @cached_property
-    def causal(self) -> Tensor:
-        """[L, L] bool: which places a place may look at."""
-        column = torch.arange(self.length, device=self.valid_BL.device)
-        return column[:, None] >= column[None]
-
-    def folded(self, padded: Tensor) -> Tensor:
-        """[B, L, ...] -> [N, ...]."""
-        return padded.flatten(0, 1).index_select(0, self.places_N)
-
-    def padded(self, x_ND: Tensor) -> Tensor:
-        """[N, D] -> [B, L, D], zeros where there is no token."""
-        out = x_ND.new_zeros(self.batch * self.length, x_ND.shape[1])
-        return out.index_copy(0, self.places_N, x_ND).view(self.batch, self.length, -1)
+from vlmo_ds.blocks.recompute import Recomputed
 
 
 class Attention(nn.Module):
@@ -142,11 +111,6 @@ class Attention(nn.Module):
         return self.out_proj(joined(out))
 
 
-def joined(out_BHLC: Tensor) -> Tensor:
-    """[B, H, L, D/H] -> [B, L, D]."""
-    return out_BHLC.transpose(1, 2).flatten(2)
-
-
 class Block(nn.Module):
     """Pre-norm residual block (CLIP, arXiv:2103.00020); with `cross` its attention is to a context, which has a norm of its
     own (CoCa's multimodal decoder)."""
@@ -195,20 +159,6 @@ class Block(nn.Module):
 
 def blocks_of(stack: nn.ModuleList) -> list[Block]:
     return cast(list[Block], list(stack))
-
-
-class Recomputed:
-    """How the blocks of a stack keep their activations: every n-th block's are computed again in the backward pass."""
-
-    def __init__(self, every: int):
-        self.every = every
-        self.offload = False  # keep the inputs of recomputed blocks in host memory
-
-    def __call__(self, block: nn.Module, index: int, x: Tensor, *args: Any) -> Tensor:
-        if not (self.every and block.training and index % self.every == 0):
-            return block(x, *args)
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
-            return checkpoint(block, x, *args, use_reentrant=False)
 
 
 class Transformer(nn.Module):

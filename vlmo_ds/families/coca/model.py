@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.cache import Cache
+from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.blocks.layers import given, normalize
+from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.coca import FAMILY
-from vlmo_ds.families.coca.block import AttentionalPooler, Block, Cache, Fold, Recomputed, Transformer, blocks_of
+from vlmo_ds.families.coca.block import AttentionalPooler, Block, Transformer, blocks_of
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.objectives.captioning import wide, word_losses

@@ -1,0 +1,143 @@
+"""BLIP's runs on real processes: the same losses, queue and teacher on any ranks and under any ZeRO stage; killed runs go on."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import run_ranks, start_ranks, write_yaml
+from families.blip.tiny import tiny_blip
+from faults.runs import wait_for
+from safetensors.torch import load_file
+
+from vlmo_ds.training.checkpoint import Reader
+
+QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+
+
+def arguments(folder, recipe, zero: int, **config) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    file = write_yaml(folder / "recipe.yaml", recipe)
+    spread = {
+        "stage": zero,
+        **({"stage3_param_persistence_threshold": 200} if zero == 3 else {}),
+    }  # some weights stay, some go
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": spread, "steps_per_print": 10**9, **config}))
+    command = ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(folder / "ds.json")]
+    return [*command, "--output_dir", str(folder / "run")]
+
+
+def recipe_of(data, steps: int, **stage) -> dict:
+    recipe = tiny_blip(data, retrieval=None, captioning=None)
+    for one in recipe["stages"]:
+        one |= {"steps": steps, **stage}
+    return recipe
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(folder, recipe, ranks: int, zero: int, **config) -> tuple[list[dict], dict]:
+    """(metrics, final weights)."""
+    run_ranks(arguments(folder, recipe, zero, **config), ranks)
+    return rows_of(folder), load_file(folder / "run" / "checkpoints" / "all" / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, synthetic):
+    return run(tmp_path_factory.mktemp("blip"), recipe_of(synthetic, 15), 1, 0)
+
+
+SHORT = ((2, 2), (2, 3))  # of all; the others are their neighbours
+
+
+@pytest.mark.parametrize("ranks, zero", [
+    pytest.param(r, z, marks=() if (r, z) in SHORT else pytest.mark.long)
+    for r in (1, 2, 4) for z in (0, 1, 2, 3) if (r, z) != (1, 0)
+])  # fmt: skip
+def test_losses_queue_and_teacher_do_not_depend_on_ranks_or_zero(tmp_path, synthetic, reference, ranks, zero):
+    """30 steps, a queue of 20 with batches of 8."""
+    rows, final = run(tmp_path, recipe_of(synthetic, 15), ranks, zero)
+    same(rows, final, *reference)
+
+
+def same(rows, final, expected_rows, expected_final, tasks=("itc", "itm", "lm")) -> None:
+    assert len(rows) == len(expected_rows)
+    for ours, theirs in zip(rows, expected_rows, strict=True):
+        for task in tasks:
+            if f"loss/{task}" in theirs:
+                assert ours[f"loss/{task}"] == pytest.approx(theirs[f"loss/{task}"], rel=1e-5), (ours["step"], task)
+    assert final.keys() == expected_final.keys()
+    for name, value in expected_final.items():
+        if name in ("idx_queue", "queue_ptr"):
+            assert torch.equal(final[name], value)
+        elif name in QUEUES or "_m." in name:
+            torch.testing.assert_close(final[name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_accumulation_does_not_change_contrast(tmp_path, synthetic):
+    """One micro-batch or two: the teacher's keys of both are there for either. Wrong pairs are drawn among a micro-batch: itc and lm."""
+    found = []
+    for micro in (8, 4):
+        recipe = recipe_of(synthetic, 8, micro_batch_size=micro)
+        recipe["stages"][1]["tasks"] = {"itc": None, "lm": None}
+        found += run(tmp_path / str(micro), recipe, 1, 2)
+    same(found[2], found[3], found[0], found[1], ("itc",))
+
+
+@pytest.mark.parametrize("zero, half", [(0, False), (2, True), (3, False), (3, True)])
+def test_the_result_holds_the_averaged_teacher(tmp_path, synthetic, zero, half):
+    """Recomputed from the weights before every step."""
+    recipe = recipe_of(synthetic, 6, checkpoint_every=1) | {"keep_checkpoints": 20}
+    recipe["model"]["momentum"] = 0.9
+    config = {"bf16": {"enabled": True}} if half else {}
+    _, final = run(tmp_path, recipe, 2, zero, **config)
+    stages = tmp_path / "run" / "checkpoints"
+    weights = load_file(stages / "contrast" / "final" / "model.safetensors")
+    teacher = {name: value.double() for name, value in weights.items() if "_m." in name}
+    assert len(teacher) > 50
+    for step in range(6):
+        if step:
+            weights = Reader(stages / "all" / f"step-{step:08d}").weights()
+        for name, value in teacher.items():
+            student = weights[name.replace("_m.", ".")]
+            student = student.bfloat16() if half else student
+            teacher[name] = 0.9 * value + 0.1 * student.double()
+    moved = 0
+    for name, value in teacher.items():
+        torch.testing.assert_close(final[name].double(), value, rtol=1e-5, atol=1e-6)
+        moved += not torch.equal(final[name], weights[name.replace("_m.", ".")])
+    assert moved > 50  # of a teacher that is its student nothing could be told
+    assert final["image_queue"].dtype == final["text_queue"].dtype == torch.float32
+    norms = final["image_queue"].norm(dim=0)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-5, atol=1e-5)  # bfloat16 would leave 4e-3
+
+
+def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):
+    recipe = recipe_of(synthetic, 15, checkpoint_every=4)
+    run_ranks(arguments(tmp_path / "whole", recipe, 3), 2)
+    command = arguments(tmp_path / "killed", recipe, 3)
+    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+    for lines in (6, 21):
+        processes = start_ranks(command, 2)
+        wait_for(metrics, lines, processes)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait()
+    run_ranks(command, 2)
+    whole, killed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "killed")
+    assert whole == killed
+
+
+def test_another_number_of_ranks_goes_on_with_the_queue_and_the_teacher(tmp_path, synthetic, reference):
+    """2 -> 1 -> 2 ranks, ZeRO 2 -> 3 -> 1."""
+    recipe = recipe_of(synthetic, 15, checkpoint_every=5)
+    for steps, ranks, zero in ((5, 2, 2), (10, 1, 3), (15, 2, 1)):
+        recipe["stages"][1]["steps"] = steps
+        recipe["stages"][1]["schedule"] = {"name": "constant"}
+        recipe["stages"][0]["schedule"] = {"name": "constant"}
+        rows, final = run(tmp_path / "moving", recipe, ranks, zero)
+    expected = run(tmp_path / "still", recipe, 1, 0)
+    same(rows, final, *expected)

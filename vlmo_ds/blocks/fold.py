@@ -1,0 +1,40 @@
+"""Padding that is not computed: texts of different lengths as one matrix of their tokens, for all but attention.
+
+Dimensions: B sequences, L tokens of the longest, N tokens of all together, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Fold:
+    """Which places of a padded [B, L] hold tokens. Linear layers and norms work on those alone, [N, D]."""
+
+    def __init__(self, lengths_B: Tensor, length: int):
+        self.batch, self.length = len(lengths_B), length
+        self.valid_BL = torch.arange(length, device=lengths_B.device)[None] < lengths_B[:, None]
+        self.places_N = self.valid_BL.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def causal(self) -> Tensor:
+        """[L, L] bool: which places a place may look at."""
+        column = torch.arange(self.length, device=self.valid_BL.device)
+        return column[:, None] >= column[None]
+
+    def folded(self, padded: Tensor) -> Tensor:
+        """[B, L, ...] -> [N, ...]."""
+        return padded.flatten(0, 1).index_select(0, self.places_N)
+
+    def padded(self, x_ND: Tensor) -> Tensor:
+        """[N, D] -> [B, L, D], zeros where there is no token."""
+        out = x_ND.new_zeros(self.batch * self.length, x_ND.shape[1])
+        return out.index_copy(0, self.places_N, x_ND).view(self.batch, self.length, -1)
+
+
+def joined(out_BHLC: Tensor) -> Tensor:
+    """[B, H, L, D/H] -> [B, L, D]."""
+    return out_BHLC.transpose(1, 2).flatten(2)

@@ -1,0 +1,118 @@
+"""What BLIP's step costs: operations, memory, bytes on the wire. For `plan`; texts count as long as they may be."""
+
+from __future__ import annotations
+
+from vlmo_ds.config import StageConfig
+from vlmo_ds.families.blip.config import BLIPSettings
+from vlmo_ds.families.blip.model import BLIP
+from vlmo_ds.families.interface import Load, matches
+from vlmo_ds.objectives.captioning import CHUNK
+
+
+def sequences(stage: StageConfig) -> tuple[int, int]:
+    """Texts of a pair in a step: (read alone, with an image)."""
+    return int("itc" in stage.tasks), 3 * ("itm" in stage.tasks) + ("lm" in stage.tasks)
+
+
+def tower_flops(config: BLIPSettings) -> float:
+    """Of one image."""
+    tokens, d = config.patches + 1, config.vision_width
+    blocks = config.vision_layers * (tokens * 24 * d**2 + 4 * tokens**2 * d)
+    return blocks + 2 * config.patches * 3 * config.patch_size**2 * d
+
+
+def text_flops(config: BLIPSettings) -> tuple[float, float, float]:
+    """Of one text: (read alone, what an image adds to it), and (of an image's keys and values)."""
+    length, tokens, d = config.max_text_len, config.patches + 1, config.text_width
+    alone = length * (8 * d**2 + 4 * d * config.text_hidden) + 4 * length**2 * d
+    looking = length * 4 * d**2 + 4 * length * tokens * d
+    memory = 4 * tokens * config.vision_width * d
+    return config.text_layers * alone, config.text_layers * looking, config.text_layers * memory
+
+
+def forward_flops(config: BLIPSettings, stage: StageConfig, samples: float = 1.0) -> float:
+    """Multiply-adds times two of the forward pass. The teacher's, which has no backward pass, counts as a third of its own."""
+    read, looking = sequences(stage)
+    of_text, of_look, of_memory = text_flops(config)
+    d = config.text_width
+    total = tower_flops(config) + (read + looking) * of_text + looking * of_look + bool(looking) * of_memory
+    if read:
+        heads = 2 * config.embed_dim * (config.vision_width + d)
+        total += heads + (tower_flops(config) + of_text + heads) / 3
+        total += 4 * config.embed_dim * (config.queue_size + stage.global_batch_size)
+    if "lm" in stage.tasks:
+        total += (config.max_text_len - 1) * (2 * d**2 + 2 * d * config.vocab_size)
+    return samples * total
+
+
+def activations(config: BLIPSettings, stage: StageConfig, load: Load) -> dict[str, float]:
+    """Estimates of what the forward pass leaves for the backward pass (8 tensors of a block's width and 1 of its hidden width a
+    token, 5 more where it looks at an image), of logits, and of the queue with the teacher's float32 weights."""
+    b, every = load.bytes, config.activation_checkpoint_every
+    read, looking = sequences(stage)
+
+    def stack(layers: int, tokens: float, kept: float, row: float) -> float:
+        share = 1 - (-(-layers // every) / layers if every else 0)  # of blocks that keep everything
+        return layers * tokens * (share * kept + (1 - share) * (0 if load.offloaded else row)) * b
+
+    vision, text = config.vision_width, config.text_width
+    alone, length = 8 * text + config.text_hidden, config.max_text_len
+    per_sample = stack(config.vision_layers, config.patches + 1, 12 * vision, vision)
+    per_sample += stack(config.text_layers, read * length, alone, text)
+    per_sample += stack(config.text_layers, looking * length, alone + 5 * text, text)
+    logits = features = 0.0
+    if "lm" in stage.tasks:
+        logits = 3 * min(CHUNK, load.micro * (length - 1)) * config.vocab_size * 4
+    if read:
+        columns = config.queue_size + load.micro * load.ranks * load.accumulation
+        logits += 6 * load.micro * columns * 4
+        features = 4 * columns * config.embed_dim * 4
+        if load.bytes < 4:
+            features += 4 * teacher_numbers(config)
+    return {"activations": load.micro * per_sample, "logits": logits, "features": features, "collector": 0.0}
+
+
+def teacher_numbers(config: BLIPSettings) -> int:
+    """The teacher's parameters."""
+    d, v, t = config.text_width, config.vision_width, config.text_layers
+    vision = config.vision_layers * 12 * v**2 + (config.patches + 1 + 3 * config.patch_size**2) * v
+    text = t * (6 * d**2 + 2 * v * d + 2 * d * config.text_hidden) + (config.vocab_size + config.positions) * d
+    return vision + text + config.embed_dim * (v + d)
+
+
+def collectives(config: BLIPSettings, stage: StageConfig, load: Load) -> dict[str, float]:
+    """Bytes that a rank receives in an optimiser step for the teacher's keys and for wrong pairs: encoded images and their
+    gradients, texts."""
+    if "itc" not in stage.tasks:
+        return {}
+    away = (load.ranks - 1) / load.ranks
+    rows = load.micro * load.ranks * load.accumulation
+    wire = {"all-gather": away * rows * (2 * 4 * config.embed_dim + 16), "all-to-all": 0.0}
+    if "itm" in stage.tasks:
+        wire["all-gather"] += away * rows * 3 * 8
+        image = 2 * (config.patches + 1) * config.vision_width * load.bytes
+        others = (load.micro * load.ranks - load.micro) / max(load.micro * load.ranks - 1, 1)
+        wire["all-to-all"] = others * load.micro * load.accumulation * (image + 8 * (config.max_text_len + 1))
+    return wire
+
+
+def walks(model: BLIP, stage: StageConfig) -> dict[str, int]:
+    """How often a forward pass enters the module that holds a parameter; the teacher's, which have no backward pass, count whole."""
+    idle = model.idle()
+    read, looking = sequences(stage)
+    found = {}
+    for name, _ in model.named_parameters():
+        count = 1
+        if name.startswith("text_encoder."):
+            if "crossattention" in name:
+                count = int(looking > 0)
+            elif ".attention." in name:
+                count = read + ("itm" in stage.tasks)
+            elif "word_embeddings" in name:
+                count = read + (looking > 0) + ("lm" in stage.tasks)
+            else:
+                count = read + (looking > 0)
+        elif name.startswith("text_encoder_m.") and "crossattention" in name:
+            count = 0
+        found[name] = 0 if matches(name, idle) else count
+    return found

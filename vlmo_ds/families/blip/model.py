@@ -1,0 +1,399 @@
+"""BLIP (arXiv:2201.12086): contrast with a teacher and a queue, matching with hard negatives, captioning, on one text stack.
+
+Parameter names and shapes are those of the reference; what its text decoder shares with its text encoder is there once, under
+the encoder's name. The teacher's names end in _m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo_ds.blocks.layers import init_weights, normalize
+from vlmo_ds.blocks.recompute import Recomputed
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.distributed.rows import sample_negatives
+from vlmo_ds.families.blip import FAMILY
+from vlmo_ds.families.blip.config import (
+    AVERAGED,
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    PIXELS,
+    BLIPSettings,
+)
+from vlmo_ds.families.blip.text import Look, TextDecoder, TextEncoder
+from vlmo_ds.families.blip.vision import VisionTransformer
+from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
+from vlmo_ds.objectives.captioning import wide
+from vlmo_ds.objectives.itm import Negatives, itm_loss
+from vlmo_ds.objectives.momentum import Keys, momentum_contrast
+
+EMPTY = -1  # image id of a place in the queue where nothing stands
+RANDOM = -2  # and below: of the random features that a queue may begin with
+FLOOR = 1e-4  # of a wrong pair's share, so that none is impossible (the reference)
+
+
+class BLIP(FamilyModel):
+    """BLIP with what its tasks need. tasks: task name -> loss weight, of itc, itm and lm."""
+
+    family = FAMILY
+    config: BLIPSettings
+    image_queue: Tensor  # [E, K] float32
+    text_queue: Tensor
+    idx_queue: Tensor  # [1, K] int64, image ids
+    queue_ptr: Tensor  # [1] int64, the place that is filled next
+
+    def __init__(self, config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None):
+        super().__init__()
+        self.config = config
+        self.tasks = dict(tasks)
+        self.collector = collector or Collector()
+        self.recomputed = Recomputed(config.activation_checkpoint_every)
+        self.visual_encoder = VisionTransformer(config, self.recomputed)
+        self.text_encoder = TextEncoder(config, self.recomputed)
+        if "lm" in tasks:
+            self.text_decoder = TextDecoder(config)
+        if "itm" in tasks:
+            self.itm_head = nn.Linear(config.text_width, 2)
+        if "itc" in tasks:
+            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+            self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+            self.temp = nn.Parameter(torch.tensor(0.07))
+        self.reset_parameters()
+        if "itc" in tasks:
+            self.add_teacher()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of std 0.02 in the image tower, normal in the text stack (BERT)."""
+        self.visual_encoder.apply(partial(init_weights, std=0.02))
+        nn.init.normal_(self.visual_encoder.pos_embed, std=self.config.position_std)
+        nn.init.trunc_normal_(self.visual_encoder.cls_token, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("text_", "itm_head", "vision_proj")) and parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.startswith(("text_", "itm_head", "vision_proj")) and name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def add_teacher(self) -> None:
+        """The teacher begins as the student; the queue empty, or with random features."""
+        config = self.config
+        never = Recomputed(0)  # it has no backward pass
+        self.visual_encoder_m = VisionTransformer(config, never)
+        self.text_encoder_m = TextEncoder(config, never)
+        self.vision_proj_m = nn.Linear(config.vision_width, config.embed_dim)
+        self.text_proj_m = nn.Linear(config.text_width, config.embed_dim)
+        with torch.no_grad():
+            for teacher, student in self.followed().items():
+                self.get_parameter(teacher).requires_grad_(False).copy_(self.get_parameter(student))
+        size, width = config.queue_size, config.embed_dim
+        features = [torch.zeros(width, size) for _ in range(2)]
+        ids = torch.full((1, size), EMPTY)
+        if config.queue_init == "random":
+            features = [F.normalize(torch.randn(width, size), dim=0) for _ in range(2)]
+            ids = RANDOM - torch.arange(size)[None]
+        self.register_buffer("image_queue", features[0])
+        self.register_buffer("text_queue", features[1])
+        self.register_buffer("idx_queue", ids)
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self.train(self.training)
+
+    def followed(self) -> dict[str, str]:
+        """Teacher's parameter -> the student's that it follows."""
+        found = {name: student_of(name) for name, _ in self.named_parameters()}
+        return {name: student for name, student in found.items() if student}
+
+    @property
+    def momentum(self) -> float:
+        return self.config.momentum
+
+    def train(self, mode: bool = True) -> BLIP:
+        """The teacher has no dropout: it stays in evaluation mode."""
+        super().train(mode)
+        for name in AVERAGED:
+            if hasattr(self, name.removesuffix(".")):
+                getattr(self, name.removesuffix(".")).eval()
+        return self
+
+    def forward(self, batch: Batch, call: str = "step"):
+        """Runs one of: step (all tasks, gives StepOutput); keys (of the teacher, before a step); encode_image, encode_text, match,
+        caption_image, caption_step (for evaluation and generation)."""
+        return {
+            "step": self.step,
+            "keys": self.keys,
+            "encode_image": self.encode_image,
+            "encode_text": self.encode_text,
+            "match": self.match,
+            "caption_image": self.caption_image,
+            "caption_step": self.caption_step,
+        }[call](batch)
+
+    # ---- one training step ----
+
+    def step(self, batch: Batch) -> StepOutput:
+        """The weighted losses of all tasks.
+
+        batch: image [B, 3, S, S] uint8 (or float, normalised), text_ids, text_masks [B, L], image_id, sample_id [B] int64,
+        negative_seed 0-d int64 (itm); with itc what keys_of_step gives, and `part`, the number of this micro-batch among those of
+        the optimiser's step, and `step`, how many steps there were before, both 0-d int64: all of them may be left out, for a
+        batch that is a step of its own.
+        """
+        out = StepOutput.empty()
+        image_BSD = self.visual_encoder(self.pixels(batch))
+        ids_BL, lengths_B = batch["text_ids"], batch["text_masks"].sum(1)
+        negatives = None
+        if "itc" in self.tasks:
+            if "keys_image" not in batch:
+                batch = {**batch, **self.keys_of_step([self.keys(batch)])}
+            text_ND, fold = self.text_encoder(ids_BL, lengths_B)
+            image = unit(self.vision_proj(image_BSD[:, 0]))
+            text = unit(self.text_proj(self.text_encoder.first_tokens(text_ND, fold)))
+            self.add_contrast_with_keys(out, batch, image, text)
+            if "itm" in self.tasks:
+                negatives = self.drawn(batch, image.detach(), text.detach())
+        if {"itm", "lm"} & self.tasks.keys():
+            self.add_pairs(out, batch, image_BSD, lengths_B, negatives)
+        return out._replace(loss=added(out.losses.values()))
+
+    def add_contrast_with_keys(self, out: StepOutput, batch: Batch, image: Tensor, text: Tensor) -> None:
+        """Records itc of features [B, E] of this rank."""
+        keys, temperature, alpha = self.all_keys(batch), self.temperature(), self.alpha(batch)
+        ids = batch["image_id"]
+        rows = slice(self.collector.first_row(len(ids)), self.collector.first_row(len(ids)) + len(ids))
+        part = int(batch.get("part", 0))
+        teacher_image, teacher_text = batch["keys_image"][part][rows], batch["keys_text"][part][rows]
+        contrast = partial(momentum_contrast, keys=keys, image_id_B=ids, temperature=temperature, alpha=alpha)
+        i2t, i2t_right = contrast(image, teacher_image, keys.text_CD)
+        t2i, t2i_right = contrast(text, teacher_text, keys.image_CD)
+        count = i2t.detach().new_tensor(len(ids))
+        out.values["itc/temperature"] = temperature.detach()
+        loss = self.collector.global_mean((i2t + t2i) / 2, count)
+        self.record(out, "itc", (loss, {"i2t_accuracy": (i2t_right, count), "t2i_accuracy": (t2i_right, count)}))
+
+    def add_pairs(
+        self, out: StepOutput, batch: Batch, image_BSD: Tensor, lengths_B: Tensor, negatives: Negatives | None
+    ) -> None:
+        """Records itm and lm: text with wrong image, matched pairs, wrong text with image, texts to be written, in one walk."""
+        config, ids_BL, pairs = self.config, batch["text_ids"], len(lengths_B)
+        read, lengths, images, looks = [], [], image_BSD, []
+        if negatives:
+            wrong_ids_BL, wrong_lengths_B = self.wrong_texts(batch, negatives)
+            if self.collector.world_size > 1:
+                images = torch.cat((image_BSD, self.collector.fetch(image_BSD, negatives.image_B)))
+                picked = torch.arange(pairs, 2 * pairs, device=ids_BL.device)
+            else:
+                picked = negatives.image_B
+            read = [ids_BL, ids_BL, wrong_ids_BL]
+            lengths = [lengths_B, lengths_B, wrong_lengths_B]
+            looks.append(Look(0, 1, picked))
+        texts = [begun_with(config.encode_word, ids) for ids in read]
+        decoded = pairs if "lm" in self.tasks else 0
+        if decoded:  # a text's last word has none after it
+            texts.append(begun_with(config.decode_word, ids_BL))
+            lengths.append(lengths_B - 1)
+        own = None if len(images) == pairs else torch.arange(pairs, device=ids_BL.device)
+        looks.append(Look(pairs if negatives else 0, len(texts) - bool(negatives), own))
+        longest = max(ids.shape[1] for ids in texts)
+        ids_RL = torch.cat([F.pad(ids, (0, longest - ids.shape[1])) for ids in texts])
+        decoder = self.text_decoder.attention if decoded else ()
+        x_ND, fold = self.text_encoder(ids_RL, torch.cat(lengths), images, looks, decoder, decoded)
+        if negatives:
+            first_RD = self.text_encoder.first_tokens(x_ND, fold)
+            wrong_image, matched, wrong_text = self.itm_head(first_RD[: 3 * pairs]).chunk(3)
+            self.record(out, "itm", itm_loss(torch.cat((matched, wrong_image, wrong_text)), self.collector))
+        if decoded:
+            count = int((lengths_B - 1).sum())
+            total, right = self.words_after(x_ND[len(x_ND) - count :], ids_BL, lengths_B)
+            words = total.detach().new_tensor(count)
+            loss = self.collector.global_mean(total, words)
+            self.record(out, "lm", (loss, {"accuracy": (right, words)}))
+
+    def words_after(self, x_ND: Tensor, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As word_losses: tokens of every word but the last of each text -> losses of those that follow."""
+        column = torch.arange(ids_BL.shape[1] - 1, device=ids_BL.device)
+        following_N = ids_BL[:, 1:][column[None] < (lengths_B - 1)[:, None]]
+        table = self.text_encoder.embeddings.word_embeddings
+        return self.text_decoder.predictions(x_ND, table, following_N, self.config.label_smoothing)
+
+    # ---- wrong pairs ----
+
+    def drawn(self, batch: Batch, image: Tensor, text: Tensor) -> Negatives:
+        """A wrong image for each text, then a wrong text for each image, among the pairs of all ranks; queries are online features,
+        candidates the teacher's."""
+        if "negative_image_index" in batch:  # recorded negatives, for parity checks
+            return Negatives(batch["negative_image_index"], batch["negative_text_index"])
+        part, seed = int(batch.get("part", 0)), int(batch["negative_seed"])
+        scale = (1 / self.temperature()).detach()
+        draw = partial(
+            sample_negatives,
+            scale=scale,
+            query_id_B=batch["sample_id"],
+            candidate_id_G=batch["keys_sample_id"][part],
+            query_image_B=batch["image_id"],
+            candidate_image_G=batch["keys_image_id"][part],
+            floor=FLOOR,
+        )
+        return Negatives(
+            draw(text, batch["keys_image"][part], seed=2 * seed),
+            draw(image, batch["keys_text"][part], seed=2 * seed + 1),
+        )
+
+    def wrong_texts(self, batch: Batch, negatives: Negatives) -> tuple[Tensor, Tensor]:
+        """(ids [B, L], lengths [B]) of the wrong text of each image."""
+        length = self.config.max_text_len  # ranks trim their texts differently; rows that travel have one shape
+        ids_BL = F.pad(batch["text_ids"], (0, length - batch["text_ids"].shape[1]))
+        lengths_B = batch["text_masks"].sum(1)
+        ids_BL, lengths_B = self.collector.exchange([ids_BL, lengths_B], [negatives.text_B, negatives.text_B])
+        return ids_BL[:, : int(lengths_B.max())], lengths_B
+
+    # ---- the teacher and the queue ----
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The teacher makes one step towards the student: for weights that no engine has taken."""
+        for teacher, student in self.followed().items():
+            self.get_parameter(teacher).lerp_(self.get_parameter(student), 1 - self.config.momentum)
+
+    @torch.no_grad()
+    def keys(self, batch: Batch) -> dict[str, Tensor]:
+        """The teacher's features of a micro-batch [B, E], of unit length and float32 at least, and its ids [B]."""
+        image = self.vision_proj_m(self.visual_encoder_m(self.pixels(batch))[:, 0])
+        text_ND, fold = self.text_encoder_m(batch["text_ids"], batch["text_masks"].sum(1))
+        text = self.text_proj_m(self.text_encoder_m.first_tokens(text_ND, fold))
+        return {
+            "image": unit(image),
+            "text": unit(text),
+            "image_id": batch["image_id"],
+            "sample_id": batch["sample_id"],
+        }
+
+    def keys_of_step(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What `step` asks of the keys of all micro-batches of an optimiser's step: keys_image, keys_text [P, G, E],
+        keys_image_id, keys_sample_id [P, G], of P micro-batches with the G pairs of all ranks."""
+        return {
+            f"keys_{name}": torch.stack([self.collector.gather(part[name]) for part in parts])
+            for name in ("image", "text", "image_id", "sample_id")
+        }
+
+    def all_keys(self, batch: Batch) -> Keys:
+        """Those of the step's pairs and those of the queue."""
+        image, text, ids = (batch[f"keys_{name}"].flatten(0, 1) for name in ("image", "text", "image_id"))
+        queued = self.idx_queue[0]
+        return Keys(
+            torch.cat((image, self.image_queue.t().to(image.dtype))),
+            torch.cat((text, self.text_queue.t().to(text.dtype))),
+            torch.cat((ids, queued)),
+            torch.cat((torch.ones_like(ids, dtype=torch.bool), queued != EMPTY)),
+        )
+
+    @torch.no_grad()
+    def push(self, keys: Mapping[str, Tensor]) -> None:
+        """The keys of a step, in the order of their samples, take the places of the oldest. Those that are not finite are left out."""
+        image, text, ids = (keys[f"keys_{name}"].flatten(0, 1) for name in ("image", "text", "image_id"))
+        order = keys["keys_sample_id"].flatten().argsort(stable=True)
+        finite = (image.isfinite().all(1) & text.isfinite().all(1))[order]
+        order = order[finite]
+        size = self.idx_queue.shape[1]
+        places = (self.queue_ptr + torch.arange(len(order), device=order.device)) % size
+        self.image_queue[:, places] = image[order].t().to(self.image_queue.dtype)
+        self.text_queue[:, places] = text[order].t().to(self.text_queue.dtype)
+        self.idx_queue[0, places] = ids[order]
+        self.queue_ptr.add_(len(order)).remainder_(size)
+
+    def temperature(self) -> Tensor:
+        """0-d, float32 at least: within its bounds, past which the value stays and the gradient still flows."""
+        temp = wide(self.temp.reshape(()))
+        return temp - (temp - temp.clamp(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)).detach()
+
+    def alpha(self, batch: Batch) -> float:
+        steps = self.config.alpha_warmup_steps
+        return self.config.alpha * (min(1.0, int(batch["step"]) / steps) if steps and "step" in batch else 1.0)
+
+    def idle(self) -> list[str]:
+        """Patterns of what none of the tasks reaches."""
+        if {"itm", "lm"} & self.tasks.keys():
+            return [] if {"itc", "itm"} & self.tasks.keys() else ["text_encoder.encoder.layer.*.attention.*"]
+        return ["text_encoder.encoder.layer.*.crossattention.*"]
+
+    # ---- evaluation ----
+
+    def encode_image(self, batch: Batch) -> dict[str, Tensor]:
+        """image [B, 3, S, S] -> contrastive features image [B, E], of unit length."""
+        return {"image": unit(self.vision_proj(self.visual_encoder(self.pixels(batch))[:, 0]))}
+
+    def encode_text(self, batch: Batch) -> dict[str, Tensor]:
+        """text_ids, text_masks [B, L] -> contrastive features text [B, E], of unit length."""
+        x_ND, fold = self.text_encoder(batch["text_ids"], batch["text_masks"].sum(1))
+        return {"text": unit(self.text_proj(self.text_encoder.first_tokens(x_ND, fold)))}
+
+    def match(self, batch: Batch) -> Tensor:
+        """image, text_ids, text_masks of B pairs -> [B] log-odds that they match."""
+        ids = begun_with(self.config.encode_word, batch["text_ids"])
+        logits = wide(self.matched(ids, batch["text_masks"].sum(1), self.visual_encoder(self.pixels(batch))))
+        return logits[:, 1] - logits[:, 0]
+
+    def matched(self, ids_BL: Tensor, lengths_B: Tensor, image_BSD: Tensor) -> Tensor:
+        """Texts that begin with [ENC] and encoded images -> [B, 2] logits, index 1 = matched."""
+        x_ND, fold = self.text_encoder(ids_BL, lengths_B, image_BSD, [Look(0, 1)])
+        return self.itm_head(self.text_encoder.first_tokens(x_ND, fold))
+
+    def written(self, ids_BL: Tensor, lengths_B: Tensor, image_BSD: Tensor) -> Tensor:
+        """Texts and encoded images -> logits [N, V] of the words after every word but each text's last."""
+        ids_BL = begun_with(self.config.decode_word, ids_BL)
+        decoder, pairs = self.text_decoder, len(ids_BL)
+        x_ND, _ = self.text_encoder(ids_BL, lengths_B - 1, image_BSD, [Look(0, 1)], decoder.attention, pairs)
+        return decoder.predictions(x_ND, self.text_encoder.embeddings.word_embeddings)
+
+    def caption_image(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """image [B, 3, S, S] -> what caption_step needs of it, computed once: keys and values [B, H, S, D/H] of every layer."""
+        return self.text_encoder.memory(self.visual_encoder(self.pixels(batch)))
+
+    def caption_step(self, batch: Mapping[str, Any]) -> Tensor:
+        """text_ids [R, L] int64, the newest words of R = n * B texts, n for each of B images; first: words before them;
+        memory: of caption_image; cache: Cache -> logits [R, V] of the word after the newest. Texts begin with [DEC], whatever
+        their first word; neither it nor [ENC] is ever written."""
+        ids_RL = batch["text_ids"]
+        if batch["first"] == 0:
+            ids_RL = begun_with(self.config.decode_word, ids_RL)
+        decoder = self.text_decoder
+        x_RLD = self.text_encoder.step(ids_RL, batch["first"], batch["memory"], decoder.attention, batch["cache"])
+        logits_RV = decoder.predictions(x_RLD[:, -1], self.text_encoder.embeddings.word_embeddings)
+        logits_RV[:, self.config.decode_word :] = float("-inf")
+        return logits_RV
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that have a cache in caption_step."""
+        return self.config.text_layers
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """uint8 image [B, 3, S, S] -> normalised, in the model's dtype."""
+        return normalize(batch["image"], *PIXELS, self.text_encoder.embeddings.LayerNorm.weight.dtype)
+
+    def contrast_scale(self) -> Tensor:
+        return 1 / self.temperature().detach().float()
+
+    def offload_checkpoints(self, offloaded: bool) -> None:
+        self.recomputed.offload = offloaded
+
+
+def student_of(name: str) -> str | None:
+    """The student's tensor that a teacher's follows; None for other names."""
+    for teacher, student in AVERAGED.items():
+        if name.startswith(teacher):
+            return student + name.removeprefix(teacher)
+    return None
+
+
+def begun_with(word: int, ids_BL: Tensor) -> Tensor:
+    """The texts with another first word."""
+    return torch.cat((torch.full_like(ids_BL[:, :1], word), ids_BL[:, 1:]), dim=1)
+
+
+def unit(feature: Tensor) -> Tensor:
+    """[B, E] of unit length, in float32 at least."""
+    return F.normalize(wide(feature), dim=-1)

@@ -1,0 +1,73 @@
+"""BLIP's image tower: a ViT (arXiv:2010.11929) with timm's parameter names.
+
+Dimensions: B images, L tokens of one (the class token first), D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo_ds.blocks.fold import joined
+from vlmo_ds.blocks.layers import Mlp, PatchEmbed, drop_path
+from vlmo_ds.blocks.recompute import Recomputed
+from vlmo_ds.families.blip.config import BLIPSettings
+
+EPS = 1e-6
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(joined(F.scaled_dot_product_attention(q, k, v)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block with stochastic depth."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.dropped(self.attn(self.norm1(x_BLD)))
+        return x_BLD + self.dropped(self.mlp(self.norm2(x_BLD)))
+
+    def dropped(self, x_BLD: Tensor) -> Tensor:
+        if not (self.training and self.drop_path_rate):
+            return x_BLD
+        images, tokens, _ = x_BLD.shape
+        sequence = torch.arange(images, device=x_BLD.device).repeat_interleave(tokens)
+        return drop_path(x_BLD.flatten(0, 1), self.drop_path_rate, sequence, images).view_as(x_BLD)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: BLIPSettings, recomputed: Recomputed):
+        super().__init__()
+        dim, depth = config.vision_width, config.vision_layers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.patches + 1, dim))
+        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, dim)
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, config.vision_heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.recomputed = recomputed
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> [B, L, D]."""
+        x_BLD = self.patch_embed(image_BCHW)
+        x_BLD = torch.cat((self.cls_token.expand(len(x_BLD), -1, -1), x_BLD), dim=1) + self.pos_embed
+        for i, block in enumerate(self.blocks):
+            x_BLD = self.recomputed(block, i, x_BLD)
+        return self.norm(x_BLD)

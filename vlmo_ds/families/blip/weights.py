@@ -1,0 +1,98 @@
+"""Weights of other origins for BLIP: the reference's files, another image size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vlmo_ds.blocks.resample import resize_absolute
+from vlmo_ds.config import InitConfig, RecipeError
+from vlmo_ds.families.blip.config import BLIPSettings
+from vlmo_ds.families.blip.model import BLIP, student_of
+from vlmo_ds.families.interface import matches
+
+IMAGE_POSITIONS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
+QUEUE = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+# What the text decoder shares with the text encoder, and the vocabulary with the word table: name there -> name here.
+SHARED = (
+    (re.compile(r"text_decoder\.bert\.(embeddings\..+)"), r"text_encoder.\1"),
+    (
+        re.compile(r"text_decoder\.bert\.(encoder\.layer\.\d+\.(?:crossattention|intermediate|output)\..+)"),
+        r"text_encoder.\1",
+    ),
+    (re.compile(r"text_decoder\.cls\.predictions\.decoder\.weight"), "text_encoder.embeddings.word_embeddings.weight"),
+    (re.compile(r"text_decoder\.cls\.predictions\.decoder\.bias"), "text_decoder.cls.predictions.bias"),
+)
+
+
+def shared_name(name: str) -> str | None:
+    """The name here of a tensor that the reference has under two names; None for the others."""
+    for pattern, ours in SHARED:
+        if pattern.fullmatch(name):
+            return pattern.sub(ours, name)
+    return None
+
+
+def without_second_names(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """(the tensors under one name each, how many second names there were). RecipeError where the two of a pair differ."""
+    found, left_out = {}, 0
+    for name, value in source.items():
+        ours = shared_name(name)
+        if ours is None:
+            if not name.endswith("position_ids"):
+                found[name] = value
+            continue
+        if ours in source and not torch.equal(source[ours], value):
+            raise RecipeError(f"{name} and {ours} are one tensor in BLIP, and differ in this file")
+        if ours not in source:
+            found[ours] = value
+        left_out += 1
+    return found, left_out
+
+
+def convert(
+    source: Mapping[str, Tensor], own: Mapping[str, Tensor], config: BLIPSettings, init: InitConfig
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(source under the names of this project with positions of the model's shapes, what was changed). own: the model's state dict."""
+    fitted, left_out = without_second_names(source)
+    changed = [f"{left_out} second names of shared tensors left out"] if left_out else []
+    for name in IMAGE_POSITIONS:
+        if name in fitted and name in own and fitted[name].shape != own[name].shape:
+            value = resize_absolute(fitted[name], own[name].shape[1])
+            changed.append(f"{name} {list(fitted[name].shape)} -> {list(value.shape)}: bicubic")
+            fitted[name] = value
+    if "temp" in fitted and fitted["temp"].dim():
+        fitted["temp"] = fitted["temp"].reshape(())
+    changed += fit_teacher(fitted, own, init)
+    return fitted, changed
+
+
+def fit_teacher(fitted: dict[str, Tensor], own: Mapping[str, Tensor], init: InitConfig) -> list[str]:
+    """A teacher begins as its student where a file has none, and its queue empty where the file's is of another size; a model
+    without them leaves both out. What was changed."""
+    changed, teacher = [], [name for name in own if student_of(name)]
+    if given := [name for name in fitted if (student_of(name) or name in QUEUE) and name not in own]:
+        for name in given:
+            del fitted[name]
+        changed.append(f"the teacher and its queue ({len(given)} tensors) left out, which the stage's tasks do not use")
+    if begun := [name for name in teacher if name not in fitted]:
+        for name in begun:
+            student = student_of(name)
+            known = student in fitted and not matches(str(student), init.fresh)
+            fitted[name] = fitted[str(student)] if known else own[name]
+        changed.append(f"the teacher begins as the student ({len(begun)} tensors)")
+    if QUEUE[0] in own and any(name not in fitted or fitted[name].shape != own[name].shape for name in QUEUE):
+        fitted.update({name: own[name] for name in QUEUE})
+        changed.append("the queue begins anew")
+    return changed
+
+
+def fresh(init: InitConfig) -> list[str]:
+    return []
+
+
+def finish(model: BLIP, init: InitConfig) -> None:
+    pass
