@@ -1,6 +1,6 @@
 """Trains CoCa on the synthetic world and keeps its time, retrieval and captions, and those of the plain way after the same time.
 
-    python benchmarks/coca_quickstart.py [--recipe launch/recipes/coca_quickstart.yaml] [--plain_steps 2250] [--output FILE] [key=value ...]
+    python benchmarks/coca_quickstart.py [--recipe launch/recipes/coca_quickstart.yaml] [--plain_steps 1900] [--output FILE] [key=value ...]
 
 The plain way is the same model without the recipe's first stage, on scenes of one to three things from the start, with CLIP's initial
 positions; its steps are chosen so that it takes as long (0: it is left out). data/synthetic has to be there; runs go to runs/benchmark-*,
@@ -49,7 +49,7 @@ def trained(name: str, recipe: str, settings: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="launch/recipes/coca_quickstart.yaml")
-    parser.add_argument("--plain_steps", type=int, default=2250, help="0: without the plain way (default: %(default)s)")
+    parser.add_argument("--plain_steps", type=int, default=1900, help="0: without the plain way (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     args = parser.parse_intermixed_args()

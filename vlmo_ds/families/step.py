@@ -60,6 +60,11 @@ class FamilyModel(nn.Module):
         """Records the losses over all of a batch's features, as contrast_features gave them; reads no parameter."""
         raise NotImplementedError
 
+    @property
+    def unwritten(self) -> list[int]:
+        """Words of the model's own that no text holds: they are never written."""
+        return []
+
     def followed(self) -> Mapping[str, str]:
         """Parameter that moves without a gradient -> the trained one that it is an average of (a teacher's, its student's)."""
         return {}

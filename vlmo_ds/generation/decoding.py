@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -97,7 +98,7 @@ def written(
         return model(given, "caption_step").float()
 
     ids_RL = torch.tensor(prompt_ids, device=image_id.device).expand(images * texts, -1)
-    processors = processors_of(config, end, seed, image_id, len(prompt_ids))
+    processors = processors_of(config, end, seed, image_id, len(prompt_ids), model.unwritten)
     if config.method == "beam":
         found_BKL = beam_search(step, cache, ids_RL, processors, texts, length, end, config.length_penalty)
         found_BKL = found_BKL[:, : config.num_return_sequences]
@@ -120,10 +121,12 @@ def check_lengths(prompt_ids: Sequence[int], config: DecodingConfig, length: int
 
 
 def processors_of(
-    config: DecodingConfig, end: int, seed: int, image_id: Tensor, prompt: int
+    config: DecodingConfig, end: int, seed: int, image_id: Tensor, prompt: int, unwritten: list[int]
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What happens to scores before the best is taken, in transformers' order; noise comes last."""
     found: list[Any] = []
+    if unwritten:
+        found.append(SuppressTokensLogitsProcessor(unwritten, device=str(image_id.device)))
     if config.repetition_penalty != 1.0:
         found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.min_length > prompt:

@@ -131,8 +131,8 @@ def build_model(
             f"{stage.name}: trains {learnt / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({len(trained)} tensors)",
             flush=True,
         )
-        wanted = [name for name, _ in model.named_parameters() if matches(name, stage.trainable_patterns)]
-        if idle := len(wanted) - len(trained):
+        reached = [name for name, _ in model.named_parameters() if matches(name, stage.trainable_patterns)]
+        if idle := sum(not matches(name, model.family.averaged) for name in reached) - len(trained):
             print(
                 f"{stage.name}: {', '.join(stage.tasks)} reaches none of {', '.join(model.idle())}: {idle} tensors stay as they are",
                 flush=True,

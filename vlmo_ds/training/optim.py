@@ -21,8 +21,8 @@ from vlmo_ds.families.step import FamilyModel
 
 
 def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
-    """Freezes what the stage does not train, or its tasks do not reach; returns the names of what it trains. A pattern that
-    fits nothing is an error."""
+    """Freezes what the stage does not train, or its tasks do not reach, and what follows other weights; returns the names of what
+    it trains. A pattern that fits nothing is an error."""
     names = [name for name, _ in model.named_parameters()]
     if not isinstance(stage.trainable, str):
         for pattern in stage.trainable_patterns:
@@ -30,7 +30,8 @@ def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
                 raise RecipeError(f"stages.{stage.name}.trainable: '{pattern}' fits no parameter of the model")
     trained, idle = [], model.idle()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(matches(name, stage.trainable_patterns) and not matches(name, idle))
+        still = matches(name, idle) or matches(name, model.family.averaged)
+        parameter.requires_grad_(matches(name, stage.trainable_patterns) and not still)
         if parameter.requires_grad:
             trained.append(name)
     if not trained:

@@ -81,7 +81,7 @@ def test_accumulation_does_not_change_contrast(tmp_path, synthetic):
     found = []
     for micro in (8, 4):
         recipe = recipe_of(synthetic, 8, micro_batch_size=micro)
-        recipe["stages"][1]["tasks"] = {"itc": None, "lm": None}
+        recipe["stages"][1] |= {"tasks": {"itc": None, "lm": None}, "init": {"fresh": ["text_decoder.*"]}}
         found += run(tmp_path / str(micro), recipe, 1, 2)
     same(found[2], found[3], found[0], found[1], ("itc",))
 
@@ -133,11 +133,10 @@ def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):
 
 def test_another_number_of_ranks_goes_on_with_the_queue_and_the_teacher(tmp_path, synthetic, reference):
     """2 -> 1 -> 2 ranks, ZeRO 2 -> 3 -> 1."""
-    recipe = recipe_of(synthetic, 15, checkpoint_every=5)
+    constant = {"name": "constant", "warmup_steps": 0}
+    recipe = recipe_of(synthetic, 15, checkpoint_every=5, schedule=constant)
     for steps, ranks, zero in ((5, 2, 2), (10, 1, 3), (15, 2, 1)):
         recipe["stages"][1]["steps"] = steps
-        recipe["stages"][1]["schedule"] = {"name": "constant"}
-        recipe["stages"][0]["schedule"] = {"name": "constant"}
         rows, final = run(tmp_path / "moving", recipe, ranks, zero)
     expected = run(tmp_path / "still", recipe, 1, 0)
     same(rows, final, *expected)

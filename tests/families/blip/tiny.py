@@ -54,7 +54,7 @@ def tiny_blip(data: Path, **changes) -> dict:
             "global_batch_size": 8,
             "steps": 3,
             "log_images_every": 0,
-            "optimizer": {"lr": 1e-3, "gradient_clipping": 1.0},
+            "optimizer": {"lr": 3e-4, "gradient_clipping": 1.0},
             **more,
         }
 

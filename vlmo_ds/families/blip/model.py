@@ -355,15 +355,17 @@ class BLIP(FamilyModel):
     def caption_step(self, batch: Mapping[str, Any]) -> Tensor:
         """text_ids [R, L] int64, the newest words of R = n * B texts, n for each of B images; first: words before them;
         memory: of caption_image; cache: Cache -> logits [R, V] of the word after the newest. Texts begin with [DEC], whatever
-        their first word; neither it nor [ENC] is ever written."""
+        their first word."""
         ids_RL = batch["text_ids"]
         if batch["first"] == 0:
             ids_RL = begun_with(self.config.decode_word, ids_RL)
         decoder = self.text_decoder
         x_RLD = self.text_encoder.step(ids_RL, batch["first"], batch["memory"], decoder.attention, batch["cache"])
-        logits_RV = decoder.predictions(x_RLD[:, -1], self.text_encoder.embeddings.word_embeddings)
-        logits_RV[:, self.config.decode_word :] = float("-inf")
-        return logits_RV
+        return decoder.predictions(x_RLD[:, -1], self.text_encoder.embeddings.word_embeddings)
+
+    @property
+    def unwritten(self) -> list[int]:
+        return [self.config.decode_word, self.config.encode_word]
 
     @property
     def cached_layers(self) -> int:
