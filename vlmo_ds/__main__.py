@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate nlvr2": ("vlmo_ds.evaluation.nlvr2", "sentences about pairs of images"),
     "evaluate captioning": ("vlmo_ds.evaluation.captioning", "captions for images, and their scores"),
     "evaluate zero_shot": ("vlmo_ds.evaluation.zero_shot", "classification by the names of the classes"),
+    "capfilt": ("vlmo_ds.evaluation.capfilt", "write captions for a shard set, and leave out those that do not fit"),
     "search": ("vlmo_ds.evaluation.search", "find photographs in a folder by words"),
     "export": ("vlmo_ds.interop.export", "a finished run as a Hugging Face model"),
     "parity": ("vlmo_ds.interop.parity", "compare with recorded numbers of the official code"),

@@ -9,7 +9,8 @@ from conftest import start_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
 from vlmo_ds.config import SpikeConfig
-from vlmo_ds.training.guard import Spike, SpikeGuard
+from vlmo_ds.families import FAMILIES
+from vlmo_ds.training.guard import Guessing, Spike, SpikeGuard
 
 STEPS = 12
 
@@ -120,3 +121,17 @@ def test_the_guard_needs_a_full_window_and_patience():
     assert found == [None] * 7 + [Spike(7, 8)]
     again = SpikeGuard(guard.config, json.loads(json.dumps(guard.memory)))
     assert again.memory == guard.memory == {"losses": [1.0, 1.0, 1.0], "high": 2}
+
+
+def test_a_task_that_keeps_guessing_is_named_once():
+    family = FAMILIES["vlmo"]
+    stage = family.stage(
+        name="joint", tasks={"itc": 1.0, "itm": 1.0}, data={"shards": ["a"]}, global_batch_size=2, steps=9
+    )
+    guessing = Guessing(stage)
+    said = [guessing.look(step, {"loss/itc": 3.0, "loss/itm": 0.6365 + 0.004 * (-1) ** step}) for step in range(600)]
+    assert [step for step, lines in enumerate(said) if lines] == [499]
+    assert "joint, step 499: the loss of itm has been 0.637 for 500 steps" in said[499][0]
+    guessing = Guessing(stage)
+    for step in range(1200):  # it leaves now and then
+        assert not guessing.look(step, {"loss/itc": 3.0, "loss/itm": 0.62 if step % 400 == 0 else 0.6365})

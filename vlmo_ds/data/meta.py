@@ -66,6 +66,8 @@ SAMPLE = {
     "questions": ENTRIES,
     "sentences": ENTRIES,
     "things": ENTRIES,
+    "caption_entries": ENTRIES,
+    "source": TEXT,
 }
 QUESTION = {
     "question": TEXT,
@@ -79,6 +81,12 @@ THING = {
     **dict.fromkeys(("shape", "colour", "size", "texture"), TEXT),
     **dict.fromkeys(("row", "column"), Rule(lambda value: is_whole(value) and 0 <= value < 3, "0, 1 or 2")),
 }
+CAPTION = {
+    "caption": TEXT,
+    "source": TEXT,
+    "score": Rule(is_score, "a number from 0 to 1"),
+    "kept": Rule(lambda value: isinstance(value, bool), "true or false"),
+}
 SENTENCE = {
     "sentence": TEXT,
     "label": Rule(lambda value: truth(value) is not None, "true or false"),
@@ -87,7 +95,12 @@ SENTENCE = {
 }
 
 
-KINDS = (("questions", QUESTION, "question"), ("sentences", SENTENCE, "sentence"), ("things", THING, "thing"))
+KINDS = (
+    ("questions", QUESTION, "question"),
+    ("sentences", SENTENCE, "sentence"),
+    ("things", THING, "thing"),
+    ("caption_entries", CAPTION, "caption entry"),
+)
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -7,6 +7,7 @@ Nothing here imports PyTorch, so that a recipe is checked in a second; a family'
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -37,6 +38,21 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+class Guess(NamedTuple):
+    """The loss of a model that guesses, where it is the same for all data, and what to check where training stays there."""
+
+    loss: float
+    check: str
+
+
+# of three pairs one is right: ln 3 - (2 / 3) ln 2
+MATCHING = Guess(
+    math.log(3) - 2 / 3 * math.log(2),
+    "whether the loss of contrast falls (matching learns nothing before that is below about 1), whether texts and images are "
+    "paired rightly, and the learning rate",
+)
+
+
 @dataclass(frozen=True)
 class Task:
     """What one objective of a family asks of the stack.
@@ -44,7 +60,7 @@ class Task:
     reads: what of a sample becomes its input; gives: the model's calls that it trains (for the evaluations); weight: of its
     loss where a recipe says null; alone: why no other task may be beside it, "" where one may; needs: other task -> why;
     gradient_cache: "features" where its loss is one of contrast over the whole batch, whose features can be cached, "beside"
-    where it can go along with such a one.
+    where it can go along with such a one; guess: a loss at which nothing has been learnt.
     """
 
     reads: frozenset[Reads]
@@ -53,6 +69,7 @@ class Task:
     alone: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
     gradient_cache: Literal["", "features", "beside"] = ""
+    guess: Guess | None = None
 
     @property
     def modalities(self) -> set[str]:

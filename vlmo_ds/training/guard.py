@@ -132,6 +132,32 @@ class SpikeGuard:
         return None
 
 
+class Guessing:
+    """Warns once a task whose loss stays what a model reaches that guesses."""
+
+    STEPS, WITHIN = 500, 0.005
+
+    def __init__(self, stage: StageConfig):
+        self.stage = stage.name
+        self.guesses = {
+            name: task.guess for name, task in stage.family.tasks.items() if name in stage.tasks and task.guess
+        }
+        self.in_a_row = Counter(dict.fromkeys(self.guesses, 0))
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """After a step: what there is to be said."""
+        said = []
+        for name, guess in self.guesses.items():
+            near = abs(metrics[f"loss/{name}"] - guess.loss) < self.WITHIN
+            self.in_a_row[name] = self.in_a_row[name] + 1 if near else 0
+            if self.in_a_row[name] == self.STEPS:
+                said.append(
+                    f"warning: {self.stage}, step {step}: the loss of {name} has been {guess.loss:.3f} for {self.STEPS} steps, which is "
+                    f"what guessing gives; check {guess.check}"
+                )
+        return said
+
+
 class Rollback(NamedTuple):
     """Go on from the stage's newest checkpoint, with so many steps' data left out."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from vlmo_ds.training.averages import Averages
 from vlmo_ds.training.ds_config import merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
-from vlmo_ds.training.guard import ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
+from vlmo_ds.training.guard import Guessing, ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
@@ -218,6 +219,7 @@ class StageTraining:
             self.follow_schedule(reader.state["recipe"])
         self.compare = self.engine.zero_optimization_stage() == 3 if recipe.check_ranks is None else recipe.check_ranks
         self.guard = SpikeGuard(recipe.loss_spike, saved.get("guard")) if recipe.loss_spike else None
+        self.guessing = Guessing(stage)
         self.nonfinite = SkippedSteps(recipe, stage.name, run.folder, collector)
         self.replaced = ReplacedSamples(self.dataset, stage, self.first + self.skip)
         folder = run.folder_of(stage)
@@ -310,6 +312,9 @@ class StageTraining:
             clamp_scales(engine, near)
         metrics |= self.replaced.look(counts, step + 1 + self.skip)
         run.monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
+        for warning in self.guessing.look(step + 1, metrics):
+            if run.collector.rank == 0:
+                print(warning, file=sys.stderr, flush=True)
         self.nonfinite.look(step + 1, skipped, engine, outputs, taken)
         return metrics, asked
 

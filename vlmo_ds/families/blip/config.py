@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vlmo_ds.config import ModelConfig, StageConfig
-from vlmo_ds.families.interface import Pixels, Reads, Task
+from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
 
 BERT = {
     "text_width": 768,
@@ -30,6 +30,7 @@ TASKS: dict[str, Task] = {
         reads=PAIR,
         gives=frozenset({"match"}),
         needs={"itc": "its wrong pairs are drawn from the contrastive similarities"},
+        guess=MATCHING,
     ),
     "lm": Task(reads=PAIR, gives=frozenset({"caption_step"})),
 }

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vlmo_ds.config import InitConfig, ModelConfig
-from vlmo_ds.families.interface import Pixels, Task
+from vlmo_ds.families.interface import MATCHING, Pixels, Task
 
 # Sizes of the published models (VLMo, arXiv:2111.02358; base-plus from the official code).
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -34,6 +34,7 @@ TASKS: dict[str, Task] = {
         reads=frozenset({"image", "text"}),
         gives=frozenset({"match"}),
         needs={"itc": "draws its negatives from the similarities of 'itc'"},
+        guess=MATCHING,
     ),
     "irtr": Task(
         reads=frozenset({"image", "text"}),

@@ -1,0 +1,166 @@
+"""CapFilt on real processes: what is written and left out, the same bytes however it is run, bad input."""
+
+import hashlib
+import io
+import json
+import shutil
+import signal
+import tarfile
+
+import pytest
+from conftest import call, run_ranks, start_ranks, write_yaml
+from families.blip.tiny import tiny_blip
+
+from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.synthetic import Thing
+from vlmo_ds.evaluation.capfilt import Caption, Tally, captions_of, is_true
+
+MODULE = "vlmo_ds.evaluation.capfilt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, synthetic):
+    """A tiny run, and a set of six shards of captions of the web, of which two are by people."""
+    folder = tmp_path_factory.mktemp("capfilt")
+    recipe = tiny_blip(synthetic, retrieval=None, captioning=None)
+    file = write_yaml(folder / "recipe.yaml", recipe)
+    (folder / "ds.json").write_text(json.dumps({"steps_per_print": 10**9}))
+    command = ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(folder / "ds.json")]
+    run_ranks([*command, "--output_dir", str(folder / "run")], 1)
+    samples = [(shard, row) for shard in list_shards([str(synthetic / "test")]) for row in range(shard.samples)]
+    (folder / "web").mkdir()
+    for number in range(6):
+        with tarfile.open(folder / "web" / f"{number:03d}.tar", "w") as tar:
+            for position, (shard, row) in enumerate(samples[4 * number : 4 * number + 4]):
+                raw = shard.read(row)
+                meta = {**raw.meta, "source": "human"} if number == 0 and position < 2 else raw.meta
+                for extension, data in {**raw.fields, "json": json.dumps(meta).encode()}.items():
+                    info = tarfile.TarInfo(f"{number}{position}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def words(command: str, trained, shards, output, *more) -> list[str]:
+    return [command, str(trained / "run"), "--shards", str(shards), "--output", str(output), "--batch_size", "3", *more]
+
+
+def digests(folder) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.tar"))}
+
+
+@pytest.fixture(scope="module")
+def made(trained):
+    """(captions written, filtered) of one process."""
+    first = call(MODULE, *words("caption", trained, trained / "web", trained / "T", "--captions", "2"))
+    assert "24 samples" in first.stdout and "synthetic: " in first.stdout
+    scores = sorted(filtered_scores(trained))
+    middle = str(scores[len(scores) // 2])
+    out = call(MODULE, *words("filter", trained, trained / "T", trained / "U", "--threshold", middle)).stdout
+    assert "human: " in out and "precision" in out and "recall" in out
+    return trained / "T", trained / "U", float(middle)
+
+
+def filtered_scores(trained) -> list[float]:
+    call(MODULE, *words("filter", trained, trained / "T", trained / "all", "--threshold", "0"))
+    return [c.score for raw in read(trained / "all") for c in captions_of(raw, "web") if c.score is not None]
+
+
+def read(folder) -> list:
+    return [shard.read(row) for shard in list_shards([str(folder)]) for row in range(shard.samples)]
+
+
+def test_what_is_written_and_what_is_left_out(trained, made):
+    captioned, filtered, threshold = made
+    before, after = read(captioned), {raw.key: raw for raw in read(filtered)}
+    assert len(before) == 24 and set(after) <= {raw.key for raw in before}
+    originals = {raw.key: raw for raw in read(trained / "web")}
+    dropped = 0
+    for raw in before:
+        entries = captions_of(raw, "web")
+        source = "human" if raw.key in ("00", "01") else "web"
+        own = [c for c in entries if c.source != "synthetic"]
+        assert [c.text for c in own] == originals[raw.key].captions and {c.source for c in own} == {source}
+        assert raw.captions == [c.text for c in entries] and raw.image == originals[raw.key].image
+        assert raw.meta["things"] == originals[raw.key].meta["things"]
+        left = after.get(raw.key)
+        judged = captions_of(left, "web") if left else []
+        for caption in judged:
+            assert caption.score is None if caption.source == "human" else caption.kept == (caption.score >= threshold)
+        dropped += left is None
+        if left:
+            assert left.captions == [c.text for c in judged if c.kept] and len(judged) == len(entries)
+    summary = json.loads((filtered / "capfilt.json").read_text())
+    assert summary["images"] == 24 and summary["images_dropped"] == dropped
+    assert summary["kept"]["human"] == summary["seen"]["human"] > 0
+    assert 0 < summary["kept"]["synthetic"] < summary["seen"]["synthetic"]
+    assert sum(map(sum, summary["scores"].values())) == sum(summary["seen"].values()) - summary["seen"]["human"]
+    page = (filtered / "report.html").read_text()
+    assert "<h2>Kept</h2>" in page and "<h2>Dropped</h2>" in page and "data:image/" in page and "<svg" in page
+
+
+def test_the_same_bytes_on_two_ranks_and_after_a_kill(trained, made, tmp_path):
+    captioned, filtered, threshold = made
+    for name, command in (
+        ("T", words("caption", trained, trained / "web", tmp_path / "T", "--captions", "2")),
+        ("U", words("filter", trained, captioned, tmp_path / "U", "--threshold", str(threshold))),
+    ):
+        processes = start_ranks(["-m", MODULE, *command], 2)
+        partial = tmp_path / f"{name}.partial"
+        while not list(partial.glob("*.tar")) and all(process.poll() is None for process in processes):
+            pass
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait()
+        run_ranks(["-m", MODULE, *command], 2)
+        assert digests(tmp_path / name) == digests(captioned if name == "T" else filtered)
+        assert not partial.exists()
+
+
+@pytest.mark.parametrize("command, more, message", [
+    ("caption", ["--output", "{web}/inside"], "is not apart from the shards"),
+    ("filter", ["--shards", "{U}"], "was filtered already, by"),
+    ("filter", ["--threshold", "1.5"], "--threshold is 1.5; accepted: a probability"),
+    ("caption", ["--output", "{T}"], "holds a finished shard set: choose another --output, or pass --overwrite"),
+])  # fmt: skip
+def test_bad_input(trained, made, tmp_path, command, more, message):
+    known = {"web": trained / "web", "T": made[0], "U": made[1]}
+    given = words(command, trained, trained / "web", tmp_path / "x", *(word.format(**known) for word in more))
+    done = call(MODULE, *given, code=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_runs_that_cannot(trained, made, tmp_path):
+    contrast = trained / "run" / "checkpoints" / "contrast" / "final"
+    for command, wanted in (("caption", "this needs the task lm"), ("filter", "this needs the task itm")):
+        given = words(command, trained, trained / "web", tmp_path / "x")
+        given[1] = str(contrast)
+        assert wanted in call(MODULE, *given, code=2).stderr
+
+
+def test_another_call_with_other_settings_does_not_go_on(trained, tmp_path):
+    given = words("caption", trained, trained / "web", tmp_path / "T")
+    process = start_ranks(["-m", MODULE, *given], 1)[0]
+    partial = tmp_path / "T.partial"
+    while not list(partial.glob("*.tar")) and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if partial.exists():  # it was not through yet
+        assert "was begun with other input or settings" in call(MODULE, *given, "--seed", "1", code=2).stderr
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def test_the_truth_of_the_world():
+    scene = (Thing("circle", "red", "large", "plain", 0, 0), Thing("square", "blue", "small", "plain", 2, 2))
+    assert is_true("a red circle in the top left corner", scene)
+    assert not is_true("a red circle in the middle", scene) and not is_true("a green circle", scene)
+    assert not is_true("a picture", scene)
+    tally = Tally()
+    tally.judged.update({"right kept": 6, "wrong kept": 1, "right dropped": 1, "wrong dropped": 2})
+    assert tally.truth() == pytest.approx(
+        {"right before": 70.0, "right after": 600 / 7, "precision": 200 / 3, "recall": 200 / 3}
+    )
+    assert Caption("a", "web").entry() == {"caption": "a", "source": "web"}

@@ -1,0 +1,440 @@
+"""CapFilt: captions are written for the images of a shard set, and those that do not fit their image are left out (BLIP,
+arXiv:2201.12086, section 3.3).
+
+    python -m vlmo_ds.evaluation.capfilt caption RUN --shards S --output T [--top_p 0.9] [--captions 1] [--seed 0]
+    python -m vlmo_ds.evaluation.capfilt filter RUN --shards T --output U [--threshold 0.5]
+
+RUN is a run's directory or a stage's final folder inside it; `caption` takes the weights of the last stage that trains captions,
+`filter` those of the last that trains matching. Both write a new shard set: pictures and all other members byte for byte, and in
+.json `captions`, what is trained on, and `caption_entries`, every caption with its `source` (human, web, synthetic) and, once
+filtered, its `score`, the probability that it belongs to the image, and whether it was `kept`. Captions of people are never left
+out. A set in which nothing says where captions are from is of the web (--source).
+
+Under a launcher (torchrun, deepspeed) the ranks share the shards. A call that was killed goes on when it is given again, and the
+shards are the same, byte for byte, on any number of ranks. report.html and capfilt.json in the new set tell what became of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from vlmo_ds.config import DecodingConfig, RecipeError, number
+from vlmo_ds.data.prepare import writer
+from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
+from vlmo_ds.data.shards import RawSample, Shard, list_shards
+from vlmo_ds.data.storage import is_remote, write_atomically
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import meaning, runs
+from vlmo_ds.evaluation.report import STYLE, picture
+from vlmo_ds.families.step import FamilyModel
+from vlmo_ds.generation.decoding import written
+from vlmo_ds.manifest import crc32
+from vlmo_ds.progress import Progress
+from vlmo_ds.weights_file import WEIGHTS
+
+SUMMARY, REPORT = "capfilt.json", "report.html"
+HUMAN, WEB, SYNTHETIC = "human", "web", "synthetic"
+SHOWN = 24  # examples of kept and of dropped captions in the report
+BINS = 20  # of the histograms of scores
+
+
+@dataclass
+class Caption:
+    """A text of an image; score: of its matching, None: not yet; kept: whether it is trained on."""
+
+    text: str
+    source: str
+    score: float | None = None
+    kept: bool = True
+
+    def entry(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"caption": self.text, "source": self.source}
+        if self.score is not None:
+            found |= {"score": self.score, "kept": self.kept}
+        return found
+
+
+def captions_of(raw: RawSample, source: str) -> list[Caption]:
+    """A sample's captions, those that an earlier filter left out too. source: of those that say nothing of it."""
+    if entries := raw.meta.get("caption_entries"):
+        return [Caption(e["caption"], e.get("source", source), e.get("score"), e.get("kept", True)) for e in entries]
+    return [Caption(text, raw.meta.get("source", source)) for text in raw.captions]
+
+
+class Example(NamedTuple):
+    """A caption that the report shows, with its picture."""
+
+    picture: str
+    text: str
+    source: str
+    score: float
+
+
+@dataclass
+class Tally:
+    """What became of the captions of some shards."""
+
+    seen: Counter[str] = field(default_factory=Counter)  # by source
+    kept: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, list[int]] = field(default_factory=dict)  # by source: counts of BINS equal parts of 0 to 1
+    judged: Counter[str] = field(
+        default_factory=Counter
+    )  # where the truth is known: "right kept", "wrong dropped", ...
+    examples: dict[str, list[Example]] = field(default_factory=lambda: {"kept": [], "dropped": []})
+    images: int = 0
+    images_dropped: int = 0
+
+    def add(self, raw: RawSample, captions: Sequence[Caption]) -> None:
+        self.images += 1
+        scene = meaning.scene_of(raw.meta)
+        for caption in captions:
+            self.seen[caption.source] += 1
+            self.kept[caption.source] += caption.kept
+            if scene:
+                right = is_true(caption.text, scene)
+                self.judged[f"{'right' if right else 'wrong'} {'kept' if caption.kept else 'dropped'}"] += 1
+            if caption.score is not None:
+                bins = self.scores.setdefault(caption.source, [0] * BINS)
+                bins[min(int(caption.score * BINS), BINS - 1)] += 1
+                shown = self.examples["kept" if caption.kept else "dropped"]
+                if len(shown) < SHOWN:
+                    shown.append(Example(picture(raw.image), caption.text, caption.source, caption.score))
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "images_dropped": self.images_dropped,
+            "seen": dict(self.seen),
+            "kept": dict(self.kept),
+            "scores": self.scores,
+            "judged": dict(self.judged),
+            "examples": self.examples,
+        }
+
+    def join(self, record: dict[str, Any]) -> None:
+        self.images += record["images"]
+        self.images_dropped += record["images_dropped"]
+        for mine, name in ((self.seen, "seen"), (self.kept, "kept"), (self.judged, "judged")):
+            mine.update(record[name])
+        for source, bins in record["scores"].items():
+            before = self.scores.get(source, [0] * BINS)
+            self.scores[source] = [a + b for a, b in zip(before, bins, strict=True)]
+        for name, shown in self.examples.items():
+            shown += [Example(*example) for example in record["examples"][name]][: SHOWN - len(shown)]
+
+    def truth(self) -> dict[str, float]:
+        """Percent, where the set knows the truth: right captions among those before and after; of the filter, how many of the
+        dropped are wrong (precision) and how many of the wrong are dropped (recall)."""
+        right, wrong = (self.judged[f"{kind} kept"] + self.judged[f"{kind} dropped"] for kind in ("right", "wrong"))
+        if not right + wrong:
+            return {}
+        kept = self.judged["right kept"] + self.judged["wrong kept"]
+        dropped = right + wrong - kept
+        found = {
+            "right before": 100 * right / (right + wrong),
+            "right after": 100 * self.judged["right kept"] / max(kept, 1),
+        }
+        if dropped:
+            found["precision"] = 100 * self.judged["wrong dropped"] / dropped
+            found["recall"] = 100 * self.judged["wrong dropped"] / max(wrong, 1)
+        return found
+
+
+def is_true(text: str, scene: Sequence[Any]) -> bool:
+    """Whether a caption names something, and nothing that is not there or not so."""
+    said = meaning.read(text, scene)
+    names = {(thing.colour, thing.shape) for thing in scene}
+    return bool(said.things) and names.issuperset(said.things) and all(said.statements)
+
+
+class Work:
+    """What one of the two commands makes of a shard. settings: in words, as they are in the new set."""
+
+    def __init__(
+        self, model: FamilyModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, source: str, progress: Path
+    ):
+        self.model, self.tokenizer, self.batch_size, self.source = model, tokenizer, batch_size, source
+        self.progress = progress
+        self.device = next(model.parameters()).device
+
+    def of_shard(self, item: tuple[int, Shard]) -> Made:
+        """Its samples in order. What became of them lies in the progress folder before the last is written."""
+        number, shard = item
+        tally = Tally()
+        for first in range(0, shard.samples, self.batch_size):
+            rows = range(first, min(first + self.batch_size, shard.samples))
+            samples = [shard.read(row) for row in rows]
+            captions = [captions_of(raw, self.source) for raw in samples]
+            self.change(samples, captions)
+            for raw, of_image in zip(samples, captions, strict=True):
+                tally.add(raw, of_image)
+                if any(caption.kept for caption in of_image):
+                    yield changed(raw, of_image)
+                else:
+                    tally.images_dropped += 1
+                    yield Rejected("no caption fits the image")
+        write_atomically(tally_path(self.progress, number), json.dumps(tally.record()).encode())
+
+    def change(self, samples: Sequence[RawSample], captions: list[list[Caption]]) -> None:
+        """Adds captions to those of each sample, or judges them."""
+        raise NotImplementedError
+
+    def pixels(self, samples: Sequence[RawSample]) -> torch.Tensor:
+        size = self.model.config.image_size
+        return torch.stack([runs.square_pixels(raw.image, size, raw.name) for raw in samples]).to(self.device)
+
+
+class Captioner(Work):
+    config: DecodingConfig
+    seed: int
+
+    @torch.no_grad()
+    def change(self, samples: Sequence[RawSample], captions: list[list[Caption]]) -> None:
+        begin, *_, end = self.tokenizer("")["input_ids"]
+        ids = torch.tensor([raw.image_id for raw in samples]).to(self.device)
+        batch = {"image": self.pixels(samples), "image_id": ids}
+        found = written(self.model, batch, [begin], end, self.config, self.seed)
+        for of_image, texts in zip(captions, found, strict=True):
+            known = {caption.text for caption in of_image}
+            for text in self.tokenizer.batch_decode(texts, skip_special_tokens=True):
+                if (text := text.strip()) and text not in known:
+                    known.add(text)
+                    of_image.append(Caption(text, SYNTHETIC))
+
+
+class Filter(Work):
+    threshold: float
+
+    @torch.no_grad()
+    def change(self, samples: Sequence[RawSample], captions: list[list[Caption]]) -> None:
+        judged = [(row, c) for row, of_image in enumerate(captions) for c in of_image if c.source != HUMAN]
+        if not judged:
+            return
+        pixels = self.pixels(samples)
+        texts = runs.tokenised([c.text for _, c in judged], self.tokenizer, self.model.config.max_text_len)
+        for part in torch.arange(len(judged)).split(self.batch_size):
+            batch = {name: value.to(self.device) for name, value in texts.batch(part).items()}
+            batch["image"] = pixels[[judged[i][0] for i in part.tolist()]]
+            for i, chance in zip(part.tolist(), self.model(batch, "match").sigmoid().tolist(), strict=True):
+                caption = judged[i][1]
+                caption.score = round(chance, 4)
+                caption.kept = caption.score >= self.threshold
+
+
+def changed(raw: RawSample, captions: Sequence[Caption]) -> Sample:
+    """The sample with these captions in its .json."""
+    meta = {name: value for name, value in raw.meta.items() if name not in ("caption", "captions", "caption_entries")}
+    kept = [caption.text for caption in captions if caption.kept]
+    meta |= {"captions": kept, "caption_entries": [caption.entry() for caption in captions]}
+    members = {name: data for name, data in raw.fields.items() if name not in ("json", "txt", "caption")}
+    members["json"] = json.dumps(meta, ensure_ascii=False).encode()
+    return Sample({"__key__": raw.key, **members}, len(kept))  # type: ignore[dict-item]  # a key is a text
+
+
+# ---- a whole set ----
+
+
+def tally_path(progress: Path, number: int) -> Path:
+    return progress / f"{number:06d}.tally.json"
+
+
+def write(
+    work: Work, shards: Sequence[Shard], output: Path, about: dict[str, Any], collector: Collector, overwrite: bool
+):
+    """Writes the new set, shards dealt to the ranks; a summary on rank 0."""
+    items = [(number, shard) for number, shard in enumerate(shards)]
+    plan = Plan("capfilt", [(shard.url, shard.samples, about) for shard in shards], work.of_shard, items_per_shard=1)
+    partial = output.with_name(output.name + writer.PARTIAL)
+    _, problem = collector.attempt_on_rank0(lambda: begin(partial, output, plan, overwrite), ValueError)
+    if problem:
+        raise RecipeError(problem)
+    done = {n for n, _ in items if writer.read_report(partial, plan.prefix, n) and has_tally(partial, n)}
+    collector.barrier()  # all have looked before any writes
+    mine = [item for item in items if item[0] not in done][collector.rank :: collector.world_size]
+    bar = Progress(str(output), len(items), "shards", done=len(done)) if collector.rank == 0 else None
+    for item in mine:
+        writer.write_shard(work.of_shard, partial, plan.prefix, item[0], item[0], [item])
+        if bar:
+            bar.advance(collector.world_size)
+    collector.barrier()
+    if bar:
+        bar.close()
+    _, problem = collector.attempt_on_rank0(lambda: finish(partial, output, plan, about), ValueError)
+    if problem:
+        raise RecipeError(problem)
+
+
+HELD: list[Any] = []  # locks, until the process ends
+
+
+def begin(partial: Path, output: Path, plan: Plan, overwrite: bool) -> None:
+    writer.check_target(output, overwrite)
+    HELD.append(writer.begin(partial, plan, 1))
+
+
+def has_tally(partial: Path, number: int) -> bool:
+    return tally_path(partial / writer.PROGRESS, number).exists()
+
+
+def finish(partial: Path, output: Path, plan: Plan, about: dict[str, Any]) -> None:
+    reports, tally = {}, Tally()
+    for n, _ in enumerate(plan.items):
+        report = writer.read_report(partial, plan.prefix, n)
+        if report is None:
+            raise RecipeError(f"{partial}: shard {n} was not written; give the same command again")
+        reports[n] = report
+        tally.join(json.loads(tally_path(partial / writer.PROGRESS, n).read_text()))
+    numbers = {name: value for name, value in tally.record().items() if name != "examples"}
+    numbers |= {"truth": tally.truth(), **about}
+    plan.extra = {SUMMARY: runs.as_json(numbers), REPORT: page(tally, about).encode()}
+    writer.finish(partial, output, plan, reports)
+    print(writer.summary(output, reports))
+    for source in sorted(tally.seen):
+        print(f"  {source}: {tally.seen[source]} captions, {tally.kept[source]} kept")
+    for name, value in tally.truth().items():
+        print(f"  {name}: {value:.1f}%")
+    print(f"  report: {output / REPORT}")
+
+
+def page(tally: Tally, about: dict[str, Any]) -> str:
+    """The report."""
+    rows = "".join(
+        f"<tr><td>{html.escape(source)}<td>{tally.seen[source]}<td>{tally.kept[source]}"
+        f"<td>{100 * tally.kept[source] / tally.seen[source]:.1f}%"
+        for source in sorted(tally.seen)
+    )
+    parts = [f"<h2>Captions</h2><table><tr><th>source<th>seen<th>kept<th>share{rows}</table>"]
+    parts.append(f"<p>{tally.images} images, {tally.images_dropped} of them left out with all of their captions.</p>")
+    if truth := tally.truth():
+        parts.append("<h2>Against the truth</h2><table>")
+        parts += [f"<tr><td>{name}<td>{value:.1f}%" for name, value in truth.items()] + ["</table>"]
+    for source, bins in sorted(tally.scores.items()):
+        parts.append(f"<h2>Scores of {html.escape(source)} captions, from 0 to 1</h2>{bars(bins)}")
+    for name, shown in tally.examples.items():
+        if shown:
+            parts.append(f"<h2>{name.capitalize()}</h2>")
+            parts += [
+                f'<div class="query">{e.picture}<div>{e.score:.2f} {html.escape(e.source)}<br><b>{html.escape(e.text)}</b></div></div>'
+                for e in shown
+            ]
+    told = "".join(f"<tr><td>{html.escape(name)}<td>{html.escape(str(value))}" for name, value in about.items())
+    body = "\n".join(parts)
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>CapFilt</title><style>{STYLE}</style>"
+        f"<h1>CapFilt</h1>{body}<h2>Settings</h2><table class=facts>{told}</table>"
+    )
+
+
+def bars(counts: Sequence[int], width: int = 400, height: int = 90) -> str:
+    """A histogram as SVG."""
+    most, each = max(max(counts), 1), width / len(counts)
+    drawn = "".join(
+        f'<rect x="{i * each:.1f}" y="{height - n / most * height:.1f}" width="{each - 1:.1f}" height="{n / most * height:.1f}">'
+        f"<title>{i / len(counts):.2f} to {(i + 1) / len(counts):.2f}: {n}</title></rect>"
+        for i, n in enumerate(counts)
+    )
+    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">{drawn}</svg>'
+
+
+# ---- the command ----
+
+
+def refuse(shards: Sequence[Shard], output: Path, what: str) -> None:
+    """RecipeError for an output inside its input, and for a set that was filtered before."""
+    target = output.resolve()
+    for folder in {Path(shard.url).resolve().parent for shard in shards if not is_remote(shard.url)}:
+        if target == folder or target.is_relative_to(folder) or folder.is_relative_to(target):
+            raise RecipeError(f"--output: {output} is not apart from the shards in {folder}: name another folder")
+        summary = folder / SUMMARY
+        if (
+            what == "filter"
+            and summary.exists()
+            and (found := json.loads(summary.read_text())).get("command") == "filter"
+        ):
+            raise RecipeError(
+                f"--shards: {folder} was filtered already, by {found.get('run')} with threshold {found.get('threshold')}: "
+                "name the shards that it was made of"
+            )
+
+
+def join_ranks() -> Collector:
+    """Of the ranks that a launcher has started; files alone are shared."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return Collector()
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("caption", "writes captions"), ("filter", "leaves captions out that do not fit")):
+        one = commands.add_parser(name, help=about, description=about)
+        one.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
+        one.add_argument("--shards", nargs="+", required=True)
+        one.add_argument("--output", type=Path, required=True, help="folder of the new set")
+        one.add_argument("--source", choices=[HUMAN, WEB], default=WEB, help="of captions that say nothing of it")
+        one.add_argument("--batch_size", type=number(int, 1), default=32, help="images at a time")
+        one.add_argument("--overwrite", action="store_true", help="replace a finished set")
+        if name == "filter":
+            one.add_argument(
+                "--threshold", type=number(float, 0), default=0.5, help="least probability of a match that is kept"
+            )
+            continue
+        one.add_argument("--captions", type=number(int, 1), default=1, help="of each image")
+        one.add_argument(
+            "--top_p", type=number(float, 0), default=0.9, help=DecodingConfig.model_fields["top_p"].description
+        )
+        one.add_argument("--min_length", type=number(int, 0), default=0)
+        one.add_argument("--max_length", type=number(int, 0), default=0)
+        one.add_argument("--seed", type=number(int, 0), default=0)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parsed()
+    shards = list_shards(args.shards)
+    refuse(shards, args.output, args.command)
+    if args.command == "filter" and args.threshold > 1:
+        raise RecipeError(f"--threshold is {args.threshold}; accepted: a probability, from 0 to 1")
+    collector = join_ranks()
+    call = "caption_step" if args.command == "caption" else "match"
+    _, _, final = runs.find_stage(args.run, call)
+    _, _, model, tokenizer = runs.open_run(args.run, call)
+    model.eval()
+    about = {"command": args.command, "run": str(args.run), "weights": f"{crc32(final / WEIGHTS):08x}"}
+    names = ("threshold",) if args.command == "filter" else ("captions", "top_p", "min_length", "max_length", "seed")
+    about |= {name: getattr(args, name) for name in (*names, "source", "batch_size")}
+    progress = args.output.with_name(args.output.name + writer.PARTIAL) / writer.PROGRESS
+    settings = (model, tokenizer, args.batch_size, args.source, progress)
+    work: Work
+    if args.command == "filter":
+        work = Filter(*settings)
+        work.threshold = args.threshold
+    else:
+        work = Captioner(*settings)
+        lengths = {"min_length": args.min_length, "max_length": args.max_length}
+        work.config = DecodingConfig(
+            method="sample",
+            top_p=args.top_p,
+            num_return_sequences=args.captions,
+            **{k: v for k, v in lengths.items() if v},
+        )
+        work.seed = args.seed
+    write(work, shards, args.output, about, collector, args.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(main))
