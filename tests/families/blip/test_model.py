@@ -1,16 +1,23 @@
 """BLIP's model: recorded numbers, padding, what each task reaches, the queue, the teacher."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden
-from families.blip.tiny import ALL, tiny_batch, tiny_model
+from families.blip.tiny import ALL, tiny_batch, tiny_blip, tiny_model
 
 from vlmo_ds.blocks.fold import Fold
+from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.blip.model import EMPTY
-from vlmo_ds.families.blip.parity import compare
+from vlmo_ds.families.blip.parity import build, compare
+from vlmo_ds.families.handing_over import hand_over
+from vlmo_ds.families.interface import matches
 from vlmo_ds.objectives.captioning import word_losses
+from vlmo_ds.recipe_file import parse_recipe
+from vlmo_ds.weights_file import read_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -85,8 +92,6 @@ def test_tasks_reach_what_they_say(tasks):
     model = tiny_model(tasks)
     model(tiny_batch()).loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.ne(0).any())}
-    from vlmo_ds.families.interface import matches
-
     trained = {name for name, p in model.named_parameters() if p.requires_grad and not matches(name, model.idle())}
     still = {name for name in trained if name.endswith("key.bias")}  # their gradient is zero but for rounding
     assert trained - still <= reached <= trained
@@ -174,3 +179,71 @@ def test_first_tokens():
     model, lengths = tiny_model({"lm": 1.0}), torch.tensor([3, 1, 2])
     fold = Fold(lengths, 3)
     assert model.text_encoder.first_tokens(torch.arange(6.0)[:, None], fold).flatten().tolist() == [0, 3, 4]
+
+
+def from_file(tmp_path, state, tasks=ALL, init=None, **changes):
+    """(a model that has taken a file of the reference's names, what became of the weights)."""
+    recorded = torch.load(golden("blip_A.pt"), weights_only=True)
+    config = build(recorded, torch.float32).config.model_copy(update=changes)
+    model = FAMILIES["blip"].build(config, tasks, None)
+    torch.save({"model": state}, tmp_path / "model_base.pth")
+    return model, hand_over(model, read_weights(tmp_path / "model_base.pth"), init or InitConfig(), "model_base.pth")
+
+
+def test_a_file_of_the_reference_at_two_resolutions(tmp_path):
+    state = torch.load(golden("blip_A.pt"), weights_only=True)["state_dict"]
+    same, _ = from_file(tmp_path, state)
+    larger, report = from_file(tmp_path, state, image_size=48)
+    for model in (same, larger):
+        own = model.state_dict()
+        for name, value in own.items():
+            if "queue" not in name and (model is same or "pos_embed" not in name):
+                assert torch.equal(value, state[name]), name
+    assert larger.visual_encoder.pos_embed.shape == (1, 37, 64)
+    assert any(
+        line.startswith("visual_encoder.pos_embed [1, 17, 64] -> [1, 37, 64]: bicubic") for line in report["converted"]
+    )
+
+
+def test_a_teacher_that_a_file_lacks_begins_as_the_student(tmp_path):
+    state = torch.load(golden("blip_A.pt"), weights_only=True)["state_dict"]
+    alone = {name: value for name, value in state.items() if "_m." not in name and "queue" not in name}
+    model, report = from_file(tmp_path, alone)
+    assert all(torch.equal(model.get_parameter(t), model.get_parameter(s)) for t, s in model.followed().items())
+    assert "the queue begins anew" in report["converted"]
+
+
+def test_captioning_alone_from_a_whole_file(tmp_path):
+    state = torch.load(golden("blip_A.pt"), weights_only=True)["state_dict"]
+    drop = ["itm_head.*", "vision_proj.*", "text_proj.*", "temp"]
+    model, report = from_file(tmp_path, state, {"lm": 1.0}, InitConfig(drop=drop))
+    assert not model.followed() and any("the teacher and its queue" in line for line in report["converted"])
+
+
+def test_second_names_have_to_agree(tmp_path):
+    state = dict(torch.load(golden("blip_A.pt"), weights_only=True)["state_dict"])
+    name = "text_decoder.bert.embeddings.LayerNorm.weight"
+    state[name] = state[name] + 1
+    with pytest.raises(RecipeError, match=f"{name} and text_encoder.embeddings.LayerNorm.weight are one tensor"):
+        from_file(tmp_path, state)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"queue_size": 4}, "queue_size is 4, and stages.contrast.global_batch_size 8"),
+    ({"alpha": 1.5}, "alpha"),
+    ({"momentum": -0.1}, "momentum"),
+    ({"text_heads": 5}, "text_heads is 5, which does not divide text_width 32"),
+    ({"max_text_len": 60}, "max_text_len is 60, above the 48 rows of positions"),
+])  # fmt: skip
+def test_bad_settings(change, message):
+    recipe = tiny_blip(Path("data"))
+    recipe["model"] |= change
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(recipe, "test")
+
+
+def test_matching_needs_contrast():
+    recipe = tiny_blip(Path("data"))
+    recipe["stages"][1]["tasks"] = {"itm": 1.0}
+    with pytest.raises(RecipeError, match="itc"):
+        parse_recipe(recipe, "test")
