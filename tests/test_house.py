@@ -34,6 +34,7 @@ OTHER_MEANINGS = {
     "data/prepare/__main__.py": {"nlvr2", "caption"},
     "data/prepare/sources.py": {"nlvr2", "caption"},
     "evaluation/captioning.py": {"caption"},
+    "evaluation/capfilt.py": {"caption"},
     "evaluation/table.py": {"vqa", "nlvr2"},
     "evaluation/vqa.py": {"vqa"},
     "evaluation/nlvr2.py": {"nlvr2"},

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import shutil
 import signal
 import tarfile
 
@@ -120,8 +119,11 @@ def test_the_same_bytes_on_two_ranks_and_after_a_kill(trained, made, tmp_path):
 
 @pytest.mark.parametrize("command, more, message", [
     ("caption", ["--output", "{web}/inside"], "is not apart from the shards"),
-    ("filter", ["--shards", "{U}"], "was filtered already, by"),
+    ("filter", ["--shards", "{U}"], "was filtered already: name the shards"),
     ("filter", ["--threshold", "1.5"], "--threshold is 1.5; accepted: a probability"),
+    ("caption", ["--top_p", "1.5"], "--top_p: Input should be less than or equal to 1"),
+    ("caption", ["--min_length", "20", "--max_length", "10"], "min_length is 20, above"),
+    ("caption", ["--max_length", "99"], "max_length is 99, the model's texts have 40 words at most"),
     ("caption", ["--output", "{T}"], "holds a finished shard set: choose another --output, or pass --overwrite"),
 ])  # fmt: skip
 def test_bad_input(trained, made, tmp_path, command, more, message):
@@ -129,7 +131,34 @@ def test_bad_input(trained, made, tmp_path, command, more, message):
     given = words(command, trained, trained / "web", tmp_path / "x", *(word.format(**known) for word in more))
     done = call(MODULE, *given, code=2)
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_cannot_be_used_are_left_out_and_counted(trained, tmp_path):
+    """A damaged picture, an empty caption, an entry without a text: of five samples."""
+    raw = read(trained / "web")[5]
+    members = [
+        raw.fields,
+        {**raw.fields, "jpg": raw.image[:300]} if "jpg" in raw.fields else {**raw.fields, "png": raw.image[:300]},
+        {name: data for name, data in raw.fields.items() if name not in ("json", "txt")} | {"txt": b"  "},
+        {**raw.fields, "json": b'{"caption_entries": [{"text": "a"}]}'},
+        {**raw.fields, "json": json.dumps({**raw.meta, "source": "flickr"}).encode()},
+    ]
+    (tmp_path / "web").mkdir()
+    with tarfile.open(tmp_path / "web" / "0.tar", "w") as tar:
+        for position, fields in enumerate(members):
+            for extension, data in fields.items():
+                info = tarfile.TarInfo(f"{position}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    given = words("filter", trained, tmp_path / "web", tmp_path / "U", "--threshold", "0", "--source", "human")
+    out = call(MODULE, *given).stdout
+    assert "2 samples" in out and "3 rejected" in out and "has an empty caption" in out
+    assert {c.source for raw in read(tmp_path / "U") for c in captions_of(raw, "web")} == {
+        "human"
+    }  # flickr says nothing
+    out = call(MODULE, *words("caption", trained, tmp_path / "web", tmp_path / "T")).stdout
+    assert "4 samples" in out and "1 rejected" in out  # pictures without a caption get their first
 
 
 def test_runs_that_cannot(trained, made, tmp_path):
@@ -142,15 +171,11 @@ def test_runs_that_cannot(trained, made, tmp_path):
 
 def test_another_call_with_other_settings_does_not_go_on(trained, tmp_path):
     given = words("caption", trained, trained / "web", tmp_path / "T")
-    process = start_ranks(["-m", MODULE, *given], 1)[0]
-    partial = tmp_path / "T.partial"
-    while not list(partial.glob("*.tar")) and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if partial.exists():  # it was not through yet
-        assert "was begun with other input or settings" in call(MODULE, *given, "--seed", "1", code=2).stderr
-    shutil.rmtree(partial, ignore_errors=True)
+    progress = tmp_path / "T.partial" / ".progress"
+    progress.mkdir(parents=True)
+    (progress / "plan.json").write_text('{"items": 6, "items_per_shard": 1, "digest": "another"}')
+    assert "was begun with other input or settings" in call(MODULE, *given, code=2).stderr
+    assert progress.exists()
 
 
 def test_the_truth_of_the_world():

@@ -132,6 +132,13 @@ def test_a_task_that_keeps_guessing_is_named_once():
     said = [guessing.look(step, {"loss/itc": 3.0, "loss/itm": 0.6365 + 0.004 * (-1) ** step}) for step in range(600)]
     assert [step for step, lines in enumerate(said) if lines] == [499]
     assert "joint, step 499: the loss of itm has been 0.637 for 500 steps" in said[499][0]
+    assert not any(
+        guessing.look(step, {"loss/itc": 3.0, "loss/itm": loss}) for loss in (0.2, 0.6365) for step in range(600)
+    )
+    half = Guessing(stage)
+    assert not any(half.look(step, {"loss/itc": 3.0, "loss/itm": 0.6365}) for step in range(300))
+    again = Guessing(stage, json.loads(json.dumps(half.memory)))  # a run that goes on
+    assert [step for step in range(300, 600) if again.look(step, {"loss/itc": 3.0, "loss/itm": 0.6365})] == [499]
     guessing = Guessing(stage)
     for step in range(1200):  # it leaves now and then
         assert not guessing.look(step, {"loss/itc": 3.0, "loss/itm": 0.62 if step % 400 == 0 else 0.6365})

@@ -46,6 +46,7 @@ ZERO3, BF16 = {"stage": 3}, {"bf16": {"enabled": True}}
         ({**BF16, "data_types": {"grad_accum_dtype": "bf16"}}, "'data_types.grad_accum_dtype' is 'bf16': sums of many small gradients"),
         ({**BF16, "fp16": {"enabled": True}}, "'bf16.enabled' and 'fp16.enabled' are both true"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "'zero_optimization.offload_param.device' is 'cpu' with stage 2: it needs stage 3"),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, "'fp16.auto_cast' is true: it rounds features to 16 bits"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "'zero_optimization.offload_optimizer.nvme_path' is missing"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, "'zero_optimization.offload_optimizer.device' is 'disk'; accepted: 'none', 'cpu' or 'nvme'"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}, "'zero_optimization.zero_hpz_partition_size' is 8 with stage 2: ZeRO++ needs stage 3"),

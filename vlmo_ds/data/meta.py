@@ -67,7 +67,6 @@ SAMPLE = {
     "sentences": ENTRIES,
     "things": ENTRIES,
     "caption_entries": ENTRIES,
-    "source": TEXT,
 }
 QUESTION = {
     "question": TEXT,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmo_ds.config import RecipeError
+
 CHUNK = 8192
 
 
@@ -112,12 +114,12 @@ def sample_negatives(
     works chunk by chunk and cannot underflow. Candidates with the query's image id are left out: another caption of
     the same image is not a negative. Returns [B] int64 global row numbers.
 
-    Raises ValueError when all candidates show one image (the same on every rank, so no rank is left waiting).
+    Raises RecipeError when all candidates show one image (the same on every rank, so no rank is left waiting).
     """
     if bool((candidate_image_G == candidate_image_G[0]).all()):
-        raise ValueError(
-            f"itm needs a negative, but all {len(candidate_image_G)} pairs of the global batch have image_id "
-            f"{int(candidate_image_G[0])}: use a global batch of at least two different images"
+        raise RecipeError(
+            f"itm needs a negative, but all {len(candidate_image_G)} pairs of the ranks' micro-batches have image_id "
+            f"{int(candidate_image_G[0])}: use micro-batches of at least two different images"
         )
     best_B = torch.full((len(q_BD),), float("-inf"), dtype=q_BD.dtype, device=q_BD.device)
     index_B = torch.zeros_like(query_id_B)

@@ -20,27 +20,30 @@ import argparse
 import html
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import DecodingConfig, RecipeError, number
 from vlmo_ds.data.prepare import writer
 from vlmo_ds.data.prepare.writer import Made, Plan, Rejected, Sample
 from vlmo_ds.data.shards import RawSample, Shard, list_shards
-from vlmo_ds.data.storage import is_remote, write_atomically
+from vlmo_ds.data.storage import DataError, is_remote, write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import meaning, runs
 from vlmo_ds.evaluation.report import STYLE, picture
 from vlmo_ds.families.step import FamilyModel
-from vlmo_ds.generation.decoding import written
+from vlmo_ds.generation.decoding import check_lengths, written
 from vlmo_ds.manifest import crc32
 from vlmo_ds.progress import Progress
 from vlmo_ds.weights_file import WEIGHTS
@@ -67,17 +70,27 @@ class Caption:
         return found
 
 
+SOURCES = (HUMAN, WEB, SYNTHETIC)
+
+
 def captions_of(raw: RawSample, source: str) -> list[Caption]:
-    """A sample's captions, those that an earlier filter left out too. source: of those that say nothing of it."""
-    if entries := raw.meta.get("caption_entries"):
-        return [Caption(e["caption"], e.get("source", source), e.get("score"), e.get("kept", True)) for e in entries]
-    return [Caption(text, raw.meta.get("source", source)) for text in raw.captions]
+    """A sample's captions, those that an earlier filter left out too. source: of those that say nothing of it. DataError where an
+    entry is no caption."""
+
+    def told(found: Any) -> str:
+        return found if found in SOURCES else source
+
+    if raw.meta.get("caption_entries"):
+        entries = raw.entries("caption_entries", ("caption",))
+        return [Caption(e["caption"], told(e.get("source")), e.get("score"), e.get("kept", True)) for e in entries]
+    return [Caption(text, told(raw.meta.get("source"))) for text in raw.captions]
 
 
 class Example(NamedTuple):
-    """A caption that the report shows, with its picture."""
+    """A caption that the report shows, and where its picture lies."""
 
-    picture: str
+    shard: int
+    row: int
     text: str
     source: str
     score: float
@@ -97,7 +110,8 @@ class Tally:
     images: int = 0
     images_dropped: int = 0
 
-    def add(self, raw: RawSample, captions: Sequence[Caption]) -> None:
+    def add(self, shard: int, row: int, raw: RawSample, captions: Sequence[Caption]) -> None:
+        """shard, row: where the sample lies."""
         self.images += 1
         scene = meaning.scene_of(raw.meta)
         for caption in captions:
@@ -111,7 +125,7 @@ class Tally:
                 bins[min(int(caption.score * BINS), BINS - 1)] += 1
                 shown = self.examples["kept" if caption.kept else "dropped"]
                 if len(shown) < SHOWN:
-                    shown.append(Example(picture(raw.image), caption.text, caption.source, caption.score))
+                    shown.append(Example(shard, row, caption.text, caption.source, caption.score))
 
     def record(self) -> dict[str, Any]:
         return {
@@ -160,6 +174,15 @@ def is_true(text: str, scene: Sequence[Any]) -> bool:
     return bool(said.things) and names.issuperset(said.things) and all(said.statements)
 
 
+class Readable(NamedTuple):
+    """A sample that can be used: its row, what is stored, its picture [3, S, S] uint8, its captions."""
+
+    row: int
+    raw: RawSample
+    pixels: torch.Tensor
+    captions: list[Caption]
+
+
 class Work:
     """What one of the two commands makes of a shard. settings: in words, as they are in the new set."""
 
@@ -175,12 +198,17 @@ class Work:
         number, shard = item
         tally = Tally()
         for first in range(0, shard.samples, self.batch_size):
-            rows = range(first, min(first + self.batch_size, shard.samples))
-            samples = [shard.read(row) for row in rows]
-            captions = [captions_of(raw, self.source) for raw in samples]
-            self.change(samples, captions)
-            for raw, of_image in zip(samples, captions, strict=True):
-                tally.add(raw, of_image)
+            samples: list[Readable] = []
+            for row in range(first, min(first + self.batch_size, shard.samples)):
+                try:
+                    samples.append(self.readable(shard, row))
+                except DataError as error:
+                    yield Rejected(re.sub(r"\S+\.tar(:\S+)?", "a sample", str(error)))
+            captions = [sample.captions for sample in samples]
+            if samples:
+                self.change(samples, captions)
+            for (row, raw, _, _), of_image in zip(samples, captions, strict=True):
+                tally.add(number, row, raw, of_image)
                 if any(caption.kept for caption in of_image):
                     yield changed(raw, of_image)
                 else:
@@ -188,23 +216,36 @@ class Work:
                     yield Rejected("no caption fits the image")
         write_atomically(tally_path(self.progress, number), json.dumps(tally.record()).encode())
 
-    def change(self, samples: Sequence[RawSample], captions: list[list[Caption]]) -> None:
+    needs_caption = True
+
+    def readable(self, shard: Shard, row: int) -> Readable:
+        """DataError where a sample cannot be used."""
+        raw = shard.read(row)
+        try:
+            captions = captions_of(raw, self.source)
+        except DataError:
+            if self.needs_caption:
+                raise
+            captions = []
+        return Readable(row, raw, runs.square_pixels(raw.image, self.model.config.image_size, raw.name), captions)
+
+    def change(self, samples: Sequence[Readable], captions: list[list[Caption]]) -> None:
         """Adds captions to those of each sample, or judges them."""
         raise NotImplementedError
 
-    def pixels(self, samples: Sequence[RawSample]) -> torch.Tensor:
-        size = self.model.config.image_size
-        return torch.stack([runs.square_pixels(raw.image, size, raw.name) for raw in samples]).to(self.device)
+    def pixels(self, samples: Sequence[Readable]) -> torch.Tensor:
+        return torch.stack([sample.pixels for sample in samples]).to(self.device)
 
 
 class Captioner(Work):
     config: DecodingConfig
     seed: int
+    needs_caption = False  # pictures alone get their first
 
     @torch.no_grad()
-    def change(self, samples: Sequence[RawSample], captions: list[list[Caption]]) -> None:
+    def change(self, samples: Sequence[Readable], captions: list[list[Caption]]) -> None:
         begin, *_, end = self.tokenizer("")["input_ids"]
-        ids = torch.tensor([raw.image_id for raw in samples]).to(self.device)
+        ids = torch.tensor([sample.raw.image_id for sample in samples]).to(self.device)
         batch = {"image": self.pixels(samples), "image_id": ids}
         found = written(self.model, batch, [begin], end, self.config, self.seed)
         for of_image, texts in zip(captions, found, strict=True):
@@ -219,7 +260,7 @@ class Filter(Work):
     threshold: float
 
     @torch.no_grad()
-    def change(self, samples: Sequence[RawSample], captions: list[list[Caption]]) -> None:
+    def change(self, samples: Sequence[Readable], captions: list[list[Caption]]) -> None:
         judged = [(row, c) for row, of_image in enumerate(captions) for c in of_image if c.source != HUMAN]
         if not judged:
             return
@@ -258,11 +299,14 @@ def write(
     items = [(number, shard) for number, shard in enumerate(shards)]
     plan = Plan("capfilt", [(shard.url, shard.samples, about) for shard in shards], work.of_shard, items_per_shard=1)
     partial = output.with_name(output.name + writer.PARTIAL)
-    _, problem = collector.attempt_on_rank0(lambda: begin(partial, output, plan, overwrite), ValueError)
+    _, problem = collector.attempt_on_rank0(lambda: begin(partial, output, plan, overwrite), *ERRORS)
     if problem:
         raise RecipeError(problem)
+    seen = json.dumps([[shard.url, shard.samples] for shard in shards] + [about])
+    if any(other != seen for other in collector.each_rank(seen)):
+        raise RecipeError("the ranks see different shards or weights: is a copy still under way?")
     done = {n for n, _ in items if writer.read_report(partial, plan.prefix, n) and has_tally(partial, n)}
-    collector.barrier()  # all have looked before any writes
+    done = collector.from_rank0(done)
     mine = [item for item in items if item[0] not in done][collector.rank :: collector.world_size]
     bar = Progress(str(output), len(items), "shards", done=len(done)) if collector.rank == 0 else None
     for item in mine:
@@ -272,12 +316,13 @@ def write(
     collector.barrier()
     if bar:
         bar.close()
-    _, problem = collector.attempt_on_rank0(lambda: finish(partial, output, plan, about), ValueError)
+    _, problem = collector.attempt_on_rank0(lambda: finish(partial, output, plan, shards, about), *ERRORS)
     if problem:
         raise RecipeError(problem)
 
 
 HELD: list[Any] = []  # locks, until the process ends
+ERRORS = (ValueError, OSError)
 
 
 def begin(partial: Path, output: Path, plan: Plan, overwrite: bool) -> None:
@@ -289,7 +334,7 @@ def has_tally(partial: Path, number: int) -> bool:
     return tally_path(partial / writer.PROGRESS, number).exists()
 
 
-def finish(partial: Path, output: Path, plan: Plan, about: dict[str, Any]) -> None:
+def finish(partial: Path, output: Path, plan: Plan, shards: Sequence[Shard], about: dict[str, Any]) -> None:
     reports, tally = {}, Tally()
     for n, _ in enumerate(plan.items):
         report = writer.read_report(partial, plan.prefix, n)
@@ -299,7 +344,7 @@ def finish(partial: Path, output: Path, plan: Plan, about: dict[str, Any]) -> No
         tally.join(json.loads(tally_path(partial / writer.PROGRESS, n).read_text()))
     numbers = {name: value for name, value in tally.record().items() if name != "examples"}
     numbers |= {"truth": tally.truth(), **about}
-    plan.extra = {SUMMARY: runs.as_json(numbers), REPORT: page(tally, about).encode()}
+    plan.extra = {SUMMARY: runs.as_json(numbers), REPORT: page(tally, shards, about).encode()}
     writer.finish(partial, output, plan, reports)
     print(writer.summary(output, reports))
     for source in sorted(tally.seen):
@@ -309,8 +354,8 @@ def finish(partial: Path, output: Path, plan: Plan, about: dict[str, Any]) -> No
     print(f"  report: {output / REPORT}")
 
 
-def page(tally: Tally, about: dict[str, Any]) -> str:
-    """The report."""
+def page(tally: Tally, shards: Sequence[Shard], about: dict[str, Any]) -> str:
+    """The report. shards: of the set that was read."""
     rows = "".join(
         f"<tr><td>{html.escape(source)}<td>{tally.seen[source]}<td>{tally.kept[source]}"
         f"<td>{100 * tally.kept[source] / tally.seen[source]:.1f}%"
@@ -327,7 +372,7 @@ def page(tally: Tally, about: dict[str, Any]) -> str:
         if shown:
             parts.append(f"<h2>{name.capitalize()}</h2>")
             parts += [
-                f'<div class="query">{e.picture}<div>{e.score:.2f} {html.escape(e.source)}<br><b>{html.escape(e.text)}</b></div></div>'
+                f'<div class="query">{picture(shards[e.shard].read(e.row).image)}<div>{e.score:.2f} {html.escape(e.source)}<br><b>{html.escape(e.text)}</b></div></div>'
                 for e in shown
             ]
     told = "".join(f"<tr><td>{html.escape(name)}<td>{html.escape(str(value))}" for name, value in about.items())
@@ -358,22 +403,18 @@ def refuse(shards: Sequence[Shard], output: Path, what: str) -> None:
     for folder in {Path(shard.url).resolve().parent for shard in shards if not is_remote(shard.url)}:
         if target == folder or target.is_relative_to(folder) or folder.is_relative_to(target):
             raise RecipeError(f"--output: {output} is not apart from the shards in {folder}: name another folder")
-        summary = folder / SUMMARY
-        if (
-            what == "filter"
-            and summary.exists()
-            and (found := json.loads(summary.read_text())).get("command") == "filter"
-        ):
-            raise RecipeError(
-                f"--shards: {folder} was filtered already, by {found.get('run')} with threshold {found.get('threshold')}: "
-                "name the shards that it was made of"
-            )
+    for shard in shards if what == "filter" else ():
+        entries = shard.read(0).meta.get("caption_entries", []) if shard.samples else []
+        if any("score" in entry for entry in entries):
+            raise RecipeError(f"--shards: {shard.url} was filtered already: name the shards that it was made of")
 
 
 def join_ranks() -> Collector:
-    """Of the ranks that a launcher has started; files alone are shared."""
+    """Of the ranks that a launcher has started, each on its GPU where there are any; files alone are shared."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # a rank may wait for another's last shard
     return Collector()
 
 
@@ -413,6 +454,8 @@ def main() -> None:
     call = "caption_step" if args.command == "caption" else "match"
     _, _, final = runs.find_stage(args.run, call)
     _, _, model, tokenizer = runs.open_run(args.run, call)
+    if not torch.cuda.is_available():
+        model.double()  # the number of threads shows in the last digits of float32, and so could that of ranks in a score's
     model.eval()
     about = {"command": args.command, "run": str(args.run), "weights": f"{crc32(final / WEIGHTS):08x}"}
     names = ("threshold",) if args.command == "filter" else ("captions", "top_p", "min_length", "max_length", "seed")
@@ -425,13 +468,20 @@ def main() -> None:
         work.threshold = args.threshold
     else:
         work = Captioner(*settings)
-        lengths = {"min_length": args.min_length, "max_length": args.max_length}
-        work.config = DecodingConfig(
-            method="sample",
-            top_p=args.top_p,
-            num_return_sequences=args.captions,
-            **{k: v for k, v in lengths.items() if v},
-        )
+        try:
+            work.config = DecodingConfig(
+                method="sample",
+                top_p=args.top_p,
+                num_return_sequences=args.captions,
+                min_length=args.min_length,
+                max_length=args.max_length,
+            )
+        except ValidationError as error:
+            told = error.errors()[0]
+            where = ".".join(map(str, told["loc"])).replace("num_return_sequences", "captions")
+            raise RecipeError(f"{f'--{where}: ' if where else ''}{told['msg'].removeprefix('Value error, ')}") from None
+        longest = model.config.max_text_len
+        check_lengths([0], work.config, args.max_length or longest, longest)
         work.seed = args.seed
     write(work, shards, args.output, about, collector, args.overwrite)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import deepspeed
 import torch
 
+from vlmo_ds.config import RecipeError
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.training.state import Held, PartitionedLayout, layout_of
 
@@ -22,8 +23,10 @@ class Averages:
         self.held: dict[str, Held] = {}
 
     def attach(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        """Takes the parts of the engine's layout. (Every rank has to call.)"""
+        """Takes the parts of the engine's layout. (Every rank has to call.) RecipeError where that cannot move a teacher."""
         self.layout = layout_of(engine)
+        if self.followed:
+            refuse(engine)
         self.parameters = dict(engine.module.named_parameters())
         if self.followed and isinstance(self.layout, PartitionedLayout):
             self.let_go(engine)
@@ -57,6 +60,23 @@ class Averages:
             _, live = self.layout.live(self.parameters[name])
             if live.data_ptr() != part.data_ptr():
                 live.copy_(part)
+            # ZeRO++ gathers from a second copy of what is not trained, which it takes once and for all
+            self.parameters[name].ds_secondary_tensor = None  # type: ignore[attr-defined]
 
     def __bool__(self) -> bool:
         return bool(self.followed)
+
+
+def refuse(engine: deepspeed.DeepSpeedEngine) -> None:
+    """RecipeError for settings of the DeepSpeed config under which a teacher would stay as it is."""
+    zero = engine.config.get("zero_optimization", {})
+    if zero.get("zero_quantized_nontrainable_weights"):
+        raise RecipeError(
+            "the DeepSpeed config has zero_optimization.zero_quantized_nontrainable_weights = true, which keeps a teacher that moves in 8 "
+            "bits: take it out"
+        )
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise RecipeError(
+            "the DeepSpeed config has zero_optimization.offload_param.device = 'nvme', where a teacher cannot move: accepted are 'cpu' and "
+            "'none'"
+        )

@@ -132,6 +132,8 @@ def accepted_from_elsewhere(config: dict[str, Any]) -> dict[str, Any]:
 
 def problems_of(config: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a config whatever the recipe: the key, what it holds, and the way out."""
+    if section(config, "fp16.auto_cast") is True:
+        yield "'fp16.auto_cast' is true: it rounds features to 16 bits before contrast: take it out"
     gone = dict.fromkeys(removed("_REMOVED_TOP_LEVEL_CONFIG_KEYS"), "take it out") | REMOVED
     for key in config:
         if key in gone:

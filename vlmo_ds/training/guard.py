@@ -133,21 +133,27 @@ class SpikeGuard:
 
 
 class Guessing:
-    """Warns once a task whose loss stays what a model reaches that guesses."""
+    """Warns once of a task whose loss stays what a model reaches that guesses. Its memory is part of every checkpoint."""
 
     STEPS, WITHIN = 500, 0.005
 
-    def __init__(self, stage: StageConfig):
+    def __init__(self, stage: StageConfig, memory: Mapping[str, int] | None = None):
         self.stage = stage.name
         self.guesses = {
             name: task.guess for name, task in stage.family.tasks.items() if name in stage.tasks and task.guess
         }
-        self.in_a_row = Counter(dict.fromkeys(self.guesses, 0))
+        self.in_a_row = Counter(dict.fromkeys(self.guesses, 0) | dict(memory or {}))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        return dict(self.in_a_row)
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """After a step: what there is to be said."""
         said = []
         for name, guess in self.guesses.items():
+            if self.in_a_row[name] >= self.STEPS:  # said already
+                continue
             near = abs(metrics[f"loss/{name}"] - guess.loss) < self.WITHIN
             self.in_a_row[name] = self.in_a_row[name] + 1 if near else 0
             if self.in_a_row[name] == self.STEPS:

@@ -219,7 +219,8 @@ class StageTraining:
             self.follow_schedule(reader.state["recipe"])
         self.compare = self.engine.zero_optimization_stage() == 3 if recipe.check_ranks is None else recipe.check_ranks
         self.guard = SpikeGuard(recipe.loss_spike, saved.get("guard")) if recipe.loss_spike else None
-        self.guessing = Guessing(stage)
+        self.guessing = Guessing(stage, saved.get("guessing"))
+        self.followed = bool(saved.get("followed", False))  # the teacher has, and the student has not moved since
         self.nonfinite = SkippedSteps(recipe, stage.name, run.folder, collector)
         self.replaced = ReplacedSamples(self.dataset, stage, self.first + self.skip)
         folder = run.folder_of(stage)
@@ -292,6 +293,7 @@ class StageTraining:
         else:
             outputs = [self.forward_backward(one) for one in passes]
         skipped = engine.skipped_steps > skipped_before
+        self.followed = skipped
         if keys and not skipped:
             engine.module.push(keys)
         flags = {ASKED: float(run.stop.asked()), WRITING: float(self.writer.busy)}
@@ -337,8 +339,9 @@ class StageTraining:
         return Pass(batch, (seed * 65_537 + run.collector.rank) % 2**64)
 
     def keys(self, passes: Sequence[Pass]) -> dict[str, Tensor]:
-        """The teacher follows, and gives its keys of all micro-batches."""
-        self.averages.follow(self.engine.module.momentum)
+        """The teacher follows, once for every step that is taken, and gives its keys of all micro-batches."""
+        if not self.followed:
+            self.averages.follow(self.engine.module.momentum)
         found = []
         with torch.no_grad():
             for one in passes:
@@ -372,6 +375,7 @@ class StageTraining:
         if step == self.stage.steps:  # beside those that are kept to go back to
             self.writer.keep = self.run.recipe.keep_checkpoints + 1
         memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
+        memory |= {"guessing": self.guessing.memory, "followed": self.followed}
         problem = self.writer.start(self.engine, step, self.frozen, {**self.about, **memory}, self.averages.held)
         self.failures.count((step, problem) if problem else None)
         if wait or not self.run.recipe.background_checkpoints:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -173,7 +174,8 @@ class PartitionedLayout(Layout):
 
     def gathered(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
         even = nn.functional.pad(part, (0, parameter.ds_tensor.ds_numel - part.numel()))  # type: ignore[attr-defined]
-        return Collector().gather(even)[: parameter.ds_numel]  # type: ignore[attr-defined]
+        where = torch.device(get_accelerator().current_device_name())  # parts may wait in host memory
+        return Collector().gather(even.to(where))[: parameter.ds_numel]  # type: ignore[attr-defined]
 
     def create_moments(self, steps: int) -> None:
         for number in range(len(self.optimizer.fp32_partitioned_groups_flat)):

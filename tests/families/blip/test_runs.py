@@ -86,7 +86,9 @@ def test_accumulation_does_not_change_contrast(tmp_path, synthetic):
     same(found[2], found[3], found[0], found[1], ("itc",))
 
 
-@pytest.mark.parametrize("zero, half", [(0, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize("zero, half", [
+    pytest.param(0, False, marks=pytest.mark.long), (2, True), (3, False), pytest.param(3, True, marks=pytest.mark.long),
+])  # fmt: skip
 def test_the_result_holds_the_averaged_teacher(tmp_path, synthetic, zero, half):
     """Recomputed from the weights before every step."""
     recipe = recipe_of(synthetic, 6, checkpoint_every=1) | {"keep_checkpoints": 20}

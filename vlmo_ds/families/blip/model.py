@@ -33,8 +33,8 @@ from vlmo_ds.objectives.captioning import wide
 from vlmo_ds.objectives.itm import Negatives, itm_loss
 from vlmo_ds.objectives.momentum import Keys, momentum_contrast
 
-EMPTY = -1  # image id of a place in the queue where nothing stands
-RANDOM = -2  # and below: of the random features that a queue may begin with
+EMPTY = -(2**63)  # image id of a place in the queue where nothing stands
+RANDOM = EMPTY + 1  # and above: of the random features that a queue may begin with
 FLOOR = 1e-4  # of a wrong pair's share, so that none is impossible (the reference)
 
 
@@ -95,7 +95,7 @@ class BLIP(FamilyModel):
         ids = torch.full((1, size), EMPTY)
         if config.queue_init == "random":
             features = [F.normalize(torch.randn(width, size), dim=0) for _ in range(2)]
-            ids = RANDOM - torch.arange(size)[None]
+            ids = RANDOM + torch.arange(size)[None]
         self.register_buffer("image_queue", features[0])
         self.register_buffer("text_queue", features[1])
         self.register_buffer("idx_queue", ids)

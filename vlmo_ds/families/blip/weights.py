@@ -38,18 +38,14 @@ def shared_name(name: str) -> str | None:
 
 def without_second_names(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     """(the tensors under one name each, how many second names there were). RecipeError where the two of a pair differ."""
-    found, left_out = {}, 0
+    source = {name: value for name, value in source.items() if not name.endswith("position_ids")}
+    found = {name: value for name, value in source.items() if not shared_name(name)}
+    left_out = 0
     for name, value in source.items():
-        ours = shared_name(name)
-        if ours is None:
-            if not name.endswith("position_ids"):
-                found[name] = value
-            continue
-        if ours in source and not torch.equal(source[ours], value):
-            raise RecipeError(f"{name} and {ours} are one tensor in BLIP, and differ in this file")
-        if ours not in source:
-            found[ours] = value
-        left_out += 1
+        if ours := shared_name(name):
+            if not torch.equal(found.setdefault(ours, value), value):
+                raise RecipeError(f"{name} and {ours} are one tensor in BLIP, and differ in this file")
+            left_out += 1
     return found, left_out
 
 
@@ -74,6 +70,9 @@ def fit_teacher(fitted: dict[str, Tensor], own: Mapping[str, Tensor], init: Init
     """A teacher begins as its student where a file has none, and its queue empty where the file's is of another size; a model
     without them leaves both out. What was changed."""
     changed, teacher = [], [name for name in own if student_of(name)]
+    anew = [name for name in teacher if matches(str(student_of(name)), init.fresh)]  # their students are not the file's
+    for name in anew:
+        fitted.pop(name, None)
     if given := [name for name in fitted if (student_of(name) or name in QUEUE) and name not in own]:
         for name in given:
             del fitted[name]
@@ -84,7 +83,7 @@ def fit_teacher(fitted: dict[str, Tensor], own: Mapping[str, Tensor], init: Init
             known = student in fitted and not matches(str(student), init.fresh)
             fitted[name] = fitted[str(student)] if known else own[name]
         changed.append(f"the teacher begins as the student ({len(begun)} tensors)")
-    if QUEUE[0] in own and any(name not in fitted or fitted[name].shape != own[name].shape for name in QUEUE):
+    if QUEUE[0] in own and (anew or any(name not in fitted or fitted[name].shape != own[name].shape for name in QUEUE)):
         fitted.update({name: own[name] for name in QUEUE})
         changed.append("the queue begins anew")
     return changed
