@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import matrix_rate, measured, write_results
+from common import matrix_rate, measured, memory, versions_beside, write_results
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import Fold, joined
@@ -159,18 +158,6 @@ def difference(config: CoCaSettings, plain: Plain | None, batch: dict[str, Tenso
     return worst
 
 
-def memory(reset: bool = False) -> int:
-    """Bytes that this process has at most held since the last reset."""
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def one(version: str, arch: str, pairs: int, dtype_name: str, full: bool, repeats: int) -> dict:
     """One setting, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,27 +216,8 @@ def main() -> None:
     print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)
     results: list[dict] = [{"largest difference of the versions, float64": worst}]
     for dtype, lengths in itertools.product(args.dtype, ("COCO", "full")):
-        pair = {}
-        for version in ("plain", "ours"):
-            command = [sys.executable, __file__, "--arch", args.arch, "--batch", str(args.batch)]
-            command += ["--repeats", str(args.repeats), "--one", version, dtype, lengths]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            pair[version] = json.loads(done.stdout.splitlines()[-1])
-            results.append(pair[version])
-            print(json.dumps(results[-1]), flush=True)
-        results.append(
-            {
-                "dtype": dtype,
-                "captions": pair["ours"]["captions"],
-                "time, ours over plain": round(pair["ours"]["seconds"] / pair["plain"]["seconds"], 3),
-                "memory, ours over plain": round(
-                    pair["ours"]["peak_beyond_weights_and_gradients_gb"]
-                    / pair["plain"]["peak_beyond_weights_and_gradients_gb"],
-                    3,
-                ),
-            }
-        )
-        print(json.dumps(results[-1]), flush=True)
+        settings = ["--arch", args.arch, "--batch", str(args.batch), "--repeats", str(args.repeats)]
+        results += versions_beside(__file__, settings, [dtype, lengths], ("dtype", "captions"))
     if args.output:
         write_results(args.output, results)
 

@@ -18,6 +18,8 @@ from PIL import Image
 from vlmo_ds.data.prepare.answers import normalize_answer, soft_score
 from vlmo_ds.data.prepare.sources import text
 from vlmo_ds.data.prepare.writer import begin
+from vlmo_ds.evaluation.capfilt import is_true
+from vlmo_ds.evaluation.meaning import scene_of
 
 
 def coco_tree(root):
@@ -490,6 +492,27 @@ def test_processes_do_not_change_the_shards(tmp_path):
         sizes = ["--train", 40, *SMALL[2:]]
         prepare("synthetic", "--output", tmp_path / str(processes), *sizes, "--processes", processes)
     assert digests(tmp_path / "1/train") == digests(tmp_path / "3/train") and len(digests(tmp_path / "1/train")) == 5
+
+
+def test_captions_of_the_web_that_changed_places(tmp_path):
+    sizes = ["--test", 6, "--image_size", 64]
+    prepare("synthetic_web", "--output", tmp_path / "out", "--human", 30, "--web", 200, "--exchanged", 0.25, *sizes)
+    prepare("synthetic", "--output", tmp_path / "world", "--train", 230, "--text", 5, *sizes)
+    human, web = samples(tmp_path / "out/human"), samples(tmp_path / "out/web")
+    assert (len(human), len(web)) == (30, 200)
+    scenes = [json.dumps(s.meta["things"]) for s in [*human, *web]]
+    assert scenes == [
+        json.dumps(s.meta["things"]) for s in samples(tmp_path / "world/train")
+    ]  # nothing that is held out
+    assert {s.meta["source"] for s in human} == {"human"} and {s.meta["source"] for s in web} == {"web"}
+    assert all(len(s.captions) == 1 for s in [*human, *web])
+    assert all(is_true(s.captions[0], scene_of(s.meta)) for s in human)
+    wrong = [s for s in web if not is_true(s.captions[0], scene_of(s.meta))]
+    assert 45 <= len(wrong) <= 50  # of 50, as what is said of another scene may be true of this one
+    assert (
+        "'1.5' is not a number from 0 to 1"
+        in prepare("synthetic_web", "--output", tmp_path / "no", "--exchanged", 1.5, code=2).stderr
+    )
 
 
 def test_killed_and_started_again(tmp_path):

@@ -189,10 +189,10 @@ def test_what_else_a_camera_wrote_may_be_broken(tmp_path, byte, value):
 
 def test_official_names_and_back(tmp_path, batch):
     model = tiny_model(JOINT, torch.float32).eval()
-    write_official(model.state_dict(), tmp_path / "official.pt")
+    write_official({"state_dict": model.state_dict()}, tmp_path / "official.pt")
     again = VLMo(model.config, JOINT).eval()
     again.load_state_dict(read_weights(tmp_path / "official.pt"))
     with torch.no_grad():
         assert torch.equal(again(batch, "match"), model(batch, "match"))
-    write_official(model.state_dict(), tmp_path / "half.pt", half=True)
+    write_official({"state_dict": model.state_dict()}, tmp_path / "half.pt", half=True)
     assert read_weights(tmp_path / "half.pt")["pooler.dense.weight"].dtype == torch.float16

@@ -29,7 +29,7 @@ def pretrained(tmp_path_factory, synthetic):
     run_ranks(["train_ds.py", "--recipe", str(file), "--output_dir", str(folder / "run")], 1)
     weights = read_weights(folder / "run/checkpoints/joint/final")
     weights["relative_position_index"] = torch.zeros(17, 17, dtype=torch.long)
-    write_official(weights, folder / "state_dict.pt", half=True)
+    write_official({"state_dict": weights}, folder / "state_dict.pt", half=True)
     released = torch.load(folder / "state_dict.pt", weights_only=True)["state_dict"]
     torch.save({"module": {f"module.{name}": value for name, value in released.items()}}, folder / "module.pt")
     torch.save({"model": released}, folder / "model.pt")

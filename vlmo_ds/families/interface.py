@@ -152,6 +152,10 @@ class Weights(Protocol):
         """What those settings ask once the weights are in the model."""
         ...
 
+    def official(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """A stage's weights as the reference's own files hold them."""
+        ...
+
 
 class HuggingFace(Protocol):
     """The family as transformers' models; importing the module makes them known to the Auto classes."""

@@ -5,7 +5,7 @@
     python -m vlmo_ds.interop.export RUN --open_clip FOLDER
 
 RUN is a run's directory (its last finished stage is taken) or checkpoints/<stage>/final inside it. The folder has
-config.json, model.safetensors, the tokenizer and the processor; the file has the weights under "state_dict". open_clip reads its
+config.json, model.safetensors, the tokenizer and the processor; the file has the weights as the reference's own files do. open_clip reads its
 folder as open_clip.create_model("local-dir:FOLDER"); families whose models it knows can be written so.
 """
 
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.output}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
             )
         if args.official:
-            write_official(weights, args.official, args.half)
-            print(f"{args.official}: {len(weights)} tensors under their official names")
+            count = write_official(recipe.family.weights().official(weights), args.official, args.half)
+            print(f"{args.official}: {count} tensors under their official names")
         if args.open_clip:
             note = write_open_clip(weights, recipe.model, recipe.family, tokenizer, args.open_clip)
             print(f"{args.open_clip}: open_clip.create_model('local-dir:{args.open_clip}')")
@@ -71,13 +71,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write_official(weights: dict[str, Tensor], file: Path, half: bool = False) -> None:
-    """As VLMo's releases: {"state_dict": {name: tensor}}, published in one rename."""
+def write_official(found: dict[str, dict[str, Tensor]], file: Path, half: bool = False) -> int:
+    """A file such as the reference's: one key, and under it names and tensors; published in one rename. How many there are."""
+    ((key, weights),) = found.items()
     kept = {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
     temporary = file.with_name(file.name + ".tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": kept}, temporary)
+    torch.save({key: kept}, temporary)
     temporary.replace(file)
+    return len(kept)
 
 
 def write_open_clip(

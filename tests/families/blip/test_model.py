@@ -13,6 +13,7 @@ from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.blip.model import EMPTY
 from vlmo_ds.families.blip.parity import build, compare
+from vlmo_ds.families.blip.weights import official
 from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import matches
 from vlmo_ds.objectives.captioning import word_losses
@@ -218,6 +219,19 @@ def test_captioning_alone_from_a_whole_file(tmp_path):
     drop = ["itm_head.*", "vision_proj.*", "text_proj.*", "temp"]
     model, report = from_file(tmp_path, state, {"lm": 1.0}, InitConfig(drop=drop))
     assert not model.followed() and any("the teacher and its queue" in line for line in report["converted"])
+
+
+def test_the_references_layout_there_and_back(tmp_path):
+    state = torch.load(golden("blip_A.pt"), weights_only=True)["state_dict"]
+    model, _ = from_file(tmp_path, state)
+    (found,) = official(model.state_dict()).values()
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert "queue" in name or torch.equal(found[name], value), name
+    alone, _ = from_file(
+        tmp_path, found, {"lm": 1.0}, InitConfig(drop=["itm_head.*", "vision_proj.*", "text_proj.*", "temp"])
+    )
+    assert not [name for name in official(alone.state_dict())["model"] if "_m." in name or "queue" in name]
 
 
 def test_second_names_have_to_agree(tmp_path):

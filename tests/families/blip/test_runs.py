@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -142,3 +143,98 @@ def test_another_number_of_ranks_goes_on_with_the_queue_and_the_teacher(tmp_path
         rows, final = run(tmp_path / "moving", recipe, ranks, zero)
     expected = run(tmp_path / "still", recipe, 1, 0)
     same(rows, final, *expected)
+
+
+def poisoned(steps: list[int], arguments: list[str]) -> None:
+    """train_ds.py, in which the teacher's features are not finite in some steps, counted by their data."""
+    from vlmo_ds.families.blip.model import BLIP
+    from vlmo_ds.training.run import main
+
+    keys = BLIP.keys
+
+    def changed(self, batch):
+        found = keys(self, batch)
+        if int(batch["negative_seed"]) % 1_000_003 in steps:
+            found["image"] = found["image"] * float("nan")
+        return found
+
+    BLIP.keys = changed
+    sys.exit(main(arguments))
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_queue_and_teacher(tmp_path, synthetic):
+    recipe = recipe_of(synthetic, 8, checkpoint_every=1) | {"keep_checkpoints": 20}
+    recipe["stages"], recipe["model"]["momentum"] = recipe["stages"][:1], 0.9
+    given = arguments(tmp_path, recipe, 2)[1:]
+    code = f"from families.blip.test_runs import poisoned; poisoned([3], {given!r})"
+    processes = start_ranks(["-c", code], 2)
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
+    assert [row["skipped_steps"] for row in rows_of(tmp_path)] == [0] * 3 + [1] * 5
+    folder = tmp_path / "run" / "checkpoints" / "contrast"
+    final = load_file(folder / "final" / "model.safetensors")
+    assert int(final["queue_ptr"]) == 7 * 8 % 20 and bool(final["image_queue"].isfinite().all())
+    teacher = {name: value.double() for name, value in final.items() if "_m." in name}
+    before = Reader(folder / "step-00000001").weights()  # its learning rate is 0: as the run began
+    expected = {name: before[name].double() for name in teacher}
+    for step in range(1, 8):
+        if step == 4:  # the student has not moved in the step before
+            continue
+        weights = Reader(folder / f"step-{step:08d}").weights()
+        expected = {
+            name: 0.9 * value + 0.1 * weights[name.replace("_m.", ".")].double() for name, value in expected.items()
+        }
+    torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
+
+
+HALF = """
+import sys, torch
+from families.blip.tiny import ALL, tiny_batch, tiny_model
+from vlmo_ds.config import DataConfig
+from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.families.blip import FAMILY
+from vlmo_ds.training.averages import Averages
+from vlmo_ds.training.ds_config import merge
+from vlmo_ds.training.engine import build_engine, start_distributed
+from vlmo_ds.training.optim import set_trainable
+
+start_distributed()
+ranks = Collector().world_size
+stage = FAMILY.stage(
+    name="a", tasks=ALL, data=DataConfig(shards=["-"]), global_batch_size=5 * ranks, steps=9, schedule={"name": "constant"}
+)
+for zero in (1, 2, 3):
+    for every in (0, 1):
+        model = tiny_model(dtype=torch.float32, activation_checkpoint_every=every)
+        set_trainable(model, stage)
+        averages = Averages(model)
+        config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 200}}
+        engine = build_engine(model, stage, merge(config, stage, ranks))
+        averages.attach(engine)
+        engine.train()
+        batch, found = tiny_batch(dtype=torch.float32, seed=Collector().rank), []
+        for step in range(3):
+            averages.follow(0.5)
+            with torch.no_grad():
+                found.append(engine(batch, "keys"))
+            out = engine({**batch, **engine.module.keys_of_step([found[-1]])})
+            engine.backward(out.loss)
+            engine.step()
+        parameters = dict(engine.module.named_parameters())
+        for name, held in averages.held.items():
+            start, live = averages.layout.live(parameters[name])
+            if live.numel():
+                assert start == held.start and live.dtype == torch.bfloat16 and held.values.dtype == torch.float32
+                worst = ((live.float() - held.values).abs() / held.values.abs().clamp(min=1e-30)).max()
+                assert float(worst) < 4e-3, (zero, name, float(worst))
+            assert parameters[name].data_ptr() != parameters[averages.followed[name]].data_ptr() or zero == 3
+        for one, other in zip(found, found[1:]):  # what computes the keys has moved
+            assert not torch.equal(one["image"], other["image"]) and not torch.equal(one["text"], other["text"])
+        assert engine.module.image_queue.dtype == torch.float32 and found[0]["image"].dtype == torch.float32
+print("DONE")
+"""
+
+
+def test_a_teacher_in_half_precision_follows_its_float32_average(tmp_path):
+    (tmp_path / "worker.py").write_text(HALF)
+    assert "DONE" in run_ranks([str(tmp_path / "worker.py")], 2)

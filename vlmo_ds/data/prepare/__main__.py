@@ -226,6 +226,29 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--image_size", type=positive, default=96, help="pixels per side (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     sub.set_defaults(plans=synthetic)
+    sub = dataset(
+        "synthetic_web",
+        "the built-in world with captions that are not all right: folders human and web under --output",
+        None,
+    )
+    sub.add_argument(
+        "--human", type=positive, default=1000, help="scenes with captions of people (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--web", type=positive, default=8000, help="scenes with captions of the web (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--exchanged",
+        type=share,
+        default=0.3,
+        help="of the web's captions those of another image (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--test", type=positive, default=256, help="scenes that `synthetic` holds out (default: %(default)s)"
+    )
+    sub.add_argument("--image_size", type=positive, default=96, help="pixels per side (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="as that of `synthetic` (default: %(default)s)")
+    sub.set_defaults(plans=synthetic_web)
     return top
 
 
@@ -233,6 +256,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
     return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -254,6 +287,11 @@ def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
         args.output / "test": pairs("test"),
         args.output / "text": sources.synthetic_text(args.text, args.seed),
     }
+
+
+def synthetic_web(args: argparse.Namespace) -> dict[Path, Plan]:
+    sizes = (args.human, args.web, args.exchanged, args.test, args.seed, args.image_size)
+    return {args.output / kind: sources.synthetic_web(kind, *sizes) for kind in ("human", "web")}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -523,6 +524,29 @@ def make_scene(item: tuple, split: str, seed: int, size: int) -> Made:
     things = [dataclasses.asdict(thing) for thing in scene]
     meta = sample_json(captions=captions, image_id=stable_id(f"{seed}:{split}:{number}"), things=things)
     yield Sample({"jpg": image, "json": meta}, len(captions))
+
+
+def synthetic_web(kind: str, human: int, web: int, exchanged: float, held_out: int, seed: int, size: int) -> Plan:
+    """Scenes of the synthetic world with one caption each: of people, or of the web, where a share of the captions has changed places
+    among its images. No scene is in both, or held out."""
+    _, trained = synthetic.scenes(seed, held_out, human + web)
+    first, count = (0, human) if kind == "human" else (human, web)
+    caption_of = np.arange(first, first + count)
+    if kind == "web":
+        rng = generator(seed, 15)
+        moved = rng.permutation(count)[: round(exchanged * count)]
+        caption_of[moved] = caption_of[np.roll(moved, 1)]
+    items = [(first + n, trained[first + n], int(of), trained[of]) for n, of in enumerate(caption_of)]
+    return Plan(kind, items, partial(make_web_scene, kind=kind, seed=seed, size=size))
+
+
+def make_web_scene(item: tuple, kind: str, seed: int, size: int) -> Made:
+    number, scene, caption_number, caption_scene = item
+    image = synthetic.jpeg(synthetic.render(scene, generator(seed, 12, number), size))
+    caption = synthetic.describe(caption_scene, generator(seed, 16, caption_number))
+    things = [dataclasses.asdict(thing) for thing in scene]
+    meta = sample_json(captions=[caption], image_id=stable_id(f"{seed}:train:{number}"), things=things, source=kind)
+    yield Sample({"jpg": image, "json": meta}, 1)
 
 
 def synthetic_text(count: int, seed: int) -> Plan:

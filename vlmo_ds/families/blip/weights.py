@@ -95,3 +95,24 @@ def fresh(init: InitConfig) -> list[str]:
 
 def finish(model: BLIP, init: InitConfig) -> None:
     pass
+
+
+def official(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """With both names of what the text decoder shares with the text encoder, and the places' numbers; the images of the queue's
+    features, which the reference does not keep, are left out."""
+    found = {name: value for name, value in weights.items() if name != "idx_queue"}
+    table = "text_encoder.embeddings.position_embeddings.weight"
+    places = torch.arange(len(weights[table]))[None]
+    decodes = "text_decoder.cls.predictions.bias" in found
+    prefixes = ["text_encoder.", *(["text_encoder_m."] if "image_queue" in found else [])]
+    found |= {f"{prefix}embeddings.position_ids": places.clone() for prefix in prefixes}
+    if decodes:
+        for name, value in list(found.items()):
+            if re.match(
+                r"text_encoder\.(embeddings|encoder\.layer\.\d+\.(crossattention|intermediate|output))\.", name
+            ):
+                found[name.replace("text_encoder.", "text_decoder.bert.", 1)] = value
+        words = "text_decoder.cls.predictions"
+        found[f"{words}.decoder.weight"] = found["text_encoder.embeddings.word_embeddings.weight"]
+        found[f"{words}.decoder.bias"] = found[f"{words}.bias"]
+    return {"model": found}

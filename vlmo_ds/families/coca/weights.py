@@ -131,3 +131,7 @@ def to_open_clip(config: CoCaSettings) -> tuple[dict[str, Any], str]:
         "custom_text": True,
     }
     return whole, note
+
+
+def official(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {"state_dict": dict(weights)}

@@ -179,3 +179,7 @@ def resize_relative(table: Tensor, before: int, after: int, text_len: int, own: 
         words[own_text_len - 2 - reach : own_text_len - 1 + reach] = known[text_len - 2 - reach : text_len - 1 + reach]
         words[-3:] = known[-3:]
     return torch.cat((grid, rest, words))
+
+
+def official(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {"state_dict": dict(weights)}

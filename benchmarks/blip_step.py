@@ -1,0 +1,247 @@
+"""Seconds and memory of BLIP's step with all three objectives, beside a plain version that walks the text stack for each.
+
+    python benchmarks/blip_step.py [--arch blip_ViT-B-16] [--batch 4] [--queue 57600] [--dtype float32] [--golden FILE] [--output FILE]
+
+The plain version is written as the model is usually written: texts padded to the longest they may be, one walk for contrast,
+one for matched pairs, one for wrong ones, one for decoding, each of which computes the images' keys and values anew, all
+logits of the vocabulary, every activation kept. It has the same weights, and both give the same losses and gradients (in float64
+on a small model, before anything is timed; with --golden it is held against recorded numbers as well). Forward and backward
+with the teacher's forward, in one process for each version; memory is the peak beyond weights, teacher and gradients. Lengths of
+captions are those of COCO (14.0 word pieces on average), and full ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import matrix_rate, measured, memory, versions_beside, write_results
+from torch import Tensor
+
+from vlmo_ds.blocks.fold import joined
+from vlmo_ds.config import DataConfig
+from vlmo_ds.families.blip import FAMILY
+from vlmo_ds.families.blip.config import BLIPSettings
+from vlmo_ds.families.blip.cost import forward_flops
+from vlmo_ds.families.blip.model import BLIP, begun_with, unit
+from vlmo_ds.families.blip.parity import LOSSES, build
+from vlmo_ds.families.blip.text import TextEncoder
+from vlmo_ds.families.blip.vision import Block
+from vlmo_ds.families.comparing import relative_difference
+from vlmo_ds.families.step import Batch, StepOutput, added
+from vlmo_ds.objectives.itm import itm_loss
+from vlmo_ds.training.host import prepare_cpu
+
+TASKS = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
+COCO_LENGTHS = (11, 12, 13, 13, 14, 15, 16, 18)  # eighths of COCO's captions in word pieces, start and end included
+PARITY = 1e-9  # relative, float64
+
+
+class PlainBlock(Block):
+    """The image tower's block with every activation kept."""
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
+        hidden = F.gelu(self.mlp.fc1(self.norm2(x_BLD)))
+        return x_BLD + F.linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)
+
+
+class Plain(BLIP):
+    """The same model computed plainly."""
+
+    def __init__(self, config: BLIPSettings, tasks: dict[str, float]):
+        super().__init__(config, tasks)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.__class__ = PlainBlock
+
+    def step(self, batch: Batch) -> StepOutput:
+        out = StepOutput.empty()
+        length = self.config.max_text_len
+        ids, masks = (F.pad(batch[name], (0, length - batch[name].shape[1])) for name in ("text_ids", "text_masks"))
+        image_BSD = self.visual_encoder(self.pixels(batch))
+        with torch.no_grad():
+            keys = {
+                "image": unit(self.vision_proj_m(self.visual_encoder_m(self.pixels(batch))[:, 0])),
+                "text": unit(self.text_proj_m(self.walk(self.text_encoder_m, ids, masks)[:, 0])),
+                "image_id": batch["image_id"],
+                "sample_id": batch["sample_id"],
+            }
+        batch = {**batch, **self.keys_of_step([keys])}
+        image = unit(self.vision_proj(image_BSD[:, 0]))
+        text = unit(self.text_proj(self.walk(self.text_encoder, ids, masks)[:, 0]))
+        self.add_contrast_with_keys(out, batch, image, text)
+        wrong = self.drawn(batch, image.detach(), text.detach())
+        encoded = begun_with(self.config.encode_word, ids)
+        matched = self.walk(self.text_encoder, encoded, masks, image_BSD)[:, 0]
+        both = self.walk(
+            self.text_encoder,
+            torch.cat((encoded, encoded[wrong.text_B])),
+            torch.cat((masks, masks[wrong.text_B])),
+            torch.cat((image_BSD[wrong.image_B], image_BSD)),
+        )[:, 0]
+        self.record(out, "itm", itm_loss(self.itm_head(torch.cat((matched, both))), self.collector))
+        decoded = begun_with(self.config.decode_word, ids)
+        hidden = self.walk(self.text_encoder, decoded, masks, image_BSD, decodes=True)
+        head = self.text_decoder.predictions
+        logits = F.linear(head.transform(hidden), self.text_encoder.embeddings.word_embeddings.weight, head.bias)
+        labels = ids.masked_fill(masks == 0, -100)[:, 1:]
+        logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+        loss = F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=self.config.label_smoothing)
+        self.record(out, "lm", (loss, {}))
+        return out._replace(loss=added(out.losses.values()))
+
+    def walk(
+        self, encoder: TextEncoder, ids: Tensor, masks: Tensor, image_BSD: Tensor | None = None, decodes: bool = False
+    ) -> Tensor:
+        """[B, L, D] of padded texts."""
+        place = torch.arange(ids.shape[1], device=ids.device)
+        mask = masks.bool()[:, None, None]
+        if decodes:
+            mask = mask & (place[:, None] >= place[None])
+        x = encoder.embeddings(ids, place.expand_as(ids))
+        for i, layer in enumerate(encoder.layers):
+            attention = self.text_decoder.attention[i] if decodes else layer.attention
+            x = attended(attention, x, x, mask)
+            if image_BSD is not None:
+                x = attended(layer.crossattention, x, image_BSD, None)
+            second = layer.output.dense
+            x = layer.output.LayerNorm(F.linear(F.gelu(layer.intermediate(x)), second.weight, second.bias) + x)
+        return x
+
+
+def attended(module: torch.nn.Module, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    of = module.self
+    q, k, v = of.heads(of.query(x)), of.heads(of.key(context)), of.heads(of.value(context))
+    return module.output(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), x)
+
+
+def batch_of(config: BLIPSettings, lengths: list[int], device: torch.device) -> dict[str, Tensor]:
+    g, pairs, size = torch.Generator().manual_seed(0), len(lengths), config.image_size
+    masks = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    batch = {
+        "image": torch.randint(0, 256, (pairs, 3, size, size), generator=g).to(torch.uint8),
+        "text_ids": torch.randint(1, config.vocab_size - 2, masks.shape, generator=g) * masks,
+        "text_masks": masks,
+        "image_id": torch.arange(pairs),
+        "sample_id": torch.arange(pairs),
+    }
+    return {name: value.to(device) for name, value in batch.items()} | {"negative_seed": torch.tensor(0)}
+
+
+def check_parity(golden: Path | None) -> float:
+    """The worst relative difference of losses and gradients between the two versions. SystemExit where they differ."""
+    config = BLIPSettings(image_size=64, vision_layers=2, text_layers=2, vocab_size=90, max_text_len=20, queue_size=30)
+    plain = Plain(config, TASKS).double()
+    worst = difference(plain, batch_of(config, [5, 9, 20, 12], torch.device("cpu")))
+    if golden:
+        recorded = torch.load(golden, weights_only=True)
+        ours = build(recorded, torch.float64)
+        plain = Plain(ours.config, TASKS).double()
+        plain.load_state_dict(ours.state_dict())
+        plain.follow()
+        rows = torch.arange(len(recorded["batch"]["text_ids"]))
+        batch = {**recorded["batch"], "image": recorded["batch"]["image"].double(), "image_id": rows, "sample_id": rows}
+        batch |= {name: recorded[name] for name in ("negative_image_index", "negative_text_index")}
+        losses = plain(batch).losses
+        for task, name in LOSSES.items():
+            worst = max(worst, relative_difference(losses[task], recorded["losses"][name]))
+        worst = max(worst, difference(plain, batch))
+    if worst > PARITY:
+        sys.exit(f"error: the plain version differs by {worst:.1e}")
+    return worst
+
+
+def difference(plain: Plain, batch: dict[str, Tensor]) -> float:
+    ours = BLIP(plain.config, TASKS).double()
+    ours.load_state_dict(plain.state_dict())
+    losses = [model(batch).loss for model in (plain, ours)]
+    for loss in losses:
+        loss.backward()
+    worst = relative_difference(losses[1], losses[0])
+    for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if one.requires_grad and one.grad is not None and not name.endswith("key.bias"):  # whose gradient is rounding
+            worst = max(worst, relative_difference(one.grad, other.grad))
+    return worst
+
+
+def one(arch: str, pairs: int, queue: int, repeats: int, version: str, dtype_name: str, lengths_of: str) -> dict:
+    """One setting, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        prepare_cpu()
+    dtype = getattr(torch, dtype_name)
+    config = BLIPSettings(arch=arch, vocab_size=30524, queue_size=queue)
+    model = (Plain if version == "plain" else BLIP)(config, TASKS)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model = model.to(device=device, dtype=dtype).train()
+    for name, buffer in buffers.items():  # the queue stays in float32
+        setattr(model, name, buffer.to(device))
+    full = lengths_of == "full"
+    lengths = [config.max_text_len if full else COCO_LENGTHS[i % len(COCO_LENGTHS)] for i in range(pairs)]
+    batch = batch_of(config, lengths, device)
+    model.push(model.keys_of_step([model.keys(batch)]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    with torch.no_grad():  # threads and kernels are there before memory is counted
+        model(batch_of(config, [5, 6], device))
+    before = memory(reset=True)
+    model(batch).loss.backward()
+    peak = memory() - before
+
+    def step() -> None:
+        model.zero_grad(set_to_none=False)
+        model(batch).loss.backward()
+
+    seconds = measured(step, repeats, 1 if device.type == "cpu" else 5)
+    stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
+    shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
+    forward = forward_flops(shortened, stage)
+    return {
+        "version": version,
+        "arch": arch,
+        "batch": pairs,
+        "queue": queue,
+        "dtype": dtype_name,
+        "captions": "full" if full else "COCO's lengths",
+        "seconds": round(seconds, 3),
+        "pairs_per_second": round(pairs / seconds, 2),
+        "peak_beyond_weights_and_gradients_gb": round(peak / 1e9, 3),
+        "gflop_a_pair, backward included": round(3 * forward / 1e9, 1),
+        "share_of_matrix_product_rate": round(3 * forward * pairs / seconds / matrix_rate(dtype, device), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="blip_ViT-B-16")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--queue", type=int, default=57600)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--golden", type=Path, help="recorded numbers that the plain version has to reach")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--one", nargs=3, metavar=("VERSION", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args.arch, args.batch, args.queue, args.repeats, *args.one)))
+        return
+    worst = check_parity(args.golden)
+    print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)
+    results: list[dict] = [{"largest difference of the versions, float64": worst}]
+    for dtype, lengths in itertools.product(args.dtype, ("COCO", "full")):
+        settings = ["--arch", args.arch, "--batch", str(args.batch), "--queue", str(args.queue)]
+        settings += ["--repeats", str(args.repeats)]
+        results += versions_beside(__file__, settings, [dtype, lengths], ("dtype", "captions"))
+    if args.output:
+        write_results(args.output, results)
+
+
+if __name__ == "__main__":
+    main()
