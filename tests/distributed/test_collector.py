@@ -161,7 +161,7 @@ def test_noise_is_gumbel():
 
 
 def test_a_batch_with_one_image_is_a_clear_error():
-    with pytest.raises(ValueError, match="all 3 pairs of the global batch have image_id 4"):
+    with pytest.raises(ValueError, match="all 3 pairs of the ranks' micro-batches have image_id 4"):
         draw(features(3), features(3), 1.0, 0, torch.tensor([4, 4, 4]))
 
 

@@ -78,11 +78,11 @@ def same(rows, final, expected_rows, expected_final, tasks=("itc", "itm", "lm"))
 
 
 def test_accumulation_does_not_change_contrast(tmp_path, synthetic):
-    """One micro-batch or two: the teacher's keys of both are there for either. Wrong pairs are drawn among a micro-batch: itc and lm."""
+    """One micro-batch or two: the teacher's keys of both are there for either."""
     found = []
     for micro in (8, 4):
         recipe = recipe_of(synthetic, 8, micro_batch_size=micro)
-        recipe["stages"][1] |= {"tasks": {"itc": None, "lm": None}, "init": {"fresh": ["text_decoder.*"]}}
+        recipe["stages"][1] |= {"tasks": {"itc": None}, "init": {}}
         found += run(tmp_path / str(micro), recipe, 1, 2)
     same(found[2], found[3], found[0], found[1], ("itc",))
 
