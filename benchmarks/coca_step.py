@@ -23,12 +23,13 @@ from common import matrix_rate, measured, memory, versions_beside, write_results
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import Fold, joined
+from vlmo_ds.blocks.layers import unit
 from vlmo_ds.config import DataConfig
 from vlmo_ds.families.coca import FAMILY
 from vlmo_ds.families.coca.block import Block
 from vlmo_ds.families.coca.config import CoCaSettings
 from vlmo_ds.families.coca.cost import forward_flops
-from vlmo_ds.families.coca.model import CoCa, unit
+from vlmo_ds.families.coca.model import CoCa
 from vlmo_ds.families.coca.weights import from_open_clip
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.layers import unit
+
 
 class TextEmbeddings(nn.Module):
     """BERT's embeddings (arXiv:1810.04805): word + token type 0 (+ position), LayerNorm, dropout.
@@ -65,8 +67,7 @@ class ITCHead(nn.Module):
         self.fc = nn.Linear(dim, dim, bias=False)
 
     def forward(self, cls_BD: Tensor) -> Tensor:
-        feature = self.fc(cls_BD)
-        return F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1)
+        return unit(self.fc(cls_BD))
 
 
 class MLMTransform(nn.Module):

@@ -22,6 +22,16 @@ def given(value: T | None, what: str) -> T:
     return value
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(feature: Tensor) -> Tensor:
+    """[B, E] of unit length, in float32 at least."""
+    return F.normalize(wide(feature), dim=-1)
+
+
 class PatchEmbed(nn.Module):
     """Cuts an image into square patches and projects each (ViT, arXiv:2010.11929, section 3.1)."""
 

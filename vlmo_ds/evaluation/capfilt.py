@@ -49,7 +49,7 @@ from vlmo_ds.progress import Progress
 from vlmo_ds.weights_file import WEIGHTS
 
 SUMMARY, REPORT = "capfilt.json", "report.html"
-HUMAN, WEB, SYNTHETIC = "human", "web", "synthetic"
+SOURCES = HUMAN, WEB, SYNTHETIC = "human", "web", "synthetic"
 SHOWN = 24  # examples of kept and of dropped captions in the report
 BINS = 20  # of the histograms of scores
 
@@ -68,9 +68,6 @@ class Caption:
         if self.score is not None:
             found |= {"score": self.score, "kept": self.kept}
         return found
-
-
-SOURCES = (HUMAN, WEB, SYNTHETIC)
 
 
 def captions_of(raw: RawSample, source: str) -> list[Caption]:
@@ -105,7 +102,7 @@ class Tally:
     scores: dict[str, list[int]] = field(default_factory=dict)  # by source: counts of BINS equal parts of 0 to 1
     judged: Counter[str] = field(
         default_factory=Counter
-    )  # where the truth is known: "right kept", "wrong dropped", ...
+    )  # "right kept", "wrong dropped", ..., where the truth is known
     examples: dict[str, list[Example]] = field(default_factory=lambda: {"kept": [], "dropped": []})
     images: int = 0
     images_dropped: int = 0
@@ -184,7 +181,9 @@ class Readable(NamedTuple):
 
 
 class Work:
-    """What one of the two commands makes of a shard. settings: in words, as they are in the new set."""
+    """What one of the two commands makes of a shard. progress: the folder where it notes what became of the captions."""
+
+    needs_caption = True
 
     def __init__(
         self, model: FamilyModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, source: str, progress: Path
@@ -215,8 +214,6 @@ class Work:
                     tally.images_dropped += 1
                     yield Rejected("no caption fits the image")
         write_atomically(tally_path(self.progress, number), json.dumps(tally.record()).encode())
-
-    needs_caption = True
 
     def readable(self, shard: Shard, row: int) -> Readable:
         """DataError where a sample cannot be used."""
@@ -299,12 +296,11 @@ def write(
     items = [(number, shard) for number, shard in enumerate(shards)]
     plan = Plan("capfilt", [(shard.url, shard.samples, about) for shard in shards], work.of_shard, items_per_shard=1)
     partial = output.with_name(output.name + writer.PARTIAL)
+    if any(other != plan.items for other in collector.each_rank(plan.items)):
+        raise RecipeError("the ranks see different shards or weights: is a copy still under way?")
     _, problem = collector.attempt_on_rank0(lambda: begin(partial, output, plan, overwrite), *ERRORS)
     if problem:
         raise RecipeError(problem)
-    seen = json.dumps([[shard.url, shard.samples] for shard in shards] + [about])
-    if any(other != seen for other in collector.each_rank(seen)):
-        raise RecipeError("the ranks see different shards or weights: is a copy still under way?")
     done = {n for n, _ in items if writer.read_report(partial, plan.prefix, n) and has_tally(partial, n)}
     done = collector.from_rank0(done)
     mine = [item for item in items if item[0] not in done][collector.rank :: collector.world_size]

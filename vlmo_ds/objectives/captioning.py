@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmo_ds.blocks.layers import wide
+
 CHUNK = 1024  # rows whose logits are in memory at a time
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class WordLosses(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo_ds.blocks.layers import init_weights, normalize
+from vlmo_ds.blocks.layers import init_weights, normalize, unit, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import sample_negatives
@@ -29,7 +29,6 @@ from vlmo_ds.families.blip.config import (
 from vlmo_ds.families.blip.text import Look, TextDecoder, TextEncoder
 from vlmo_ds.families.blip.vision import VisionTransformer
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
-from vlmo_ds.objectives.captioning import wide
 from vlmo_ds.objectives.itm import Negatives, itm_loss
 from vlmo_ds.objectives.momentum import Keys, momentum_contrast
 
@@ -394,8 +393,3 @@ def student_of(name: str) -> str | None:
 def begun_with(word: int, ids_BL: Tensor) -> Tensor:
     """The texts with another first word."""
     return torch.cat((torch.full_like(ids_BL[:, :1], word), ids_BL[:, 1:]), dim=1)
-
-
-def unit(feature: Tensor) -> Tensor:
-    """[B, E] of unit length, in float32 at least."""
-    return F.normalize(wide(feature), dim=-1)

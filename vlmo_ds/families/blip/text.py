@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmo_ds.blocks.cache import Cache
+from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, joined
-from vlmo_ds.blocks.layers import GeluLinear
+from vlmo_ds.blocks.layers import GeluLinear, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.families.blip.config import BLIPSettings
-from vlmo_ds.objectives.captioning import wide, word_losses
+from vlmo_ds.objectives.captioning import word_losses
 
 EPS = 1e-12
 
@@ -92,11 +92,8 @@ class SelfAttention(nn.Module):
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
         """The L newest words of R texts, whose keys and values join those of the words before them in the cache."""
         of = self.self
-        k, v = cache.update(of.heads(of.key(x_RLD)), of.heads(of.value(x_RLD)), layer)
-        new, every = x_RLD.shape[1], k.shape[2]
-        place = torch.arange(every, device=x_RLD.device)
-        mask = None if new == 1 else place[None] <= place[every - new :, None]
-        return self.output(joined(of.attend(of.heads(of.query(x_RLD)), k, v, mask)), x_RLD)
+        q, k, v = (of.heads(part(x_RLD)) for part in (of.query, of.key, of.value))
+        return self.output(joined(attend_to_words(q, k, v, cache, layer)), x_RLD)
 
 
 class CrossAttention(nn.Module):
@@ -134,10 +131,8 @@ class CrossAttention(nn.Module):
 
     def step(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """R = n * I texts, n for each of I images in turn, whose keys and values [I, H, S, D/H] are given."""
-        of = self.self
-        q = of.heads(of.query(x_RLD)).unflatten(0, (len(keys), -1)).transpose(1, 2).flatten(2, 3)
-        out = of.attend(q, keys, values).unflatten(2, (-1, x_RLD.shape[1])).transpose(1, 2).flatten(0, 1)
-        return self.output(joined(out), x_RLD)
+        q = self.self.heads(self.self.query(x_RLD))
+        return self.output(joined(attend_to_images(q, keys, values)), x_RLD)
 
 
 class Intermediate(nn.Module):

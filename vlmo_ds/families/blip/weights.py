@@ -16,24 +16,20 @@ from vlmo_ds.families.interface import matches
 
 IMAGE_POSITIONS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
 QUEUE = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
-# What the text decoder shares with the text encoder, and the vocabulary with the word table: name there -> name here.
-SHARED = (
-    (re.compile(r"text_decoder\.bert\.(embeddings\..+)"), r"text_encoder.\1"),
-    (
-        re.compile(r"text_decoder\.bert\.(encoder\.layer\.\d+\.(?:crossattention|intermediate|output)\..+)"),
-        r"text_encoder.\1",
-    ),
-    (re.compile(r"text_decoder\.cls\.predictions\.decoder\.weight"), "text_encoder.embeddings.word_embeddings.weight"),
-    (re.compile(r"text_decoder\.cls\.predictions\.decoder\.bias"), "text_decoder.cls.predictions.bias"),
-)
+# What the text decoder shares with the text encoder, by the names behind the prefixes that the reference has for each, and with
+# the word table: name there -> name here.
+SHARED = re.compile(r"(?:embeddings|encoder\.layer\.\d+\.(?:crossattention|intermediate|output))\..+")
+ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
+OF_WORDS = {
+    "text_decoder.cls.predictions.decoder.weight": "text_encoder.embeddings.word_embeddings.weight",
+    "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
+}
 
 
 def shared_name(name: str) -> str | None:
     """The name here of a tensor that the reference has under two names; None for the others."""
-    for pattern, ours in SHARED:
-        if pattern.fullmatch(name):
-            return pattern.sub(ours, name)
-    return None
+    part = name.removeprefix(DECODER)
+    return ENCODER + part if name.startswith(DECODER) and SHARED.fullmatch(part) else OF_WORDS.get(name)
 
 
 def without_second_names(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmo_ds.blocks.cache import Cache
+from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, joined
 from vlmo_ds.blocks.layers import GeluLinear, given
 from vlmo_ds.blocks.recompute import Recomputed
@@ -93,22 +93,12 @@ class Attention(nn.Module):
 
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
         """The L newest tokens of R texts, whose keys and values join those of the tokens before them in the cache."""
-        q, k, v = self.of_itself(x_RLD)
-        k, v = cache.update(k, v, layer)
-        new, all_of_them = q.shape[2], k.shape[2]
-        place = torch.arange(all_of_them, device=q.device)
-        mask = None if new == 1 else place[None] <= place[all_of_them - new :, None]
-        return self.out_proj(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        return self.out_proj(joined(attend_to_words(*self.of_itself(x_RLD), cache, layer)))
 
     def look(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of R = n * B texts, n for each of B contexts, to keys and values [B, H, S, D/H] of the contexts
         -> [R, L, D]."""
-        q = self.query(x_RLD)
-        contexts, length = len(keys), q.shape[2]
-        q = q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, n * L, D/H]
-        out = F.scaled_dot_product_attention(q, keys, values)
-        out = out.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-        return self.out_proj(joined(out))
+        return self.out_proj(joined(attend_to_images(self.query(x_RLD), keys, values)))
 
 
 class Block(nn.Module):

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from vlmo_ds.blocks.cache import Cache
 from vlmo_ds.blocks.fold import Fold
-from vlmo_ds.blocks.layers import given, normalize
+from vlmo_ds.blocks.layers import given, normalize, unit, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.coca import FAMILY
 from vlmo_ds.families.coca.block import AttentionalPooler, Block, Transformer, blocks_of
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
-from vlmo_ds.objectives.captioning import wide, word_losses
+from vlmo_ds.objectives.captioning import word_losses
 from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
 
 PADDING = 0  # the padding word's id: of its embedding alone, which words are valid is told by lengths
@@ -326,8 +326,3 @@ def next_words(ids_BL: Tensor, lengths_B: Tensor, text: EncodedText) -> tuple[Te
     fold = Fold(lengths_B - 1, text.fold.length)
     following = F.pad(ids_BL[:, 1:], (0, fold.length - ids_BL.shape[1] + 1))
     return fold.folded(text.fold.padded(text.tokens_ND)), fold, fold.folded(following)
-
-
-def unit(feature: Tensor) -> Tensor:
-    """[B, E] of unit length, in float32 at least."""
-    return F.normalize(wide(feature), dim=-1)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from vlmo_ds.blocks.layers import unit
 from vlmo_ds.families.coca.config import CoCaSettings
-from vlmo_ds.families.coca.model import CoCa, next_words, unit
+from vlmo_ds.families.coca.model import CoCa, next_words
 from vlmo_ds.families.coca.weights import from_open_clip
 from vlmo_ds.families.comparing import BARS, relative_difference
 from vlmo_ds.families.interface import Check
