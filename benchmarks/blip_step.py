@@ -12,15 +12,12 @@ captions are those of COCO (14.0 word pieces on average), and full ones.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import matrix_rate, measured, memory, versions_beside, write_results
+from common import compare_with_plain, step_cost
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import joined
@@ -171,39 +168,23 @@ def difference(plain: Plain, batch: dict[str, Tensor]) -> float:
     return worst
 
 
-def one(arch: str, pairs: int, queue: int, repeats: int, version: str, dtype_name: str, lengths_of: str) -> dict:
+def one(settings: dict, version: str, dtype_name: str, captions: str) -> dict:
     """One setting, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         prepare_cpu()
-    dtype = getattr(torch, dtype_name)
+    arch, pairs, queue, full = settings["arch"], settings["batch"], settings["queue"], captions == "full"
     config = BLIPSettings(arch=arch, vocab_size=30524, queue_size=queue)
-    model = (Plain if version == "plain" else BLIP)(config, TASKS)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model = model.to(device=device, dtype=dtype).train()
-    for name, buffer in buffers.items():  # the queue stays in float32
-        setattr(model, name, buffer.to(device))
-    full = lengths_of == "full"
+    model = (Plain if version == "plain" else BLIP)(config, TASKS).to(device)
+    for parameter in model.parameters():  # the queue stays in float32
+        parameter.data = parameter.data.to(getattr(torch, dtype_name))
+    model.train()
     lengths = [config.max_text_len if full else COCO_LENGTHS[i % len(COCO_LENGTHS)] for i in range(pairs)]
-    batch = batch_of(config, lengths, device)
-    model.push(model.keys_of_step([model.keys(batch)]))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    with torch.no_grad():  # threads and kernels are there before memory is counted
-        model(batch_of(config, [5, 6], device))
-    before = memory(reset=True)
-    model(batch).loss.backward()
-    peak = memory() - before
-
-    def step() -> None:
-        model.zero_grad(set_to_none=False)
-        model(batch).loss.backward()
-
-    seconds = measured(step, repeats, 1 if device.type == "cpu" else 5)
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
     shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
-    forward = forward_flops(shortened, stage)
+    of_pair = 3 * forward_flops(shortened, stage)
+    batch, short = batch_of(config, lengths, device), batch_of(config, [5, 6], device)
+    model.push(model.keys_of_step([model.keys(batch)]))
     return {
         "version": version,
         "arch": arch,
@@ -211,38 +192,10 @@ def one(arch: str, pairs: int, queue: int, repeats: int, version: str, dtype_nam
         "queue": queue,
         "dtype": dtype_name,
         "captions": "full" if full else "COCO's lengths",
-        "seconds": round(seconds, 3),
-        "pairs_per_second": round(pairs / seconds, 2),
-        "peak_beyond_weights_and_gradients_gb": round(peak / 1e9, 3),
-        "gflop_a_pair, backward included": round(3 * forward / 1e9, 1),
-        "share_of_matrix_product_rate": round(3 * forward * pairs / seconds / matrix_rate(dtype, device), 3),
+        "gflop_a_pair, backward included": round(of_pair / 1e9, 1),
+        **step_cost(model, batch, short, settings["repeats"], of_pair * pairs),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="blip_ViT-B-16")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--queue", type=int, default=57600)
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--golden", type=Path, help="recorded numbers that the plain version has to reach")
-    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
-    parser.add_argument("--one", nargs=3, metavar=("VERSION", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(one(args.arch, args.batch, args.queue, args.repeats, *args.one)))
-        return
-    worst = check_parity(args.golden)
-    print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)
-    results: list[dict] = [{"largest difference of the versions, float64": worst}]
-    for dtype, lengths in itertools.product(args.dtype, ("COCO", "full")):
-        settings = ["--arch", args.arch, "--batch", str(args.batch), "--queue", str(args.queue)]
-        settings += ["--repeats", str(args.repeats)]
-        results += versions_beside(__file__, settings, [dtype, lengths], ("dtype", "captions"))
-    if args.output:
-        write_results(args.output, results)
-
-
 if __name__ == "__main__":
-    main()
+    compare_with_plain(__doc__, __file__, {"arch": "blip_ViT-B-16", "batch": 4, "queue": 57600}, check_parity, one)

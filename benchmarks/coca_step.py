@@ -11,15 +11,12 @@ COCO (13.8 tokens on average), and full ones.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import matrix_rate, measured, memory, versions_beside, write_results
+from common import compare_with_plain, step_cost
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import Fold, joined
@@ -159,69 +156,30 @@ def difference(config: CoCaSettings, plain: Plain | None, batch: dict[str, Tenso
     return worst
 
 
-def one(version: str, arch: str, pairs: int, dtype_name: str, full: bool, repeats: int) -> dict:
+def one(settings: dict, version: str, dtype_name: str, captions: str) -> dict:
     """One setting, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         prepare_cpu()
-    dtype = getattr(torch, dtype_name)
+    arch, pairs, full = settings["arch"], settings["batch"], captions == "full"
     config = CoCaSettings(arch=arch, vocab_size=49408)
-    model = (Plain if version == "plain" else CoCa)(config, TASKS).to(device=device, dtype=dtype).train()
+    model = (Plain if version == "plain" else CoCa)(config, TASKS)
+    model = model.to(device=device, dtype=getattr(torch, dtype_name)).train()
     lengths = [config.max_text_len if full else COCO_LENGTHS[i % len(COCO_LENGTHS)] for i in range(pairs)]
-    batch = batch_of(config, lengths, device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with torch.no_grad():  # threads and kernels are there before memory is counted
-        model(batch_of(config, [5], device))
-    before = memory(reset=True)
-    model(batch).loss.backward()
-    peak = memory() - before
-
-    def step() -> None:
-        model.zero_grad(set_to_none=False)
-        model(batch).loss.backward()
-
-    seconds = measured(step, repeats, 1 if device.type == "cpu" else 5)
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
     shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
     forward = forward_flops(shortened, stage)
+    batch, short = batch_of(config, lengths, device), batch_of(config, [5], device)
     return {
         "version": version,
         "arch": arch,
         "batch": pairs,
         "dtype": dtype_name,
         "captions": "full" if full else "COCO's lengths",
-        "seconds": round(seconds, 3),
-        "pairs_per_second": round(pairs / seconds, 2),
-        "peak_beyond_weights_and_gradients_gb": round(peak / 1e9, 3),
         "gflop_forward_a_pair": round(forward / 1e9, 1),
-        "share_of_matrix_product_rate": round(3 * forward * pairs / seconds / matrix_rate(dtype, device), 3),
+        **step_cost(model, batch, short, settings["repeats"], 3 * forward * pairs),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="coca_ViT-B-32")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--golden", type=Path, help="recorded numbers that the plain version has to reach")
-    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
-    parser.add_argument("--one", nargs=3, metavar=("VERSION", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        version, dtype, lengths = args.one
-        print(json.dumps(one(version, args.arch, args.batch, dtype, lengths == "full", args.repeats)))
-        return
-    worst = check_parity(args.golden)
-    print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)
-    results: list[dict] = [{"largest difference of the versions, float64": worst}]
-    for dtype, lengths in itertools.product(args.dtype, ("COCO", "full")):
-        settings = ["--arch", args.arch, "--batch", str(args.batch), "--repeats", str(args.repeats)]
-        results += versions_beside(__file__, settings, [dtype, lengths], ("dtype", "captions"))
-    if args.output:
-        write_results(args.output, results)
-
-
 if __name__ == "__main__":
-    main()
+    compare_with_plain(__doc__, __file__, {"arch": "coca_ViT-B-32", "batch": 8}, check_parity, one)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import platform
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.training.precision import cpu_flags, cpu_name
@@ -70,25 +73,82 @@ def memory(reset: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def versions_beside(script: str, settings: list[str], case: list[str], named: tuple[str, ...]) -> list[dict]:
-    """What `script --one plain CASE` and `--one ours CASE` print, each in a process of its own, and the ratios of the two.
+HELD = "peak_beyond_weights_and_gradients_gb"
 
-    named: the fields that say which case it is.
-    """
-    pair = {}
-    for version in ("plain", "ours"):
-        command = [sys.executable, script, *settings, "--one", version, *case]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        pair[version] = json.loads(done.stdout.splitlines()[-1])
-        print(json.dumps(pair[version]), flush=True)
-    held = "peak_beyond_weights_and_gradients_gb"
-    ratios = {
-        **{name: pair["ours"][name] for name in named},
-        "time, ours over plain": round(pair["ours"]["seconds"] / pair["plain"]["seconds"], 3),
-        "memory, ours over plain": round(pair["ours"][held] / pair["plain"][held], 3),
+
+def step_cost(model: nn.Module, batch: dict, short: dict, repeats: int, flops: float) -> dict:
+    """Seconds and memory of forward and backward, with gradients in place from the start. short: a smaller batch, by which threads and
+    kernels are there before memory is counted; flops: useful ones of the step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device, dtype, pairs = trained[0].device, trained[0].dtype, len(batch["text_ids"])
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.no_grad():
+        model(short)
+    before = memory(reset=True)
+    model(batch).loss.backward()
+    peak = memory() - before
+
+    def step() -> None:
+        model.zero_grad(set_to_none=False)
+        model(batch).loss.backward()
+
+    seconds = measured(step, repeats, 1 if device.type == "cpu" else 5)
+    return {
+        "seconds": round(seconds, 3),
+        "pairs_per_second": round(pairs / seconds, 2),
+        HELD: round(peak / 1e9, 3),
+        "share_of_matrix_product_rate": round(flops / seconds / matrix_rate(dtype, device), 3),
     }
-    print(json.dumps(ratios), flush=True)
-    return [*pair.values(), ratios]
+
+
+def compare_with_plain(
+    about: str,
+    script: str,
+    settings: dict[str, str | int],
+    check_parity: Callable[[Path | None], float],
+    one: Callable[[dict, str, str, str], dict],
+) -> None:
+    """The command line of a benchmark that sets a step beside a plain version of it, each in a process of its own.
+
+    settings: further options with their defaults; check_parity(golden): the largest difference of the versions; one(settings,
+    version, dtype, captions): what it costs, with captions of lengths "COCO" or "full".
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in settings.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--golden", type=Path, help="recorded numbers that the plain version has to reach")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--one", nargs=3, metavar=("VERSION", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    chosen = {name: getattr(args, name) for name in (*settings, "repeats")}
+    if args.one:
+        print(json.dumps(one(chosen, *args.one)))
+        return
+    worst = check_parity(args.golden)
+    print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)
+    results: list[dict] = [{"largest difference of the versions, float64": worst}]
+    options = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    for dtype, lengths in itertools.product(args.dtype, ("COCO", "full")):
+        pair = {}
+        for version in ("plain", "ours"):
+            command = [sys.executable, script, *options, "--one", version, dtype, lengths]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            pair[version] = json.loads(done.stdout.splitlines()[-1])
+            print(json.dumps(pair[version]), flush=True)
+        ours, plain = pair["ours"], pair["plain"]
+        ratios = {
+            "dtype": dtype,
+            "captions": ours["captions"],
+            "time, ours over plain": round(ours["seconds"] / plain["seconds"], 3),
+            "memory, ours over plain": round(ours[HELD] / plain[HELD], 3),
+        }
+        print(json.dumps(ratios), flush=True)
+        results += [plain, ours, ratios]
+    if args.output:
+        write_results(args.output, results)
 
 
 def write_results(path: Path, results: list[dict]) -> None:

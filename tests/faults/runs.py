@@ -1,9 +1,10 @@
 """A tiny run of three stages for the tests of faults."""
 
 import json
+import signal
 import time
 
-from conftest import tiny_recipe, write_yaml
+from conftest import start_ranks, tiny_recipe, write_yaml
 
 BF16 = {"bf16": {"enabled": True}, "steps_per_print": 10**9}
 
@@ -25,3 +26,14 @@ def wait_for(path, lines, processes, timeout=120):
         if path.exists() and path.read_text().count("\n") >= lines:
             return
         time.sleep(0.02)
+
+
+def killed_at(command, ranks, metrics, lines):
+    """Starts ranks, and kills them (SIGKILL) once the metrics have so many lines."""
+    processes = start_ranks(command, ranks)
+    wait_for(metrics, lines, processes)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=60)
+    time.sleep(0.2)

@@ -1,14 +1,13 @@
 """BLIP's runs on real processes: the same losses, queue and teacher on any ranks and under any ZeRO stage; killed runs go on."""
 
 import json
-import signal
 import sys
 
 import pytest
 import torch
 from conftest import run_ranks, start_ranks, write_yaml
 from families.blip.tiny import tiny_blip
-from faults.runs import wait_for
+from faults.runs import killed_at
 from safetensors.torch import load_file
 
 from vlmo_ds.training.checkpoint import Reader
@@ -123,12 +122,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):
     command = arguments(tmp_path / "killed", recipe, 3)
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
     for lines in (6, 21):
-        processes = start_ranks(command, 2)
-        wait_for(metrics, lines, processes)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.wait()
+        killed_at(command, 2, metrics, lines)
     run_ranks(command, 2)
     whole, killed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "killed")
     assert whole == killed

@@ -1,13 +1,11 @@
 """CoCa's runs on real processes: the same losses on any ranks and under any ZeRO stage, killed runs go on, the same captions."""
 
 import json
-import signal
-import time
 
 import pytest
-from conftest import call, run_ranks, start_ranks, write_yaml
+from conftest import call, run_ranks, write_yaml
 from families.coca.tiny import tiny_coca
-from faults.runs import wait_for
+from faults.runs import killed_at
 
 from vlmo_ds.evaluation.captioning import java_runs
 
@@ -75,13 +73,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):
     command = arguments(tmp_path / "killed", recipe, 2)
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
     for lines in (6, 21):
-        processes = start_ranks(command, 2)
-        wait_for(metrics, lines, processes)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.communicate(timeout=60)
-        time.sleep(0.2)
+        killed_at(command, 2, metrics, lines)
     run_ranks(command, 2)
     assert metrics.read_text() == (tmp_path / "whole" / "run" / "metrics.jsonl").read_text()
 

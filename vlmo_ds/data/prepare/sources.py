@@ -521,9 +521,14 @@ def make_scene(item: tuple, split: str, seed: int, size: int) -> Made:
     rng = generator(seed, 12 if split == "train" else 13, number)
     image = synthetic.jpeg(synthetic.render(scene, rng, size))
     captions = [synthetic.describe(scene, rng) for _ in range(4 if split == "train" else 1)]
+    yield scene_sample(scene, image, captions, f"{seed}:{split}:{number}")
+
+
+def scene_sample(scene: synthetic.Scene, image: bytes, captions: list[str], name: str, **more: str) -> Sample:
+    """name: what the image's id is made of; more: of the .json."""
     things = [dataclasses.asdict(thing) for thing in scene]
-    meta = sample_json(captions=captions, image_id=stable_id(f"{seed}:{split}:{number}"), things=things)
-    yield Sample({"jpg": image, "json": meta}, len(captions))
+    meta = sample_json(captions=captions, image_id=stable_id(name), things=things, **more)
+    return Sample({"jpg": image, "json": meta}, len(captions))
 
 
 def synthetic_web(kind: str, human: int, web: int, exchanged: float, held_out: int, seed: int, size: int) -> Plan:
@@ -544,9 +549,7 @@ def make_web_scene(item: tuple, kind: str, seed: int, size: int) -> Made:
     number, scene, caption_number, caption_scene = item
     image = synthetic.jpeg(synthetic.render(scene, generator(seed, 12, number), size))
     caption = synthetic.describe(caption_scene, generator(seed, 16, caption_number))
-    things = [dataclasses.asdict(thing) for thing in scene]
-    meta = sample_json(captions=[caption], image_id=stable_id(f"{seed}:train:{number}"), things=things, source=kind)
-    yield Sample({"jpg": image, "json": meta}, 1)
+    yield scene_sample(scene, image, [caption], f"{seed}:train:{number}", source=kind)
 
 
 def synthetic_text(count: int, seed: int) -> Plan:
