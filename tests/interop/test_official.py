@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from conftest import call
 from families.vlmo.tiny import JOINT, tiny_model
 from safetensors.torch import save_file
 
@@ -202,3 +203,8 @@ def test_checkpoints_of_deepspeed_are_known(tmp_path):
     (within / "rank-00000.safetensors").write_bytes(b"")
     with pytest.raises(RecipeError, match="is a checkpoint within a stage: .*checkpoint consolidate"):
         read_weights(within)
+
+
+def test_a_device_that_is_not_there_is_told_of():
+    done = call("vlmo_ds.interop.parity", "file.pt", "--device", "abacus", code=2)
+    assert "error: --device abacus: Expected one of" in done.stderr

@@ -1,6 +1,7 @@
 """BLIP's model: recorded numbers, padding, what each task reaches, the queue, the teacher."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import matches
 from vlmo_ds.objectives.captioning import word_losses
 from vlmo_ds.recipe_file import parse_recipe
+from vlmo_ds.training.averages import refuse
 from vlmo_ds.weights_file import read_weights
 
 
@@ -261,3 +263,12 @@ def test_matching_needs_contrast():
     recipe["stages"][1]["tasks"] = {"itm": 1.0}
     with pytest.raises(RecipeError, match="itc"):
         parse_recipe(recipe, "test")
+
+
+@pytest.mark.parametrize("zero, message", [
+    ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights = true, which keeps a teacher"),
+    ({"offload_param": {"device": "nvme"}}, "offload_param.device = 'nvme', where a teacher cannot move"),
+])  # fmt: skip
+def test_settings_under_which_a_teacher_would_stay(zero, message):
+    with pytest.raises(RecipeError, match=message):
+        refuse(SimpleNamespace(config={"zero_optimization": zero}))
