@@ -24,9 +24,10 @@ from vlmo_ds.blocks.fold import joined
 from vlmo_ds.blocks.layers import unit
 from vlmo_ds.config import DataConfig
 from vlmo_ds.families.blip import FAMILY
+from vlmo_ds.families.blip.base import begun_with
 from vlmo_ds.families.blip.config import BLIPSettings
 from vlmo_ds.families.blip.cost import forward_flops
-from vlmo_ds.families.blip.model import BLIP, begun_with
+from vlmo_ds.families.blip.model import BLIP
 from vlmo_ds.families.blip.parity import LOSSES, build
 from vlmo_ds.families.blip.text import TextEncoder
 from vlmo_ds.families.blip.vision import Block

@@ -27,6 +27,7 @@ FORWARDING = {f"training/{name}.py" for name in ("plan", "preflight", "supervise
 # recipe and in a run's files, a dataset, or a field of a sample.
 OTHER_MEANINGS = {
     "__main__.py": {"vqa", "nlvr2"},
+    "config.py": {"vqa"},
     **{
         f"data/{file}.py": {"caption"}
         for file in ("index", "inspect", "meta", "shards", "prepare/arrow", "prepare/folder")

@@ -372,9 +372,23 @@ class HeldOutConfig(Settings):
 
 
 class EvaluationConfig(HeldOutConfig):
-    """VQA or NLVR2 on held-out shards after the last stage."""
+    """NLVR2 on held-out shards after the last stage."""
 
     workers: int = Field(0, ge=0, le=1024, description="loader processes per rank")
+
+
+class VQAConfig(EvaluationConfig):
+    """Questions answered on held-out shards after the last stage."""
+
+    method: Literal["list", "generate"] = Field(
+        "list",
+        description="list: the best of the answers that the run was trained with; generate: written word by word",
+    )
+    candidates: int = Field(
+        128, gt=0, description="list, where answers are texts: those with the likeliest first words, which are compared"
+    )
+    beams: int = Field(3, gt=0, le=1000, description="generate: texts followed at a time")
+    max_length: int = Field(10, gt=1, description="generate: words of an answer at most, start and end included")
 
 
 class RetrievalConfig(HeldOutConfig):
@@ -469,7 +483,7 @@ class Recipe(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     stages: list[StageConfig] = Field(min_length=1)
     retrieval: RetrievalConfig | None = Field(None, description="null: no retrieval after the last stage")
-    vqa: EvaluationConfig | None = Field(None, description="null: no questions answered after the last stage")
+    vqa: VQAConfig | None = Field(None, description="null: no questions answered after the last stage")
     nlvr2: EvaluationConfig | None = Field(None, description="null: no pairs of images judged after the last stage")
     captioning: CaptioningConfig | None = Field(None, description="null: no captions written after the last stage")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
@@ -502,6 +516,11 @@ class Recipe(Settings):
                     f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "
                     "masked and some seen"
                 )
+        last = self.stages[-1]
+        if self.vqa and self.vqa.method == "generate" and "answer" in last.gives and "answer_step" not in last.gives:
+            raise ValueError(
+                f"vqa.method is 'generate', and {self.family.name} chooses among the answers of its list; accepted: 'list'"
+            )
         return self
 
 

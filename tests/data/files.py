@@ -1,6 +1,7 @@
 """Small images, tars and shard sets for the data tests."""
 
 import io
+import json
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -62,3 +63,29 @@ def write_pairs(path: Path, count: int, name: str = "", **changed: bytes) -> Pat
 
 def samples(folder: Path) -> list[RawSample]:
     return [s.read(row) for s in list_shards([str(folder)]) for row in range(s.samples)]
+
+
+def red_or_green(root: Path) -> Path:
+    """A folder with shards of red or green pictures: asked about (vqa), and pairs of them (nlvr2)."""
+    (root / "vqa").mkdir()
+    (root / "nlvr2").mkdir()
+    questions, pairs = {}, {}
+    for i in range(48):
+        red = i % 2
+        picture = jpeg((40, 40), (230, 20, 20) if red else (20, 230, 20))
+        other = jpeg((40, 40), (230, 20, 20) if i % 3 else (20, 230, 20))
+        entry = {
+            "question": "is it red ?",
+            "question_id": i,
+            "answers": [("no", "yes")[red]] * 10,
+            "labels": [red],
+            "scores": [1.0],
+        }
+        questions |= {f"{i:02d}.jpg": picture, f"{i:02d}.json": json.dumps({"questions": [entry]}).encode()}
+        judged = {"sentence": "both are red", "label": str(bool(red and i % 3)), "identifier": f"dev-{i}-0-0"}
+        pairs |= {f"{i:02d}.0.jpg": picture, f"{i:02d}.1.jpg": other}
+        pairs[f"{i:02d}.json"] = json.dumps({"sentences": [judged]}).encode()
+    write_tar(root / "vqa/0.tar", questions)
+    write_tar(root / "nlvr2/0.tar", pairs)
+    (root / "vqa/answers.json").write_text('["no", "yes"]')
+    return root

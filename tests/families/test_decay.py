@@ -1,5 +1,7 @@
 """What weight decay is for: matrices and tables of words, and nothing else. By a family's own list, name by name."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,8 +54,10 @@ BLIP = {
 DECAYED = {
     "blip": BLIP
     | {f"visual_encoder.blocks.{i}.{name}" for i in (0, 1) for name in [*LINEAR, "mlp.fc1.weight", "mlp.fc2.weight"]}
+    | {"cls_head.0.weight", "cls_head.2.weight", "text_decoder.bert.embeddings.word_embeddings.weight"}
     | {
-        f"text_encoder.encoder.layer.{i}.{name}"
+        f"text_{coder}.layer.{i}.{name}"
+        for coder in ("encoder.encoder", "decoder.bert.encoder")
         for i in (0, 1)
         for name in (
             *(f"{kind}.{part}" for kind in ("attention", "crossattention") for part in ATTENTION),
@@ -61,7 +65,15 @@ DECAYED = {
             "output.dense.weight",
         )
     }
-    | {f"text_decoder.bert.encoder.layer.{i}.attention.{part}" for i in (0, 1) for part in ATTENTION},
+    | {
+        f"text_encoder.encoder.layer.{i}.crossattention.{name}"
+        for i in (0, 1)
+        for name in (
+            *(f"self{image}.{part}.weight" for image in (0, 1) for part in ("query", "key", "value")),
+            *(f"output.dense{image}.weight" for image in (0, 1)),
+        )
+    }
+    | {"text_encoder.encoder.layer.1.crossattention.output.merge_layer.weight"},
     "coca": COCA | POOLERS | {f"{stack}.{i}.{name}" for stack in STACKS for i in (0, 1) for name in BLOCK},
     "vlmo": TOP
     | {f"transformer.blocks.{i}.{name}" for i in (0, 1) for name in LINEAR + EXPERTS}
@@ -120,9 +132,11 @@ def test_the_decayed_tensors_are_the_intended_ones(name):
     family = FAMILIES[name]
     first, *others = SETTINGS[name]
     names = set()
-    for changes in ({}, *others):
+    together = [name for name, task in family.tasks.items() if not task.alone]
+    groups = (together, *([name] for name, task in family.tasks.items() if task.alone))
+    for changes, tasks in itertools.product(({}, *others), groups):
         with torch.device("meta"):
-            model = family.build(family.config(**first, **changes), dict.fromkeys(family.tasks, 1.0), None)
+            model = family.build(family.config(**first, **changes), dict.fromkeys(tasks, 1.0), None)
         names |= {parameter for parameter, value in model.named_parameters() if value.requires_grad}
     assert {parameter for parameter in names if not matches(parameter, family.no_decay)} == DECAYED[name]
     unused = [pattern for pattern in family.no_decay if not any(matches(parameter, [pattern]) for parameter in names)]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, call, run_ranks, tiny_recipe, write_yaml
-from data.files import jpeg, write_tar
+from data.files import jpeg, red_or_green
 from safetensors.torch import load_file
 
 from vlmo_ds.config import RecipeError
@@ -38,30 +38,7 @@ def pretrained(tmp_path_factory, synthetic):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """Red or green pictures, asked about, and pairs of them."""
-    root = tmp_path_factory.mktemp("asked")
-    (root / "vqa").mkdir()
-    (root / "nlvr2").mkdir()
-    questions, pairs = {}, {}
-    for i in range(48):
-        red = i % 2
-        picture = jpeg((40, 40), (230, 20, 20) if red else (20, 230, 20))
-        other = jpeg((40, 40), (230, 20, 20) if i % 3 else (20, 230, 20))
-        entry = {
-            "question": "is it red ?",
-            "question_id": i,
-            "answers": [("no", "yes")[red]] * 10,
-            "labels": [red],
-            "scores": [1.0],
-        }
-        questions |= {f"{i:02d}.jpg": picture, f"{i:02d}.json": json.dumps({"questions": [entry]}).encode()}
-        judged = {"sentence": "both are red", "label": str(bool(red and i % 3)), "identifier": f"dev-{i}-0-0"}
-        pairs |= {f"{i:02d}.0.jpg": picture, f"{i:02d}.1.jpg": other}
-        pairs[f"{i:02d}.json"] = json.dumps({"sentences": [judged]}).encode()
-    write_tar(root / "vqa/0.tar", questions)
-    write_tar(root / "nlvr2/0.tar", pairs)
-    (root / "vqa/answers.json").write_text('["no", "yes"]')
-    return root
+    return red_or_green(tmp_path_factory.mktemp("asked"))
 
 
 def recipe(task, data, pretrained, weights, **changes) -> dict:

@@ -27,10 +27,11 @@ def attend_to_words(q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int) -
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_to_images(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend_to_images(q: Tensor, keys: Tensor, values: Tensor, valid_IS: Tensor | None = None) -> Tensor:
     """Queries [R, H, L, D/H] of R = n * I texts, n for each of I images in turn, whose keys and values [I, H, S, D/H] are given ->
-    [R, H, L, D/H]."""
+    [R, H, L, D/H]. valid_IS: bool, which of their tokens there are; None: all."""
     images, length = len(keys), q.shape[2]
     q = q.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)  # [I, H, n * L, D/H]
-    out = F.scaled_dot_product_attention(q, keys, values)
+    mask = None if valid_IS is None else valid_IS[:, None, None]
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return out.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)

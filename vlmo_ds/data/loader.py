@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.config import DataConfig
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
-from vlmo_ds.data.shards import RawSample, Shard, check_names, is_true, list_shards
+from vlmo_ds.data.shards import RawSample, Shard, check_names, clean_texts, is_true, list_shards
 from vlmo_ds.data.storage import DataError, Storage, expand
 from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
 from vlmo_ds.distributed import heartbeat
@@ -38,6 +39,7 @@ class SampleSpec:
     mask_text: bool
     mask_image: bool
     questions: bool
+    answer_texts: bool
     image_pair: bool
     answers: int
     image_size: int
@@ -56,6 +58,7 @@ def spec_for(
         mask_text="masked_text" in reads,
         mask_image="masked_image" in reads,
         questions="questions" in reads,
+        answer_texts="answers" in reads,
         image_pair="image_pair" in reads,
         answers=answers,
         image_size=image_size,
@@ -159,8 +162,9 @@ class BatchDataset(Dataset):
         if spec.mask_image:
             out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
         if spec.questions:
-            question = self.turn(raw.entries("questions", ("question", "labels", "scores")), raw, place)
-            out["vqa_targets"] = self.targets(question, raw)
+            wanted = ("answers",) if spec.answer_texts else ("labels", "scores")
+            question = self.turn(raw.entries("questions", ("question", *wanted)), raw, place)
+            out |= self.answers(question, raw) if spec.answer_texts else {"vqa_targets": self.targets(question, raw)}
             out["text_ids"] = self.token_ids(self.encode(question["question"], raw))
         elif spec.image_pair:
             sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
@@ -200,6 +204,20 @@ class BatchDataset(Dataset):
                 f"not fit {self.spec.answers} answers (model.vqav2_label_size)"
             ) from None
         return scores
+
+    def answers(self, question: dict, raw: RawSample) -> dict[str, np.ndarray]:
+        """The K different answers of a question's annotators: answer_ids [K, W] int64, 0 behind a text's end, answer_lengths [K]
+        int64 and answer_weights [K] float32, the share of annotators who gave each."""
+        given = Counter(clean_texts(question["answers"]))
+        if not given:
+            raise DataError(f"{raw.name}: '{question['question']}' has no answer")
+        encoded = [self.token_ids(self.encode(answer, raw)) for answer in given]
+        lengths = np.array([len(ids) for ids in encoded])
+        ids = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
+        for row, text in zip(ids, encoded, strict=True):
+            row[: len(text)] = text
+        weights = np.array(list(given.values()), dtype=np.float32) / sum(given.values())
+        return {"answer_ids": ids, "answer_lengths": lengths, "answer_weights": weights}
 
     def image(self, data: bytes, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
         try:
@@ -259,7 +277,8 @@ def stable_seed(*key: int) -> int:
 
 def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int, padding: int = 0) -> dict[str, Tensor]:
     """Stacks samples; texts are padded with the id `padding` to the longest, rounded up to a multiple of 8 (at most
-    max_text_len). Of each text there is a mask by its length: 1 = token, 0 = padding."""
+    max_text_len). Of each text there is a mask by its length: 1 = token, 0 = padding. Answers are padded with zeros to the most
+    of a question and the longest."""
     batch: dict[str, Tensor] = {}
     for key in samples[0]:
         values: list[Any] = [sample[key] for sample in samples]
@@ -274,6 +293,12 @@ def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int, paddi
             if key.endswith("_ids"):
                 mask = np.arange(length)[None] < lengths[:, None]
                 batch[key.replace("_ids", "_masks")] = torch.from_numpy(mask.astype(np.int64))
+        elif key.startswith("answer_"):
+            most = np.max([value.shape for value in values], axis=0)
+            stacked = np.zeros((len(values), *most), dtype=values[0].dtype)
+            for row, value in zip(stacked, values, strict=True):
+                row[tuple(slice(size) for size in value.shape)] = value
+            batch[key] = torch.from_numpy(stacked)
         elif isinstance(values[0], int):
             batch[key] = torch.tensor(values, dtype=torch.int64)
         else:

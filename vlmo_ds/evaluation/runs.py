@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,12 +194,29 @@ def best_classes(
     config: EvaluationConfig,
     tokenizer: PreTrainedTokenizerBase,
     collector: Collector,
+    also: Mapping[str, Tensor | int] | None = None,
 ) -> Iterator[tuple[dict, int]]:
     """(entry, number of the class with the highest logit) of this rank's share of the questions or sentences.
 
     call: the model's call that gives logits; read: a sample's pictures by their names in its batch, and its entries;
-    text: the field of an entry that holds its text.
+    text: the field of an entry that holds its text; also: what the call is given beside a batch.
     """
+    for entries, batch in batches_of_entries(model, call, read, text, config, tokenizer, collector):
+        yield from zip(entries, model({**batch, **(also or {})}, call).argmax(1).tolist(), strict=True)
+
+
+@torch.no_grad()
+def batches_of_entries(
+    model: FamilyModel,
+    about: str,
+    read: Read,
+    text: str,
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+) -> Iterator[tuple[list[dict], dict[str, Tensor]]]:
+    """(entries, their texts and pictures on the model's device) of this rank's share, a batch at a time. Arguments as
+    best_classes'; about: what is being done."""
     model.eval()
     device = next(model.parameters()).device
     size, length = model.config.image_size, model.config.max_text_len
@@ -211,12 +228,11 @@ def best_classes(
         return [{"images": images, "ids": row, "entry": entry} for row, entry in zip(ids, entries, strict=True)]
 
     samples = Samples(list_shards(config.shards), make, collector)
-    for batch in examples_in_batches(samples, config.batch_size, config.workers, call):
+    for batch in examples_in_batches(samples, config.batch_size, config.workers, about):
         texts = padded([example["ids"] for example in batch], tokenizer, length)
         inputs = texts.batch(torch.arange(len(batch)))
         inputs |= {name: torch.stack([e["images"][name] for e in batch]) for name in batch[0]["images"]}
-        best = model({name: value.to(device) for name, value in inputs.items()}, call).argmax(1).tolist()
-        yield from zip((example["entry"] for example in batch), best, strict=True)
+        yield [example["entry"] for example in batch], {name: value.to(device) for name, value in inputs.items()}
 
 
 def parser(about: str) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import CaptioningConfig, EvaluationConfig, Recipe, RetrievalConfig
+from vlmo_ds.config import CaptioningConfig, EvaluationConfig, Recipe, RetrievalConfig, VQAConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import captioning, nlvr2, retrieval, runs, vqa
 from vlmo_ds.evaluation.captioning import Captioned
@@ -55,7 +55,7 @@ def measure_retrieval(model: FamilyModel, of: Finished, config: RetrievalConfig)
     return Outcome(result.metrics, text, (data, result))
 
 
-def measure_vqa(model: FamilyModel, of: Finished, config: EvaluationConfig) -> Outcome:
+def measure_vqa(model: FamilyModel, of: Finished, config: VQAConfig) -> Outcome:
     answers = vqa.read_answers(of.folder, of.recipe.model.vqav2_label_size)
     metrics = vqa.overall(vqa.evaluate(model, config, answers, of.tokenizer, of.collector))
     return Outcome(metrics, vqa.table(metrics))

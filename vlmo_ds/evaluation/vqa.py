@@ -1,8 +1,9 @@
 """Visual question answering: accuracy by the official rule, and the file that the challenge's server takes.
 
-    python -m vlmo_ds.evaluation.vqa RUN [--shards PATTERN ...] [--submission FILE] [--output FILE]
+    python -m vlmo_ds.evaluation.vqa RUN [--shards PATTERN ...] [--method list|generate] [--submission FILE] [--output FILE]
 
-RUN is a run's directory (the weights of its last stage with task vqa are used) or a stage's final folder inside it.
+RUN is a run's directory (the weights of its last stage with task vqa are used) or a stage's final folder inside it. A model that
+writes answers chooses the best of the run's list (answers.json) unless it is to write freely (generate); the others have the list alone.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import EvaluationConfig, RecipeError
+from vlmo_ds.config import DecodingConfig, RecipeError, VQAConfig
 from vlmo_ds.data.prepare.answers import normalize_answer
 from vlmo_ds.data.shards import ANSWERS, RawSample, parse_answers
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
 from vlmo_ds.families.step import FamilyModel
+from vlmo_ds.generation.decoding import written
+
+METHODS = VQAConfig.model_fields["method"].description
 
 
 def accuracy(predicted: str, answers: Sequence[str]) -> float:
@@ -56,20 +62,65 @@ def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
 
 def evaluate(
     model: FamilyModel,
-    config: EvaluationConfig,
+    config: VQAConfig,
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     collector: Collector,
 ) -> list[dict[str, Any]]:
-    """question_id, answer (and accuracy, answer_type where the data has them) of every question, on every rank."""
+    """question_id, answer (and accuracy, answer_type where the data has them) of every question, on every rank.
+
+    RecipeError where the answers are to be written and the model only chooses.
+    """
+    given = (read, "question", config, tokenizer, collector)
+    if config.method == "generate":
+        pairs = written_answers(model, *given)
+    else:
+        also = listed(answers, model, config, tokenizer) if model.gives("answer_step") else {}
+        best = runs.best_classes(model, "answer", *given, also)
+        pairs = ((entry, answers[number]) for entry, number in best)
     found = []
-    for entry, best in runs.best_classes(model, "answer", read, "question", config, tokenizer, collector):
-        row = {"question_id": entry["question_id"], "answer": answers[best]}
+    for entry, answer in pairs:
+        row = {"question_id": entry["question_id"], "answer": answer}
         if entry.get("answers"):
-            row |= {"accuracy": accuracy(answers[best], entry["answers"]), "answer_type": entry.get("answer_type", "")}
+            row |= {"accuracy": accuracy(answer, entry["answers"]), "answer_type": entry.get("answer_type", "")}
         found.append(row)
     every = [row for rows in collector.each_rank(found) for row in rows]
     return sorted(every, key=lambda row: (str(type(row["question_id"])), row["question_id"]))
+
+
+def listed(
+    answers: Sequence[str], model: FamilyModel, config: VQAConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor | int]:
+    """What a model that writes answers needs to choose among some."""
+    texts = runs.tokenised(answers, tokenizer, model.config.max_text_len)
+    device = next(model.parameters()).device
+    return {
+        "listed_ids": texts.ids.to(device),
+        "listed_lengths": texts.lengths.to(device),
+        "candidates": config.candidates,
+    }
+
+
+def written_answers(
+    model: FamilyModel,
+    read: runs.Read,
+    text: str,
+    config: VQAConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector,
+) -> Iterator[tuple[dict, str]]:
+    """(entry, answer) of this rank's share of the questions, by beam search. Arguments as runs.best_classes'."""
+    if not model.gives("answer_step"):
+        raise RecipeError("method is 'generate', and the model chooses among the answers of its list; accepted: 'list'")
+    begin, end = tokenizer("")["input_ids"][:-1], tokenizer("")["input_ids"][-1]
+    length = min(config.max_length, model.config.max_text_len)
+    decoding = DecodingConfig(method="beam", beams=config.beams, max_length=length)
+    calls = ("read_question", "answer_step")
+    batches = runs.batches_of_entries(model, "writing answers", read, text, config, tokenizer, collector)
+    for entries, batch in batches:
+        batch["image_id"] = torch.zeros_like(batch["text_ids"][:, 0])  # nothing is drawn
+        for entry, (ids, *_) in zip(entries, written(model, batch, begin, end, decoding, calls=calls), strict=True):
+            yield entry, tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def read_answers(run: Path, size: int) -> list[str]:
@@ -95,6 +146,7 @@ def table(metrics: Mapping[str, float]) -> str:
 
 def main() -> None:
     parser = runs.parser(__doc__)
+    parser.add_argument("--method", choices=get_args(VQAConfig.model_fields["method"].annotation), help=METHODS)
     parser.add_argument("--submission", type=Path, help="write question_id and answer of every question here")
     args = parser.parse_args()
     runs.check_outputs(output=args.output, submission=args.submission)
@@ -106,7 +158,7 @@ def main() -> None:
             raise RecipeError(
                 f"--{option}: {own} is the list of answers that the run was trained with; name another file"
             )
-    config = EvaluationConfig.of(recipe.vqa, "vqa", shards=args.shards)
+    config = VQAConfig.of(recipe.vqa, "vqa", shards=args.shards, method=args.method)
     answers = read_answers(run, recipe.model.vqav2_label_size)
     rows = evaluate(model, config, answers, tokenizer, model.collector)
     metrics = overall(rows)

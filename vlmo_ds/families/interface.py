@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from vlmo_ds.distributed.collector import Collector
     from vlmo_ds.families.step import FamilyModel
 
-Reads = Literal["image", "text", "masked_image", "masked_text", "questions", "image_pair"]
+Reads = Literal["image", "text", "masked_image", "masked_text", "questions", "answers", "image_pair"]
 IMAGES = frozenset({"image", "masked_image", "image_pair", "questions"})  # questions are about an image
-TEXTS = frozenset({"text", "masked_text", "image_pair", "questions"})  # and a sentence about an image pair is a text
+# and a sentence about an image pair is a text; "answers" are the questions' as texts, in place of their numbers in a list
+TEXTS = frozenset({"text", "masked_text", "image_pair", "questions", "answers"})
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,6 +1,6 @@
 """Texts written by a model: greedy, beam search, sampling; each word once, with a cache of keys and values.
 
-A model that writes has the call caption_image, which gives what is looked at in every step (its memory) once for each image, and
+A model that writes captions has the call caption_image, which gives what is looked at in every step (its memory) once for each image, and
 caption_step, which gives the logits of the next word. Weights are whole on the rank, and no collective is called: ranks may
 stop at different lengths.
 """
@@ -80,22 +80,24 @@ def written(
     end: int,
     config: DecodingConfig,
     seed: int = 0,
+    calls: tuple[str, str] = ("caption_image", "caption_step"),
 ) -> list[list[list[int]]]:
     """For each image of a batch num_return_sequences texts, best first: lists of ids, from the prompt's first to the last before
     the end word.
 
-    batch: image [B, 3, S, S], image_id [B] int64; prompt_ids: words that every text begins with, the start word first.
+    batch: image [B, 3, S, S], image_id [B] int64, and what else the first call reads; prompt_ids: words that every text begins
+    with, the start word first; calls: of the model, as caption_image and caption_step.
     """
     length = config.max_length or model.config.max_text_len
     check_lengths(prompt_ids, config, length, model.config.max_text_len)
-    memory = model(batch, "caption_image")
+    memory = model(batch, calls[0])
     image_id = batch["image_id"]
     images, texts = len(image_id), config.texts_at_once
     cache = KeyValueCache(model.cached_layers, length)  # type: ignore[arg-type]  # of models that write
 
     def step(new_RL: Tensor, first: int) -> Tensor:
         given: dict[str, Any] = {"text_ids": new_RL, "first": first, "memory": memory, "cache": cache}
-        return model(given, "caption_step").float()
+        return model(given, calls[1]).float()
 
     ids_RL = torch.tensor(prompt_ids, device=image_id.device).expand(images * texts, -1)
     processors = processors_of(config, end, seed, image_id, len(prompt_ids), model.unwritten)

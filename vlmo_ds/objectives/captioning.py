@@ -17,27 +17,36 @@ class WordLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor, bias_V: Tensor | None, smoothing: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_DV: Tensor,
+        labels_N: Tensor,
+        bias_V: Tensor | None,
+        smoothing: float,
+        weight_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As word_losses."""
         total, right = wide(hidden_ND.new_zeros(())), labels_N.new_zeros(())
         normalisers = []
-        for hidden, labels in zip(hidden_ND.split(CHUNK), labels_N.split(CHUNK), strict=True):
+        for start in range(0, max(len(hidden_ND), 1), CHUNK):
+            rows = slice(start, start + CHUNK)
+            hidden, labels = hidden_ND[rows], labels_N[rows]
             logits = logits_of(hidden, head_DV, bias_V)
             normalisers.append(logits.logsumexp(1))
             wanted = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0]
             if smoothing:
                 wanted = wanted + smoothing * logits.mean(1)
-            total = total + (normalisers[-1] - wanted).sum()
+            losses = normalisers[-1] - wanted
+            total = total + (losses if weight_N is None else losses * weight_N[rows]).sum()
             right = right + (logits.argmax(1) == labels).sum()
-        ctx.save_for_backward(hidden_ND, head_DV, labels_N, bias_V, torch.cat(normalisers))
+        ctx.save_for_backward(hidden_ND, head_DV, labels_N, bias_V, torch.cat(normalisers), weight_N)
         ctx.smoothing = smoothing
         ctx.mark_non_differentiable(right)
         return total, right
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, head_DV, labels_N, bias_V, normaliser_N = ctx.saved_tensors
+        hidden_ND, head_DV, labels_N, bias_V, normaliser_N, weight_N = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         of_head = (
             torch.zeros_like(wide(head_DV)) if ctx.needs_input_grad[1] else None
@@ -49,7 +58,7 @@ class WordLosses(torch.autograd.Function):
             if ctx.smoothing:
                 chance -= ctx.smoothing / chance.shape[1]
             chance[torch.arange(len(chance), device=chance.device), labels_N[rows]] -= 1 - ctx.smoothing
-            chance.mul_(grad)
+            chance.mul_(grad if weight_N is None else grad * weight_N[rows, None].to(chance.dtype))
             if of_bias is not None:
                 of_bias += chance.sum(0)
             of_logits = chance.to(hidden_ND.dtype)
@@ -65,6 +74,7 @@ class WordLosses(torch.autograd.Function):
             None,
             None if of_bias is None else of_bias.to(bias_V.dtype),
             None,
+            None,
         )
 
 
@@ -75,11 +85,17 @@ def logits_of(hidden_ND: Tensor, head_DV: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def word_losses(
-    hidden_ND: Tensor, head_DV: Tensor, labels_N: Tensor, bias_V: Tensor | None = None, smoothing: float = 0.0
+    hidden_ND: Tensor,
+    head_DV: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None = None,
+    smoothing: float = 0.0,
+    weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum of the next words' cross-entropies, how many of them are the most likely word).
 
     hidden_ND: the decoder's output at the words that have a next one; head_DV, bias_V: vocabulary head; labels_N: that word's id;
-    smoothing: share of the target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7).
+    smoothing: share of the target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7); weight_N: what a word
+    counts in the sum, None: 1.
     """
-    return WordLosses.apply(hidden_ND, head_DV, labels_N, bias_V, smoothing)
+    return WordLosses.apply(hidden_ND, head_DV, labels_N, bias_V, smoothing, weight_N)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from vlmo_ds.families.blip import build
+from vlmo_ds.families.blip.base import BLIPModel
 from vlmo_ds.families.blip.config import BLIPSettings
-from vlmo_ds.families.blip.model import BLIP
 
 ALL = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
 SETTINGS = {
@@ -17,9 +18,9 @@ SETTINGS = {
 MORE = {"fresh": ["itm_head.*", "text_decoder.*"]}  # what the second stage has beside the first
 
 
-def tiny_model(tasks=ALL, dtype=torch.float64, **changes) -> BLIP:
+def tiny_model(tasks=ALL, dtype=torch.float64, **changes) -> BLIPModel:
     torch.manual_seed(1)
-    model = BLIP(BLIPSettings(**{**SETTINGS, "vocab_size": 50} | changes), tasks).to(dtype)
+    model = build(BLIPSettings(**{**SETTINGS, "vocab_size": 50} | changes), tasks).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vlmo_ds.config import InitConfig
 from vlmo_ds.families.blip.config import (
     AVERAGED,
+    HEADS,
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
     NO_DECAY,
@@ -21,10 +22,18 @@ from vlmo_ds.families.interface import Clamp, Family, TokenizerNeeds, imported
 
 if TYPE_CHECKING:
     from vlmo_ds.distributed.collector import Collector
-    from vlmo_ds.families.blip.model import BLIP
+    from vlmo_ds.families.blip.base import BLIPModel
 
 
-def build(config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None) -> BLIP:
+def build(config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None) -> BLIPModel:
+    if "vqa" in tasks:
+        from vlmo_ds.families.blip.downstream import BLIPForQuestions
+
+        return BLIPForQuestions(config, tasks, collector)
+    if "nlvr2" in tasks:
+        from vlmo_ds.families.blip.downstream import BLIPForImagePairs
+
+        return BLIPForImagePairs(config, tasks, collector)
     from vlmo_ds.families.blip.model import BLIP
 
     return BLIP(config, tasks, collector)
@@ -37,7 +46,7 @@ FAMILY = Family(
     tasks=TASKS,
     trainable=TRAINABLE,
     no_decay=NO_DECAY,
-    heads=(),
+    heads=HEADS,
     words=WORDS,
     averaged=[f"{name}*" for name in AVERAGED],
     clamped=(Clamp("temp", LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE, "itc/temperature", (0.002, 0.45)),),

@@ -33,13 +33,20 @@ TASKS: dict[str, Task] = {
         guess=MATCHING,
     ),
     "lm": Task(reads=PAIR, gives=frozenset({"caption_step"})),
+    "vqa": Task(
+        reads=frozenset({"image", "questions", "answers"}),
+        gives=frozenset({"answer", "answer_step"}),
+        alone="has data and a decoder of its own",
+    ),
+    "nlvr2": Task(reads=frozenset({"image_pair"}), gives=frozenset({"compare"}), alone="has data of its own"),
 }
 
 TRAINABLE: dict[str, list[str]] = {
     "all": ["*"],
     "image_only": ["visual_encoder.*", "vision_proj.*", "temp"],
-    "text_only": ["text_encoder.*", "text_decoder.*", "text_proj.*", "itm_head.*", "temp"],
+    "text_only": ["text_encoder.*", "text_decoder.*", "text_proj.*", "itm_head.*", "cls_head.*", "temp"],
 }
+HEADS = ("cls_head.*",)  # what a fine-tuning task has of its own
 NO_DECAY = (
     "*.bias",
     "*norm*.weight",
@@ -57,7 +64,11 @@ AVERAGED = {
     "text_proj_m.": "text_proj.",
 }
 PIXELS = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's, as BLIP takes them
-WORDS = ("text_encoder.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.bias")
+WORDS = (
+    "text_encoder.embeddings.word_embeddings.weight",
+    "text_decoder.bert.embeddings.word_embeddings.weight",
+    "text_decoder.cls.predictions.bias",
+)
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.001, 0.5
 
 

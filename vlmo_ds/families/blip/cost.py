@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from vlmo_ds.config import StageConfig
+from vlmo_ds.families.blip.base import BLIPModel
 from vlmo_ds.families.blip.config import BLIPSettings
-from vlmo_ds.families.blip.model import BLIP
 from vlmo_ds.families.interface import Load, matches
 from vlmo_ds.objectives.captioning import CHUNK
 
 
 def sequences(stage: StageConfig) -> tuple[int, int]:
-    """Texts of a pair in a step: (read alone, with an image)."""
-    return int("itc" in stage.tasks), 3 * ("itm" in stage.tasks) + ("lm" in stage.tasks)
+    """Texts of a sample in a step: (read alone, with an image or, as an answer, with the states of a question)."""
+    looking = {"itm": 3, "lm": 1, "vqa": 2, "nlvr2": 1}
+    return int("itc" in stage.tasks), sum(looking.get(task, 0) for task in stage.tasks)
+
+
+def images(stage: StageConfig) -> int:
+    """Of a sample."""
+    return 2 if "nlvr2" in stage.tasks else 1
 
 
 def tower_flops(config: BLIPSettings) -> float:
@@ -35,12 +41,14 @@ def forward_flops(config: BLIPSettings, stage: StageConfig, samples: float = 1.0
     read, looking = sequences(stage)
     of_text, of_look, of_memory = text_flops(config)
     d = config.text_width
-    total = tower_flops(config) + (read + looking) * of_text + looking * of_look + bool(looking) * of_memory
+    pictures = images(stage)
+    total = pictures * (tower_flops(config) + bool(looking) * of_memory)
+    total += (read + looking) * of_text + pictures * looking * of_look
     if read:
         heads = 2 * config.embed_dim * (config.vision_width + d)
         total += heads + (tower_flops(config) + of_text + heads) / 3
         total += 4 * config.embed_dim * (config.queue_size + stage.global_batch_size)
-    if "lm" in stage.tasks:
+    if {"lm", "vqa"} & stage.tasks.keys():
         total += (config.max_text_len - 1) * (2 * d**2 + 2 * d * config.vocab_size)
     return samples * total
 
@@ -57,11 +65,11 @@ def activations(config: BLIPSettings, stage: StageConfig, load: Load) -> dict[st
 
     vision, text = config.vision_width, config.text_width
     alone, length = 8 * text + config.text_hidden, config.max_text_len
-    per_sample = stack(config.vision_layers, config.patches + 1, 12 * vision, vision)
+    per_sample = images(stage) * stack(config.vision_layers, config.patches + 1, 12 * vision, vision)
     per_sample += stack(config.text_layers, read * length, alone, text)
-    per_sample += stack(config.text_layers, looking * length, alone + 5 * text, text)
+    per_sample += stack(config.text_layers, looking * length, alone + 5 * images(stage) * text, text)
     logits = features = 0.0
-    if "lm" in stage.tasks:
+    if {"lm", "vqa"} & stage.tasks.keys():
         logits = 3 * min(CHUNK, load.micro * (length - 1)) * config.vocab_size * 4
     if read:
         columns = config.queue_size + load.micro * load.ranks * load.accumulation
@@ -96,9 +104,12 @@ def collectives(config: BLIPSettings, stage: StageConfig, load: Load) -> dict[st
     return wire
 
 
-def walks(model: BLIP, stage: StageConfig) -> dict[str, int]:
+def walks(model: BLIPModel, stage: StageConfig) -> dict[str, int]:
     """How often a forward pass enters the module that holds a parameter; the teacher's, which have no backward pass, count whole."""
     idle = model.idle()
+    if {"vqa", "nlvr2"} & stage.tasks.keys():
+        twice = "text_decoder.bert.embeddings.word_embeddings.weight"  # looked up, and multiplied with
+        return {name: 2 if name == twice else 1 for name, _ in model.named_parameters()}
     read, looking = sequences(stage)
     found = {}
     for name, _ in model.named_parameters():

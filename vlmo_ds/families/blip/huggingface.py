@@ -1,13 +1,14 @@
 """BLIP as transformers' own BLIP classes, which load and run without this project.
 
-    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor
+    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering, BlipProcessor
 
     model, processor = BlipForConditionalGeneration.from_pretrained(FOLDER), BlipProcessor.from_pretrained(FOLDER)
 
-FOLDER is what `python -m vlmo_ds.interop.export` writes: a model that writes captions where the stage trained lm, else one that
-compares and matches. Where transformers' defaults differ from the reference (vision layer_norm_eps, label_smoothing, heads of
-the text stack) the configuration says what the reference has. transformers takes texts as they are: one that is matched has to
-begin with [ENC], as `input_ids[:, 0] = model.config.text_config.vocab_size - 1` makes it.
+FOLDER is what `python -m vlmo_ds.interop.export` writes: a model that writes captions where the stage trained lm, one that answers
+questions where it trained vqa, else one that compares and matches. Where transformers' defaults differ from the reference (vision layer_norm_eps, label_smoothing, heads of
+the text stack) the configuration says what the reference has. transformers takes texts as they are: one that is matched, or asked, has
+to begin with [ENC], as `input_ids[:, 0] = model.config.text_config.vocab_size - 1` makes it; and its generate lets an answer look
+at the padding of its question, so that questions are to be asked one by one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
     BlipImageProcessor,
     BlipProcessor,
     PreTrainedTokenizerBase,
@@ -32,7 +34,7 @@ from vlmo_ds.config import RecipeError
 from vlmo_ds.families.blip.config import PIXELS, BLIPSettings
 from vlmo_ds.families.blip.text import EPS as TEXT_EPS
 from vlmo_ds.families.blip.vision import EPS as VISION_EPS
-from vlmo_ds.families.blip.weights import shared_name
+from vlmo_ds.families.blip.weights import official
 from vlmo_ds.families.huggingface import appearing
 
 # name here -> name there, of the image tower
@@ -50,18 +52,14 @@ VISION = (
 
 def their_names(weights: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
     """The weights under transformers' names, those that are wanted. RecipeError where one is missing."""
-    found = dict(weights)
+    (found,) = official(weights).values()
     for name, value in weights.items():
         for ours, theirs in VISION:
             if re.fullmatch(ours, name):
                 found[re.sub(ours, theirs, name)] = value
-    result = {}
-    for name in wanted:
-        key = name if name in found else shared_name(name) or name
-        if key not in found:
-            raise RecipeError(f"the weights have no {name}")
-        result[name] = found[key]
-    return result
+    if missing := [name for name in wanted if name not in found]:
+        raise RecipeError(f"the weights have no {missing[0]}")
+    return {name: found[name] for name in wanted}
 
 
 def configuration(settings: BLIPSettings, end: int, padding: int) -> BlipConfig:
@@ -109,10 +107,21 @@ def exported(
     answers: list[str] | None,
     folder: Path,
 ) -> Any:
-    """Writes the folder in one rename."""
+    """Writes the folder in one rename. RecipeError for models that transformers has no class of."""
+    kind = BlipForImageTextRetrieval
+    if "lm" in tasks:
+        kind = BlipForConditionalGeneration
+    elif "vqa" in tasks:
+        kind = BlipForQuestionAnswering
+        if settings.vision_width != settings.text_width:
+            raise RecipeError(
+                f"transformers has models that answer questions only where images are as wide as texts, and vision_width is "
+                f"{settings.vision_width}, text_width {settings.text_width}; accepted: --official"
+            )
+    elif "nlvr2" in tasks:
+        raise RecipeError("transformers has no BLIP for pairs of images; accepted: --official")
     end, padding = tokenizer("")["input_ids"][-1], tokenizer.pad_token_id
     config = configuration(settings, end, padding)
-    kind = BlipForConditionalGeneration if "lm" in tasks else BlipForImageTextRetrieval
     model = kind(config).eval()
     state = model.state_dict()
     own = [name for name, value in state.items() if value.is_floating_point()]

@@ -14,21 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo_ds.blocks.layers import init_weights, normalize, unit, wide
+from vlmo_ds.blocks.layers import unit, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import sample_negatives
-from vlmo_ds.families.blip import FAMILY
-from vlmo_ds.families.blip.config import (
-    AVERAGED,
-    HIGHEST_TEMPERATURE,
-    LOWEST_TEMPERATURE,
-    PIXELS,
-    BLIPSettings,
-)
-from vlmo_ds.families.blip.text import Look, TextDecoder, TextEncoder
+from vlmo_ds.families.blip.base import BLIPModel, begun_with, places_before_last
+from vlmo_ds.families.blip.config import AVERAGED, HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, BLIPSettings
+from vlmo_ds.families.blip.text import Look, Memory, TextDecoder, TextEncoder
 from vlmo_ds.families.blip.vision import VisionTransformer
-from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
+from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.objectives.itm import Negatives, itm_loss
 from vlmo_ds.objectives.momentum import Keys, momentum_contrast
 
@@ -37,24 +31,17 @@ RANDOM = EMPTY + 1  # and above: of the random features that a queue may begin w
 FLOOR = 1e-4  # of a wrong pair's share, so that none is impossible (the reference)
 
 
-class BLIP(FamilyModel):
-    """BLIP with what its tasks need. tasks: task name -> loss weight, of itc, itm and lm."""
+class BLIP(BLIPModel):
+    """BLIP as it is pretrained, with what its tasks need. tasks: task name -> loss weight, of itc, itm and lm."""
 
-    family = FAMILY
-    config: BLIPSettings
+    heads = ("itm_head", "vision_proj")
     image_queue: Tensor  # [E, K] float32
     text_queue: Tensor
     idx_queue: Tensor  # [1, K] int64, image ids
     queue_ptr: Tensor  # [1] int64, the place that is filled next
 
     def __init__(self, config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None):
-        super().__init__()
-        self.config = config
-        self.tasks = dict(tasks)
-        self.collector = collector or Collector()
-        self.recomputed = Recomputed(config.activation_checkpoint_every)
-        self.visual_encoder = VisionTransformer(config, self.recomputed)
-        self.text_encoder = TextEncoder(config, self.recomputed)
+        super().__init__(config, tasks, collector)
         if "lm" in tasks:
             self.text_decoder = TextDecoder(config)
         if "itm" in tasks:
@@ -66,17 +53,6 @@ class BLIP(FamilyModel):
         self.reset_parameters()
         if "itc" in tasks:
             self.add_teacher()
-
-    def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02 in the image tower, normal in the text stack (BERT)."""
-        self.visual_encoder.apply(partial(init_weights, std=0.02))
-        nn.init.normal_(self.visual_encoder.pos_embed, std=self.config.position_std)
-        nn.init.trunc_normal_(self.visual_encoder.cls_token, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.startswith(("text_", "itm_head", "vision_proj")) and parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.startswith(("text_", "itm_head", "vision_proj")) and name.endswith("bias"):
-                nn.init.zeros_(parameter)
 
     def add_teacher(self) -> None:
         """The teacher begins as the student; the queue empty, or with random features."""
@@ -142,7 +118,7 @@ class BLIP(FamilyModel):
         batch that is a step of its own.
         """
         out = StepOutput.empty()
-        image_BSD = self.visual_encoder(self.pixels(batch))
+        image_BSD = self.visual_encoder(self.pixels(batch["image"]))
         ids_BL, lengths_B = batch["text_ids"], batch["text_masks"].sum(1)
         negatives = None
         if "itc" in self.tasks:
@@ -213,8 +189,7 @@ class BLIP(FamilyModel):
 
     def words_after(self, x_ND: Tensor, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """As word_losses: tokens of every word but the last of each text -> losses of those that follow."""
-        column = torch.arange(ids_BL.shape[1] - 1, device=ids_BL.device)
-        following_N = ids_BL[:, 1:][column[None] < (lengths_B - 1)[:, None]]
+        following_N = ids_BL[:, 1:][places_before_last(lengths_B, ids_BL.shape[1])]
         table = self.text_encoder.embeddings.word_embeddings
         return self.text_decoder.predictions(x_ND, table, following_N, self.config.label_smoothing)
 
@@ -260,7 +235,7 @@ class BLIP(FamilyModel):
     @torch.no_grad()
     def keys(self, batch: Batch) -> dict[str, Tensor]:
         """The teacher's features of a micro-batch [B, E], of unit length and float32 at least, and its ids [B]."""
-        image = self.vision_proj_m(self.visual_encoder_m(self.pixels(batch))[:, 0])
+        image = self.vision_proj_m(self.visual_encoder_m(self.pixels(batch["image"]))[:, 0])
         text_ND, fold = self.text_encoder_m(batch["text_ids"], batch["text_masks"].sum(1))
         text = self.text_proj_m(self.text_encoder_m.first_tokens(text_ND, fold))
         return {
@@ -322,7 +297,7 @@ class BLIP(FamilyModel):
 
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image [B, E], of unit length."""
-        return {"image": unit(self.vision_proj(self.visual_encoder(self.pixels(batch))[:, 0]))}
+        return {"image": unit(self.vision_proj(self.visual_encoder(self.pixels(batch["image"]))[:, 0]))}
 
     def encode_text(self, batch: Batch) -> dict[str, Tensor]:
         """text_ids, text_masks [B, L] -> contrastive features text [B, E], of unit length."""
@@ -331,8 +306,7 @@ class BLIP(FamilyModel):
 
     def match(self, batch: Batch) -> Tensor:
         """image, text_ids, text_masks of B pairs -> [B] log-odds that they match."""
-        ids = begun_with(self.config.encode_word, batch["text_ids"])
-        logits = wide(self.matched(ids, batch["text_masks"].sum(1), self.visual_encoder(self.pixels(batch))))
+        logits = wide(self.matched(*self.read(batch), self.visual_encoder(self.pixels(batch["image"]))))
         return logits[:, 1] - logits[:, 0]
 
     def matched(self, ids_BL: Tensor, lengths_B: Tensor, image_BSD: Tensor) -> Tensor:
@@ -347,9 +321,9 @@ class BLIP(FamilyModel):
         x_ND, _ = self.text_encoder(ids_BL, lengths_B - 1, image_BSD, [Look(0, 1)], decoder.attention, pairs)
         return decoder.predictions(x_ND, self.text_encoder.embeddings.word_embeddings)
 
-    def caption_image(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """image [B, 3, S, S] -> what caption_step needs of it, computed once: keys and values [B, H, S, D/H] of every layer."""
-        return self.text_encoder.memory(self.visual_encoder(self.pixels(batch)))
+    def caption_image(self, batch: Batch) -> list[Memory]:
+        """image [B, 3, S, S] -> what caption_step needs of it, computed once."""
+        return self.text_encoder.memory(self.visual_encoder(self.pixels(batch["image"])))
 
     def caption_step(self, batch: Mapping[str, Any]) -> Tensor:
         """text_ids [R, L] int64, the newest words of R = n * B texts, n for each of B images; first: words before them;
@@ -362,24 +336,8 @@ class BLIP(FamilyModel):
         x_RLD = self.text_encoder.step(ids_RL, batch["first"], batch["memory"], decoder.attention, batch["cache"])
         return decoder.predictions(x_RLD[:, -1], self.text_encoder.embeddings.word_embeddings)
 
-    @property
-    def unwritten(self) -> list[int]:
-        return [self.config.decode_word, self.config.encode_word]
-
-    @property
-    def cached_layers(self) -> int:
-        """Layers that have a cache in caption_step."""
-        return self.config.text_layers
-
-    def pixels(self, batch: Batch) -> Tensor:
-        """uint8 image [B, 3, S, S] -> normalised, in the model's dtype."""
-        return normalize(batch["image"], *PIXELS, self.text_encoder.embeddings.LayerNorm.weight.dtype)
-
     def contrast_scale(self) -> Tensor:
         return 1 / self.temperature().detach().float()
-
-    def offload_checkpoints(self, offloaded: bool) -> None:
-        self.recomputed.offload = offloaded
 
 
 def student_of(name: str) -> str | None:
@@ -388,8 +346,3 @@ def student_of(name: str) -> str | None:
         if name.startswith(teacher):
             return student + name.removeprefix(teacher)
     return None
-
-
-def begun_with(word: int, ids_BL: Tensor) -> Tensor:
-    """The texts with another first word."""
-    return torch.cat((torch.full_like(ids_BL[:, :1], word), ids_BL[:, 1:]), dim=1)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from vlmo_ds.families.blip.base import begun_with
 from vlmo_ds.families.blip.config import BLIPSettings
-from vlmo_ds.families.blip.model import BLIP, begun_with
+from vlmo_ds.families.blip.model import BLIP
 from vlmo_ds.families.blip.weights import without_second_names
 from vlmo_ds.families.comparing import BARS, relative_difference
 from vlmo_ds.families.interface import Check
@@ -103,7 +104,7 @@ def compare(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, floa
 def features(model: BLIP, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the reference computes on its way to the losses."""
     found: dict[str, Tensor] = {}
-    found["image_embeds"] = image_BSD = model.visual_encoder(model.pixels(batch))
+    found["image_embeds"] = image_BSD = model.visual_encoder(model.pixels(batch["image"]))
     found["image_feat"], found["text_feat"] = model.encode_image(batch)["image"], model.encode_text(batch)["text"]
     found["image_feat_m"], found["text_feat_m"] = batch["keys_image"][0], batch["keys_text"][0]
     keys, temperature = model.all_keys(batch), model.temperature()

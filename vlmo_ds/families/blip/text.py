@@ -9,9 +9,8 @@ Dimensions: R sequences, L tokens of the longest, N tokens of all together, I im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,20 @@ from vlmo_ds.families.blip.config import BLIPSettings
 from vlmo_ds.objectives.captioning import word_losses
 
 EPS = 1e-12
+Memory = tuple[
+    Tensor, Tensor, Tensor | None
+]  # of images in a layer: keys, values [I, H, S, D/H], valid bool [I, S] or None: all
 
 
 class Look(NamedTuple):
     """Sequences `first` to `first + times * I - 1`, `times` runs of one for each of I images; images: the I rows of the table of
-    images that they look at, None: all of it in order."""
+    images that they look at, None: all of it in order; valid: bool [rows of the table, S], which tokens of an image there are,
+    None: all."""
 
     first: int
     times: int
     images: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class Own(NamedTuple):
@@ -58,6 +62,10 @@ class Projections(nn.Module):
     def heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, D/H]."""
         return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def memory(self, image_ISD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [I, H, S, D/H] of images."""
+        return self.heads(self.key(image_ISD)), self.heads(self.value(image_ISD))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         rate = self.dropout if self.training else 0.0
@@ -96,6 +104,30 @@ class SelfAttention(nn.Module):
         return self.output(joined(attend_to_words(q, k, v, cache, layer)), x_RLD)
 
 
+def looked(of: Projections, x_ND: Tensor, fold: Fold, image_ISD: Tensor, looks: Sequence[Look]) -> Tensor:
+    """What tokens find in images, [N, D]. image_ISD: the table of images; looks: of all sequences in order. Keys and values are
+    computed once an image, and again in the backward pass: an image has more tokens than a text."""
+
+    def found(q_RHLC: Tensor, image_ISD: Tensor) -> Tensor:
+        """The sequences that look at an image are one sequence of queries."""
+        keys, values = of.memory(image_ISD)
+        parts = []
+        for first, times, rows, valid in looks:
+            k, v = (keys, values) if rows is None else (keys[rows], values[rows])
+            mask = valid if valid is None or rows is None else valid[rows]
+            images = len(k)
+            q = q_RHLC[first : first + times * images].unflatten(0, (times, images))
+            out = of.attend(q.permute(1, 2, 0, 3, 4).flatten(2, 3), k, v, None if mask is None else mask[:, None, None])
+            parts.append(out.unflatten(2, (times, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1))
+        return torch.cat(parts)
+
+    q_RHLC = of.heads(fold.padded(of.query(x_ND)))
+    if torch.is_grad_enabled():
+        again = bool(of.dropout and of.training)
+        return fold.folded(joined(checkpoint(found, q_RHLC, image_ISD, use_reentrant=False, preserve_rng_state=again)))
+    return fold.folded(joined(found(q_RHLC, image_ISD)))
+
+
 class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float):
         super().__init__()
@@ -103,36 +135,50 @@ class CrossAttention(nn.Module):
         self.output = Output(nn.Linear(dim, dim), dropout)
 
     def forward(self, x_ND: Tensor, fold: Fold, image_ISD: Tensor, looks: Sequence[Look]) -> Tensor:
-        """image_ISD: the table of images; looks: of all sequences in order. Keys and values are computed once an image, and
-        again in the backward pass: an image has more tokens than a text."""
-        of = self.self
-        q_RHLC = of.heads(fold.padded(of.query(x_ND)))
-        look = partial(self.looked, looks)
-        if torch.is_grad_enabled():
-            again = bool(of.dropout and self.training)
-            look = partial(checkpoint, look, use_reentrant=False, preserve_rng_state=again)
-        return self.output(fold.folded(joined(look(q_RHLC, image_ISD))), x_ND)
+        """As `looked`."""
+        return self.output(looked(self.self, x_ND, fold, image_ISD, looks), x_ND)
 
-    def looked(self, looks: Sequence[Look], q_RHLC: Tensor, image_ISD: Tensor) -> Tensor:
-        """[R, H, L, D/H] each. The sequences that look at an image are one sequence of queries."""
-        keys, values = self.memory(image_ISD)
-        found = []
-        for first, times, rows in looks:
-            k, v = (keys, values) if rows is None else (keys[rows], values[rows])
-            images = len(k)
-            q = q_RHLC[first : first + times * images].unflatten(0, (times, images))
-            out = self.self.attend(q.permute(1, 2, 0, 3, 4).flatten(2, 3), k, v)
-            found.append(out.unflatten(2, (times, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1))
-        return torch.cat(found)
-
-    def memory(self, image_ISD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [I, H, S, D/H]."""
-        return self.self.heads(self.self.key(image_ISD)), self.self.heads(self.self.value(image_ISD))
-
-    def step(self, x_RLD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """R = n * I texts, n for each of I images in turn, whose keys and values [I, H, S, D/H] are given."""
+    def step(self, x_RLD: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
+        """R = n * I texts, n for each of I images in turn, whose keys and values [I, H, S, D/H] are given; valid: bool [I, S],
+        which of their tokens there are, None: all."""
         q = self.self.heads(self.self.query(x_RLD))
-        return self.output(joined(attend_to_images(q, keys, values)), x_RLD)
+        return self.output(joined(attend_to_images(q, keys, values, valid)), x_RLD)
+
+
+class TwinOutput(nn.Module):
+    """As Output, of what was found in two images: a linear layer of each, and their mean, or a linear layer of both."""
+
+    def __init__(self, dim: int, dropout: float, merged: bool):
+        super().__init__()
+        self.dense0 = nn.Linear(dim, dim)
+        self.dense1 = nn.Linear(dim, dim)
+        self.merge_layer = nn.Linear(2 * dim, dim) if merged else None
+        self.LayerNorm = nn.LayerNorm(dim, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, first: Tensor, second: Tensor, before: Tensor) -> Tensor:
+        first, second = self.dense0(first), self.dense1(second)
+        if self.merge_layer is None:
+            both = (first + second) / 2
+        else:
+            both = self.merge_layer(torch.cat((first, second), dim=-1))
+        return self.LayerNorm(self.dropout(both) + before)
+
+
+class TwinCrossAttention(nn.Module):
+    """Two cross-attentions, one for each of a text's two images (arXiv:2201.12086, figure 5, NLVR2)."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float, merged: bool):
+        super().__init__()
+        self.self0 = Projections(dim, num_heads, context_dim, dropout)
+        self.self1 = Projections(dim, num_heads, context_dim, dropout)
+        self.output = TwinOutput(dim, dropout, merged)
+
+    def forward(self, x_ND: Tensor, fold: Fold, image_ISD: Tensor, looks: Sequence[Look]) -> Tensor:
+        """As CrossAttention's; image_ISD: the first images of all texts, then the second ones."""
+        first, second = image_ISD.chunk(2)
+        found = (looked(of, x_ND, fold, part, looks) for of, part in ((self.self0, first), (self.self1, second)))
+        return self.output(*found, x_ND)
 
 
 class Intermediate(nn.Module):
@@ -147,11 +193,11 @@ class Intermediate(nn.Module):
 class Layer(nn.Module):
     """Post-norm layer of BERT (arXiv:1810.04805) with cross-attention. Self-attention is given with each call."""
 
-    def __init__(self, config: BLIPSettings):
+    def __init__(self, config: BLIPSettings, crossattention: nn.Module):
         super().__init__()
         dim, heads, dropout = config.text_width, config.text_heads, config.text_dropout
         self.attention = SelfAttention(dim, heads, dropout)
-        self.crossattention = CrossAttention(dim, heads, config.vision_width, dropout)
+        self.crossattention = crossattention
         self.intermediate = Intermediate(dim, config.text_hidden)
         self.output = Output(GeluLinear(config.text_hidden, dim), dropout)
 
@@ -164,11 +210,10 @@ class Layer(nn.Module):
             x_ND = self.crossattention(x_ND, whole, image_ISD, looks)
         return self.output(self.intermediate(x_ND), x_ND)
 
-    def step(
-        self, x_RLD: Tensor, attention: SelfAttention, memory: tuple[Tensor, Tensor], cache: Cache, layer: int
-    ) -> Tensor:
+    def step(self, x_RLD: Tensor, attention: SelfAttention, memory: Memory, cache: Cache, layer: int) -> Tensor:
         """A decoder's newest words."""
-        x_RLD = self.crossattention.step(attention.step(x_RLD, cache, layer), *memory)
+        crossattention = cast(CrossAttention, self.crossattention)
+        x_RLD = crossattention.step(attention.step(x_RLD, cache, layer), *memory)
         return self.output(self.intermediate(x_RLD), x_RLD)
 
 
@@ -180,7 +225,12 @@ class WordTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(words, dim))
 
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, following_N: Tensor | None = None, smoothing: float = 0.0
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        following_N: Tensor | None = None,
+        smoothing: float = 0.0,
+        weight_N: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Ids [...] -> [..., D]. Hidden states [..., D] with the vocabulary's bias -> logits [..., V] in float32 at least; with
         the words that follow as well -> as word_losses."""
@@ -188,7 +238,7 @@ class WordTable(nn.Module):
             return F.embedding(x, self.weight)
         if following_N is None:
             return wide(F.linear(x, self.weight, bias))
-        return word_losses(x, self.weight.t(), following_N, bias, smoothing)
+        return word_losses(x, self.weight.t(), following_N, bias, smoothing, weight_N)
 
 
 class Embeddings(nn.Module):
@@ -214,6 +264,22 @@ class Layers(nn.Module):
         self.layer = nn.ModuleList(layers)
 
 
+def at_images(config: BLIPSettings, layer: int) -> CrossAttention:
+    """Cross-attention of a layer to an image."""
+    return CrossAttention(config.text_width, config.text_heads, config.vision_width, config.text_dropout)
+
+
+def at_texts(config: BLIPSettings, layer: int) -> CrossAttention:
+    """Cross-attention of a layer to the states of a text."""
+    return CrossAttention(config.text_width, config.text_heads, config.text_width, config.text_dropout)
+
+
+def at_two_images(config: BLIPSettings, layer: int) -> TwinCrossAttention:
+    """Cross-attention of a layer to two images; the upper half of the layers merges what it finds by a linear layer."""
+    of = (config.text_width, config.text_heads, config.vision_width, config.text_dropout)
+    return TwinCrossAttention(*of, merged=2 * layer >= config.text_layers)
+
+
 class TextEncoder(nn.Module):
     """The stack, with the self-attention of texts that are read or matched."""
 
@@ -221,10 +287,16 @@ class TextEncoder(nn.Module):
     def layers(self) -> list[Layer]:
         return cast(list[Layer], list(self.encoder.layer))
 
-    def __init__(self, config: BLIPSettings, recomputed: Recomputed):
+    def __init__(
+        self,
+        config: BLIPSettings,
+        recomputed: Recomputed,
+        crossattention: Callable[[BLIPSettings, int], nn.Module] = at_images,
+    ):
+        """crossattention: (settings, number of a layer) -> its cross-attention."""
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Layers([Layer(config) for _ in range(config.text_layers)])
+        self.encoder = Layers([Layer(config, crossattention(config, i)) for i in range(config.text_layers)])
         self.recomputed = recomputed
 
     def forward(
@@ -256,15 +328,16 @@ class TextEncoder(nn.Module):
         ends_R = fold.valid_BL.sum(1).cumsum(0)
         return x_ND[torch.cat((ends_R.new_zeros(1), ends_R[:-1]))]
 
-    def memory(self, image_ISD: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of images, of every layer [I, H, S, D/H]."""
-        return [layer.crossattention.memory(image_ISD) for layer in self.layers]
+    def memory(self, image_ISD: Tensor, valid_IS: Tensor | None = None) -> list[Memory]:
+        """What every layer has of images."""
+        crossattentions = [cast(CrossAttention, layer.crossattention) for layer in self.layers]
+        return [(*one.self.memory(image_ISD), valid_IS) for one in crossattentions]
 
     def step(
         self,
         ids_RL: Tensor,
         first: int,
-        memory: Sequence[tuple[Tensor, Tensor]],
+        memory: Sequence[Memory],
         decoder: Sequence[SelfAttention],
         cache: Cache,
     ) -> Tensor:
@@ -295,14 +368,19 @@ class Predictions(nn.Module):
         self.transform = Transform(config.text_width)
 
     def forward(
-        self, x: Tensor, table: WordTable, following_N: Tensor | None = None, smoothing: float = 0.0
+        self,
+        x: Tensor,
+        table: WordTable,
+        following_N: Tensor | None = None,
+        smoothing: float = 0.0,
+        weight_N: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As the table's forward for hidden states."""
-        return table(self.transform(x), self.bias, following_N, smoothing)
+        return table(self.transform(x), self.bias, following_N, smoothing, weight_N)
 
 
 class TextDecoder(nn.Module):
-    """What decoding has of its own: self-attention of every layer, and the head of words."""
+    """What decoding has of its own beside the encoder: self-attention of every layer, and the head of words."""
 
     def __init__(self, config: BLIPSettings):
         super().__init__()
@@ -324,3 +402,26 @@ class TextDecoder(nn.Module):
     @property
     def predictions(self) -> Predictions:
         return cast(Predictions, self.cls["predictions"])
+
+
+class AnswerDecoder(nn.Module):
+    """A decoder with all weights of its own, which looks at the states of a question."""
+
+    def __init__(self, config: BLIPSettings, recomputed: Recomputed):
+        super().__init__()
+        self.bert = TextEncoder(config, recomputed, at_texts)
+        self.cls = nn.ModuleDict({"predictions": Predictions(config)})
+
+    def hidden(self, ids_AL: Tensor, lengths_A: Tensor, question_QSD: Tensor, look: Look) -> Tensor:
+        """[N, D] of the words of A texts together, each of which sees those before it and a question's states."""
+        attention = [layer.attention for layer in self.bert.layers]
+        return self.bert(ids_AL, lengths_A, question_QSD, [look], attention, len(ids_AL))[0]
+
+    def words(self, hidden: Tensor, *following: Any) -> Any:
+        """Hidden states [..., D] -> logits [..., V] of the word after each; with what word_losses asks for -> what it gives."""
+        return self.cls["predictions"](hidden, self.bert.embeddings.word_embeddings, *following)
+
+    def step(self, ids_RL: Tensor, first: int, memory: Sequence[Memory], cache: Cache) -> Tensor:
+        """As TextEncoder.step -> logits [R, V] of the word after the newest."""
+        attention = [layer.attention for layer in self.bert.layers]
+        return self.words(self.bert.step(ids_RL, first, memory, attention, cache)[:, -1])

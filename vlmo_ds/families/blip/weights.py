@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vlmo_ds.blocks.resample import resize_absolute
 from vlmo_ds.config import InitConfig, RecipeError
+from vlmo_ds.families.blip.base import BLIPModel
 from vlmo_ds.families.blip.config import BLIPSettings
-from vlmo_ds.families.blip.model import BLIP, student_of
+from vlmo_ds.families.blip.model import student_of
 from vlmo_ds.families.interface import matches
 
 IMAGE_POSITIONS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
@@ -24,6 +25,10 @@ OF_WORDS = {
     "text_decoder.cls.predictions.decoder.weight": "text_encoder.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
+
+
+SECOND_TABLE = "text_decoder.bert.embeddings.word_embeddings.weight"  # of a decoder that shares nothing
+ONE_IMAGE = re.compile(r"text_encoder\.encoder\.layer\.\d+\.crossattention\.(self|output\.dense)\..+")
 
 
 def shared_name(name: str) -> str | None:
@@ -45,12 +50,52 @@ def without_second_names(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     return found, left_out
 
 
+def with_own_decoder(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors for a model whose decoder shares nothing with the encoder, what was changed): what the source has once is there
+    twice, and a tensor of another shape (keys and values of images that are wider than texts) starts fresh."""
+    found = {name: value for name, value in source.items() if not name.endswith("position_ids")}
+    for name in OF_WORDS:
+        value = found.pop(name, None)
+        ours = SECOND_TABLE if name.endswith("weight") else OF_WORDS[name]
+        if value is not None and not torch.equal(found.setdefault(ours, value), value):
+            raise RecipeError(f"{name} and {ours} are one tensor in BLIP, and differ in this file")
+    copied = [name for name in own if name not in found and shared_name(name) in found]
+    found |= {name: found[str(shared_name(name))] for name in copied}
+    fresh = [name for name in own if shared_name(name) and name in found and found[name].shape != own[name].shape]
+    fresh = [name for name in fresh if "crossattention.self" in name]
+    found |= {name: own[name] for name in fresh}
+    changed = (
+        [f"the decoder begins as the encoder where it has no weights there ({len(copied)} tensors)"] if copied else []
+    )
+    if fresh:
+        changed.append(f"{len(fresh)} of the decoder start fresh: it looks at texts, where {fresh[0]} looked at images")
+    return found, changed
+
+
+def for_two_images(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors for a model with two cross-attentions in a layer, what was changed): both begin as the source's one."""
+    found, _ = without_second_names(source)
+    copied = 0
+    for name in own:
+        one = re.sub(r"(crossattention\.)(self|output\.dense)[01]\.", r"\1\2.", name)
+        if one != name and name not in found and one in found:
+            found[name] = found[one]
+            copied += 1
+    found = {name: value for name, value in found.items() if name in own or not ONE_IMAGE.fullmatch(name)}
+    return found, [f"both cross-attentions of a layer begin as the source's one ({copied} tensors)"] if copied else []
+
+
 def convert(
     source: Mapping[str, Tensor], own: Mapping[str, Tensor], config: BLIPSettings, init: InitConfig
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(source under the names of this project with positions of the model's shapes, what was changed). own: the model's state dict."""
-    fitted, left_out = without_second_names(source)
-    changed = [f"{left_out} second names of shared tensors left out"] if left_out else []
+    if SECOND_TABLE in own:
+        fitted, changed = with_own_decoder(source, own)
+    elif any("crossattention.self0." in name for name in own):
+        fitted, changed = for_two_images(source, own)
+    else:
+        fitted, left_out = without_second_names(source)
+        changed = [f"{left_out} second names of shared tensors left out"] if left_out else []
     for name in IMAGE_POSITIONS:
         if name in fitted and name in own and fitted[name].shape != own[name].shape:
             value = resize_absolute(fitted[name], own[name].shape[1])
@@ -89,7 +134,7 @@ def fresh(init: InitConfig) -> list[str]:
     return []
 
 
-def finish(model: BLIP, init: InitConfig) -> None:
+def finish(model: BLIPModel, init: InitConfig) -> None:
     pass
 
 
@@ -97,18 +142,18 @@ def official(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """With both names of what the text decoder shares with the text encoder, and the places' numbers; the images of the queue's
     features, which the reference does not keep, are left out."""
     found = {name: value for name, value in weights.items() if name != "idx_queue"}
-    table = "text_encoder.embeddings.position_embeddings.weight"
-    places = torch.arange(len(weights[table]))[None]
-    decodes = "text_decoder.cls.predictions.bias" in found
-    prefixes = ["text_encoder.", *(["text_encoder_m."] if "image_queue" in found else [])]
-    found |= {f"{prefix}embeddings.position_ids": places.clone() for prefix in prefixes}
-    if decodes:
+    table = "embeddings.position_embeddings.weight"
+    places = torch.arange(len(weights[ENCODER + table]))[None]
+    decodes, prefixes = "text_decoder.cls.predictions.bias" in found, (ENCODER, "text_encoder_m.", DECODER)
+    found |= {f"{prefix}embeddings.position_ids": places.clone() for prefix in prefixes if prefix + table in found}
+    if decodes and SECOND_TABLE not in found:
         for name, value in list(found.items()):
             if re.match(
                 r"text_encoder\.(embeddings|encoder\.layer\.\d+\.(crossattention|intermediate|output))\.", name
             ):
                 found[name.replace("text_encoder.", "text_decoder.bert.", 1)] = value
+    if decodes:
         words = "text_decoder.cls.predictions"
-        found[f"{words}.decoder.weight"] = found["text_encoder.embeddings.word_embeddings.weight"]
+        found[f"{words}.decoder.weight"] = found[SECOND_TABLE]
         found[f"{words}.decoder.bias"] = found[f"{words}.bias"]
     return {"model": found}
