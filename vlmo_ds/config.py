@@ -106,6 +106,7 @@ class TokenizerConfig(Settings):
 Transform = Literal[
     "square_transform", "square_transform_randaug", "pixelbert", "pixelbert_randaug", "crop_flip", "crop_flip_randaug"
 ]
+CROPPING = ("square_transform_randaug", "crop_flip", "crop_flip_randaug")  # those that take random crops
 
 
 class SourceConfig(Settings):
@@ -131,6 +132,12 @@ class DataConfig(Settings):
         "of sum(weights) samples holds so many of each source",
     )
     transform: Transform = Field("square_transform_randaug", description="augmentation of images (data/transforms.py)")
+    min_scale: float | None = Field(
+        None, gt=0, le=1, description="share of the area that a random crop has at least; null: the transform's"
+    )
+    flip: bool = Field(
+        True, description="mirror random crops by chance; false where captions say what is left and what is right"
+    )
     image_only: bool | None = Field(None, description="read images alone, no text; null: what the tasks need")
     text_only: bool | None = Field(None, description="read text alone, no images; null: what the tasks need")
     draw_false_image: int = Field(0, ge=0, description="images of other samples added to each (false_image_0, ...)")
@@ -173,6 +180,13 @@ class DataConfig(Settings):
                 f"mixing 'exact' plans as many samples at a time as the weights add up to, found {total:,.0f}; accepted: "
                 f"{LARGEST_BLOCK:,} at most: divide the weights by a common factor, or take mixing 'random'"
             )
+        transforms = {source.transform or self.transform for source in self.mixture.values()}
+        for setting, asked in (("min_scale", self.min_scale is not None), ("flip", not self.flip)):
+            if asked and not transforms & set(CROPPING):
+                raise ValueError(
+                    f"{setting} is {getattr(self, setting)}, and no source takes random crops (transform is "
+                    f"{', '.join(sorted(transforms))}); accepted with {', '.join(CROPPING)}"
+                )
         if self.image_only and (self.text_only or self.draw_false_text):
             raise ValueError("image_only leaves no text: text_only and draw_false_text have to be off")
         if self.text_only and self.draw_false_image:
@@ -204,8 +218,21 @@ class OptimizerConfig(Settings):
 class ScheduleConfig(Settings):
     """Learning rate over the steps of a stage."""
 
-    name: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    name: Literal["linear", "cosine", "constant", "step"] = Field(
+        "linear", description="decay after the warm-up; step: times `decay` after every `decay_every` steps"
+    )
     warmup_steps: int | float = Field(0.1, ge=0, description="steps, or a share of the stage's steps if below 1")
+
+    decay: float = Field(0.9, gt=0, le=1, description="step: what the learning rate is multiplied with")
+    decay_every: int = Field(0, ge=0, description="step: so many steps, such as those of an epoch")
+
+    @model_validator(mode="after")
+    def check_step(self) -> ScheduleConfig:
+        if (self.name == "step") != bool(self.decay_every):
+            raise ValueError(
+                f"decay_every is {self.decay_every} and name '{self.name}'; accepted: above 0 with 'step', and 0 with the others"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_warmup(self) -> ScheduleConfig:

@@ -15,7 +15,7 @@ from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import hub_is_reachable, load_tokenizer, train_tokenizer
-from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage
+from vlmo_ds.data.transforms import TRANSFORMS, Crops, EncodedImage
 
 # ---- masks ----
 
@@ -84,6 +84,28 @@ def test_transforms_give_the_size_and_repeat(name):
     assert first.size == (32, 32) and first.mode == "RGB"
     assert np.array_equal(first, again)
     assert (name in ("square_transform", "pixelbert")) == np.array_equal(first, other)
+
+
+def test_random_crops_as_large_and_as_mirrored_as_asked():
+    """A picture whose red grows from left to right and whose green from top to bottom: a crop's colours say where it was."""
+    across = np.linspace(0, 255, 64).astype(np.uint8)
+    pixels = np.stack(np.broadcast_arrays(across[None], across[:, None], np.uint8(0)), axis=2)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+
+    def crops(smallest, flip) -> tuple[list[float], int]:
+        areas, mirrored = [], 0
+        for seed in range(60):
+            made = TRANSFORMS["crop_flip"](EncodedImage(buffer.getvalue()), 32, generator(seed), Crops(smallest, flip))
+            red, green = (np.asarray(made)[:, :, i].astype(float) for i in (0, 1))
+            areas.append(abs(red[0, -1] - red[0, 0]) * abs(green[-1, 0] - green[0, 0]) / 255**2)
+            mirrored += red[0, -1] < red[0, 0]
+        return areas, mirrored
+
+    for smallest, flip, least in ((None, True, 0.4), (0.9, False, 0.8), (0.1, True, 0.05)):
+        areas, mirrored = crops(smallest, flip)
+        assert least < min(areas) < least + 0.25
+        assert (15 < mirrored < 45) if flip else mirrored == 0
 
 
 def test_pixelbert_keeps_the_aspect_ratio():

@@ -58,6 +58,8 @@ def change_data(number, **settings):
         (change_data(0, shards=[], sources={"a": {"shards": ["x"], "weight": 0.5}}, mixing="exact"), r"mixing 'exact' needs whole numbers as weights, found \{'a': 0.5\}"),
         (change_data(0, text_only=True), r"data.text_only is true, which fits task 'textmlm' alone, found \['mim'\]"),
         (change_data(0, draw_false_text=1), r"data.draw_false_text is 1, but task 'mim' reads none"),
+        (change_data(0, min_scale=0.2, transform="pixelbert"), r"min_scale is 0.2, and no source takes random crops"),
+        (change_data(0, flip=False, transform="square_transform"), r"flip is False, and no source takes random crops"),
         (change_data(0, transform="square"), r"stages.image.data.transform: .*'square_transform'.*found 'square'"),
         (lambda r: r.update(name=".."), r"name is '..', which names no folder of its own"),
     ],
@@ -83,6 +85,8 @@ def mixture(**weights):
     [
         (change_stage(2, schedule={"warmup_steps": 4}), r"warmup_steps is 4, longer than the stage, whose steps are 3"),
         (change_stage(2, schedule={"warmup_steps": 1.5}), r"joint.schedule: warmup_steps is 1.5; accepted: a whole number"),
+        (change_stage(2, schedule={"name": "step"}), r"decay_every is 0 and name 'step'; accepted: above 0 with 'step'"),
+        (change_stage(2, schedule={"decay_every": 5}), r"decay_every is 5 and name 'linear'; accepted"),
         *((change_stage(2, schedule={"warmup_steps": odd}), r"joint.schedule.warmup_steps") for odd in (-1, NAN, INF, True)),
         *((change_optimizer(betas=odd), r"joint.optimizer.betas.[01]: .*found") for odd in ([1.5, 0.9], [0.9, 1.0], [-0.1, 0.9])),
         *((change_optimizer(betas=odd), r"joint.optimizer.betas") for odd in ([NAN, 0.9], [0.9], [0.9, 0.9, 0.9], 0.9, [True, 0.9])),

@@ -22,7 +22,7 @@ from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
 from vlmo_ds.data.shards import RawSample, Shard, check_names, clean_texts, is_true, list_shards
 from vlmo_ds.data.storage import DataError, Storage, expand
-from vlmo_ds.data.transforms import TRANSFORMS, EncodedImage, pixels
+from vlmo_ds.data.transforms import TRANSFORMS, Crops, EncodedImage, pixels
 from vlmo_ds.distributed import heartbeat
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -106,6 +106,7 @@ class BatchDataset(Dataset):
             pairs = zip(self.shards, known_shards, strict=True)
             self.shards = [[replace(s, known_as=n) for s, n in zip(*pair, strict=True)] for pair in pairs]
         self.transforms = [TRANSFORMS[source.transform or data.transform] for source in data.mixture.values()]
+        self.crops = Crops(data.min_scale, data.flip)
         seeds = [spec.seed, *(stable_seed(spec.seed, number) for number in range(1, len(self.shards)))]
         self.sources = [
             SourceOrder([s.samples for s in shards], lanes=data.lanes, window=data.shuffle, seed=seed)
@@ -221,7 +222,7 @@ class BatchDataset(Dataset):
 
     def image(self, data: bytes, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
         try:
-            return pixels(self.transforms[source](EncodedImage(data), self.spec.image_size, rng))
+            return pixels(self.transforms[source](EncodedImage(data), self.spec.image_size, rng, self.crops))
         except DataError:
             raise
         except ValueError as error:

@@ -18,6 +18,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import simplejpeg
@@ -234,7 +235,18 @@ def to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
     return np.rint(values.astype(np.float32) * np.float32(255 / white)).clip(0, 255).astype(np.uint8)
 
 
-def square(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
+class Crops(NamedTuple):
+    """smallest: share of a picture's area that a random crop has at least, None: the transform's own; flip: whether a crop is
+    mirrored by chance."""
+
+    smallest: float | None = None
+    flip: bool = True
+
+
+USUAL = Crops()
+
+
+def square(image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL) -> Image.Image:
     return image.resized(size, size)
 
 
@@ -291,28 +303,40 @@ def randaugment(image: Image.Image, rng: np.random.Generator, operations: int = 
     return image
 
 
-def square_randaug(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
-    return randaugment(random_flip(random_crop(image, size, 0.5, rng), rng), rng)
+def crop_flip(
+    image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL, smallest: float = 0.5
+) -> Image.Image:
+    """smallest: as of Crops, where it has none."""
+    crop = random_crop(image, size, smallest if crops.smallest is None else crops.smallest, rng)
+    return random_flip(crop, rng) if crops.flip else crop
 
 
-def pixelbert(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
+def square_randaug(image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL) -> Image.Image:
+    return randaugment(crop_flip(image, size, rng, crops), rng)
+
+
+def crop_flip_randaug(image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL) -> Image.Image:
+    return randaugment(crop_flip(image, size, rng, crops, smallest=0.2), rng)
+
+
+def pixelbert(image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL) -> Image.Image:
     return fitted(image.width, image.height, size, image.resized)
 
 
-def pixelbert_randaug(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
+def pixelbert_randaug(image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL) -> Image.Image:
     whole = randaugment(Image.fromarray(image.decode()), rng, level=0.9)
     return fitted(whole.width, whole.height, size, lambda w, h: whole.resize((w, h), BICUBIC))
 
 
-def crop_flip(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
-    return random_flip(random_crop(image, size, 0.5, rng), rng)
+class Transformed(Protocol):
+    """An augmentation: a picture of size x size, RGB. What is random comes from rng; those without random crops ignore `crops`."""
+
+    def __call__(
+        self, image: EncodedImage, size: int, rng: np.random.Generator, crops: Crops = USUAL
+    ) -> Image.Image: ...
 
 
-def crop_flip_randaug(image: EncodedImage, size: int, rng: np.random.Generator) -> Image.Image:
-    return randaugment(random_flip(random_crop(image, size, 0.2, rng), rng), rng)
-
-
-TRANSFORMS: dict[str, Callable[[EncodedImage, int, np.random.Generator], Image.Image]] = {
+TRANSFORMS: dict[str, Transformed] = {
     "square_transform": square,
     "square_transform_randaug": square_randaug,
     "pixelbert": pixelbert,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -72,8 +73,16 @@ def adamw(groups: list[dict], config: OptimizerConfig, *, offloaded: bool) -> to
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
+def by_steps(warmup: int, decay: float, every: int, step: int) -> float:
+    """Share of the peak learning rate at a step: the decay counts from the first step on, and shows after the warm-up (BLIP,
+    whose warm-up is in its first epoch)."""
+    return step / warmup if step < warmup else decay ** (step // every)
+
+
 def learning_rate(optimizer: torch.optim.Optimizer, stage: StageConfig) -> LRScheduler:
-    """Warm-up, then linear or cosine decay to zero at the stage's last step, or none."""
+    """Warm-up, then linear or cosine decay to zero at the stage's last step, decay by steps, or none."""
+    if stage.schedule.name == "step":
+        return LambdaLR(optimizer, partial(by_steps, stage.warmup, stage.schedule.decay, stage.schedule.decay_every))
     if stage.schedule.name == "constant":
         return get_constant_schedule_with_warmup(optimizer, stage.warmup)
     build = get_linear_schedule_with_warmup if stage.schedule.name == "linear" else get_cosine_schedule_with_warmup
