@@ -142,6 +142,9 @@ class DataConfig(Settings):
     text_only: bool | None = Field(None, description="read text alone, no images; null: what the tasks need")
     draw_false_image: int = Field(0, ge=0, description="images of other samples added to each (false_image_0, ...)")
     draw_false_text: int = Field(0, ge=0, description="texts of other samples added to each (false_text_0_ids, ...)")
+    prompt: str = Field(
+        "", description="what every caption begins with; a task that writes captions learns the words behind it alone"
+    )
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of words that are masked")
     whole_word_masking: bool = Field(True, description="mask all pieces of a word together")
     mim_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches that are masked (BEiT: 0.4)")
@@ -485,6 +488,7 @@ class CaptioningConfig(HeldOutConfig, DecodingConfig):
     """Captions written for held-out images after the last stage, and their scores."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling")
+    keep_prompt: bool = Field(True, description="whether a caption holds the prompt that it was begun with")
     gallery: int = Field(24, ge=0, description="images shown with their captions in the report")
 
 

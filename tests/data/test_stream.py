@@ -10,7 +10,7 @@ import torch
 from conftest import reads
 from data.files import jpeg, write_tar
 
-from vlmo_ds.config import DataConfig
+from vlmo_ds.config import DataConfig, RecipeError
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import train_tokenizer
@@ -175,7 +175,13 @@ def questions(tmp_path_factory):
     asked, pairs = {}, {}
     for i in range(20):
         entries = [
-            {"question": f"picture {i} of words {k}", "question_id": 10 * i + k, "labels": [k, 4], "scores": [1.0, 0.3]}
+            {
+                "question": f"picture {i} of words {k}",
+                "question_id": 10 * i + k,
+                "labels": [k, 4],
+                "scores": [1.0, 0.3],
+                "answers": ["one"] * (k + 1) + ["one of picture"] * (9 - k),
+            }
             for k in range(1 + i % 4)
         ]
         asked |= {
@@ -215,6 +221,34 @@ def test_every_question_comes_once_in_as_many_epochs_as_its_picture_has(question
             assert torch.equal(targets, expected), (text, targets)
     assert len(seen) == 50
     assert all(count == 12 // (1 + int(text.split()[1]) % 4) for text, count in seen.items())
+
+
+def test_answers_as_texts_with_the_share_of_those_who_gave_them(questions):
+    data = DataConfig(shards=[str(questions / "asked.tar")], lanes=4, transform="square_transform")
+    spec = spec_for({"image", "questions", "answers"}, 32, 8, 24, 3, 5)
+    batch = BatchDataset(data, spec, TOKENIZER, rank=0, world_size=1, batch_size=20)[0]
+    assert "vqa_targets" not in batch
+    one, three = (TOKENIZER(text)["input_ids"] for text in ("one", "one of picture"))
+    for ids, answers, lengths, weights in zip(
+        *(batch[name] for name in ("text_ids", "answer_ids", "answer_lengths", "answer_weights")), strict=True
+    ):
+        k = int(TOKENIZER.decode(ids, skip_special_tokens=True).split()[-1])
+        assert lengths.tolist() == [len(one), len(three)]
+        assert answers[0, : len(one)].tolist() == one and answers[1, : len(three)].tolist() == three
+        assert weights.tolist() == pytest.approx([(k + 1) / 10, (9 - k) / 10])
+
+
+def test_captions_behind_a_prompt(shards):
+    batch = stream(shards, prompt="picture of", tasks=("itc",))[0]
+    words = len(TOKENIZER("picture of")["input_ids"]) - 1
+    assert batch["prompt_words"].tolist() == [words] * GLOBAL
+    plain = stream(shards, tasks=("itc",))[0]
+    assert "prompt_words" not in plain
+    for ids, ids_alone in zip(batch["text_ids"], plain["text_ids"], strict=True):
+        text, alone = (TOKENIZER.decode(row, skip_special_tokens=True) for row in (ids, ids_alone))
+        assert text.startswith("picture of ") and alone.startswith(text.removeprefix("picture of ")[:20])
+    with pytest.raises(RecipeError, match="data.prompt 'word word .* leaves no place for a caption"):
+        stream(shards, prompt="word " * 30)[0]
 
 
 def test_pairs_of_pictures_keep_their_order(questions):

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import DataConfig
+from vlmo_ds.config import DataConfig, RecipeError
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
 from vlmo_ds.data.shards import RawSample, Shard, check_names, clean_texts, is_true, list_shards
@@ -177,6 +178,8 @@ class BatchDataset(Dataset):
         elif spec.text:
             encoding = self.encoded_text(raw, rng)
             ids = out["text_ids"] = self.token_ids(encoding)
+            if self.data.prompt:
+                out["prompt_words"] = self.prompt_words
             if spec.mask_text:
                 out["text_ids_mlm"], out["text_labels_mlm"] = mask_tokens(
                     ids,
@@ -229,8 +232,20 @@ class BatchDataset(Dataset):
             raise DataError(f"{raw.name}: {error}") from None
 
     def encoded_text(self, raw: RawSample, rng: np.random.Generator):
+        """Of one of the captions, behind the prompt."""
         captions = raw.captions
-        return self.encode(captions[int(rng.integers(len(captions)))], raw)
+        return self.encode(f"{self.data.prompt} {captions[int(rng.integers(len(captions)))]}".strip(), raw)
+
+    @cached_property
+    def prompt_words(self) -> int:
+        """Of the prompt, the start included. RecipeError where it leaves no place for a caption."""
+        words = len(self.needed_tokenizer(self.data.prompt)["input_ids"]) - 1
+        if words + 1 >= self.spec.max_text_len:
+            raise RecipeError(
+                f"data.prompt '{self.data.prompt}' has {words} words with the start, a text {self.spec.max_text_len} at most "
+                "(model.max_text_len): it leaves no place for a caption"
+            )
+        return words
 
     @property
     def needed_tokenizer(self) -> PreTrainedTokenizerBase:

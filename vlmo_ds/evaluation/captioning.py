@@ -10,6 +10,7 @@ Sets of the synthetic world are judged by what their captions mean as well (eval
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import re
@@ -102,6 +103,7 @@ def evaluate(
     check(config, model.config.max_text_len, tokenizer)
     device = next(model.parameters()).device
     begin, end = prompt_ids(config, tokenizer), tokenizer("")["input_ids"][-1]
+    skipped = 0 if config.keep_prompt else len(begin)
     images = samples_of_images(config, scored)
     texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
 
@@ -125,7 +127,7 @@ def evaluate(
             "image_id": torch.tensor([one.key for one in found]).to(device),
         }
         for one, ids in zip(found, written(model, batch, begin, end, config, config.seed), strict=True):
-            one.written = [text.strip() for text in texts(ids)]
+            one.written = [text.strip() for text in texts([text_ids[skipped:] for text_ids in ids])]
         for row, one in zip(rows, found, strict=True):
             done.append((row, one if row < config.gallery else replace(one, encoded=b"")))
     every = [pair for part in collector.each_rank(done) for pair in part]
@@ -249,6 +251,8 @@ def main() -> None:
         about = (CaptioningConfig.model_fields[name].description or "").replace("%", "%%")
         parser.add_argument(f"--{name}", type=number(kind, least), help=about)
     parser.add_argument("--prompt", help=fields["prompt"].description)
+    about = CaptioningConfig.model_fields["keep_prompt"].description
+    parser.add_argument("--keep_prompt", action=argparse.BooleanOptionalAction, help=about)
     parser.add_argument("--captions", type=Path, metavar="FILE", help="write the captions as COCO's server takes them")
     parser.add_argument("--unscored", action="store_true", help="images without captions by people: only write")
     parser.add_argument("--meteor", action="store_true", help="METEOR as well; needs Java")

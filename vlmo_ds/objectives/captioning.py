@@ -99,3 +99,11 @@ def word_losses(
     counts in the sum, None: 1.
     """
     return WordLosses.apply(hidden_ND, head_DV, labels_N, bias_V, smoothing, weight_N)
+
+
+def learned_words(lengths_B: Tensor, prompt_B: Tensor | None, length: int) -> Tensor:
+    """bool [N], for each word of texts that has one after it: whether that one's loss is taken. prompt_B: words of the prompt that
+    a text begins with, its start included, which are given and not learned; None: of no text; length: words of the longest text."""
+    place = torch.arange(length - 1, device=lengths_B.device)[None]
+    learned = place >= (0 if prompt_B is None else prompt_B[:, None] - 1)
+    return learned.expand(len(lengths_B), -1)[place < lengths_B[:, None] - 1]

@@ -272,3 +272,14 @@ def test_matching_needs_contrast():
 def test_settings_under_which_a_teacher_would_stay(zero, message):
     with pytest.raises(RecipeError, match=message):
         refuse(SimpleNamespace(config={"zero_optimization": zero}))
+
+
+def test_the_words_of_a_prompt_are_not_learned():
+    model, batch = tiny_model(), tiny_batch()
+    prompt_B, lengths = torch.tensor([1, 2, 3, 4, 9]), batch["text_masks"].sum(1)
+    logits_N = model.written(batch["text_ids"], lengths, model.visual_encoder(batch["image"]))
+    labels = torch.cat([ids[1:length] for ids, length in zip(batch["text_ids"], lengths, strict=True)])
+    kept = torch.cat([torch.arange(1, length) >= prompt for length, prompt in zip(lengths, prompt_B, strict=True)])
+    expected = F.cross_entropy(logits_N[kept], labels[kept], label_smoothing=0.1)
+    found = model({**batch, "prompt_words": prompt_B}).values["loss/lm"]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=0)

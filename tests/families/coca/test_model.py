@@ -9,6 +9,7 @@ from vlmo_ds.config import RecipeError
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.coca.block import Block
 from vlmo_ds.families.coca.config import CoCaSettings
+from vlmo_ds.families.coca.model import next_words
 from vlmo_ds.families.coca.parity import compare
 from vlmo_ds.families.step import StepOutput
 from vlmo_ds.recipe_file import parse_recipe
@@ -220,3 +221,17 @@ def test_one_step_writes_its_losses():
     out = tiny_model()(tiny_batch())
     assert isinstance(out, StepOutput)
     assert float(out.loss) == pytest.approx(float(out.values["loss/itc"] + 2 * out.values["loss/caption"]))
+
+
+def test_the_words_of_a_prompt_are_not_learned():
+    model, batch = tiny_model(), tiny_batch(5)
+    prompt_B = torch.tensor([1, 2, 3, 4, 9])
+    lengths = batch["text_masks"].sum(1)
+    _, tokens = model.visual(model.pixels(batch), feature=True)
+    x_ND, fold, labels_N = next_words(batch["text_ids"], lengths, model.text(batch["text_ids"], lengths, feature=True))
+    logits_N = model.text_decoder.hidden(x_ND, fold, tokens) @ model.text_decoder.text_projection
+    kept = torch.cat([torch.arange(1, length) >= prompt for length, prompt in zip(lengths, prompt_B, strict=True)])
+    expected = torch.nn.functional.cross_entropy(logits_N[kept], labels_N[kept])
+    found = model({**batch, "prompt_words": prompt_B}).values["loss/caption"]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=0)
+    assert int(model({**batch, "prompt_words": prompt_B}, "contrast_features")["words_count"]) == kept.sum() < len(kept)

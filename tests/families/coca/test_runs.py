@@ -117,6 +117,12 @@ def test_captions_by_command(tmp_path, trained):
     rows = json.loads(file.read_text())
     assert len({row["image_id"] for row in rows}) == len(rows) == 24
     assert json.loads(output.read_text())["settings"]["beams"] == 2
+    texts = []
+    for kept in ("--keep_prompt", "--no-keep_prompt"):
+        call("vlmo_ds.evaluation.captioning", run, "--prompt", "a large", kept, "--captions", file)
+        texts.append([row["caption"] for row in json.loads(file.read_text())])
+    assert all(text.startswith("a large") for text in texts[0])
+    assert [text.removeprefix("a large").strip() for text in texts[0]] == texts[1]
     for given, message in (
         (["--method", "sample", "--beams", 3], "beams is 3, which is for method 'beam', found method 'sample'"),
         (["--min_length", 20, "--max_length", 10], "min_length is 20, above max_length, which is 10"),

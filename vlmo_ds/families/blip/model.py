@@ -23,6 +23,7 @@ from vlmo_ds.families.blip.config import AVERAGED, HIGHEST_TEMPERATURE, LOWEST_T
 from vlmo_ds.families.blip.text import Look, Memory, TextDecoder, TextEncoder
 from vlmo_ds.families.blip.vision import VisionTransformer
 from vlmo_ds.families.step import Batch, StepOutput, added
+from vlmo_ds.objectives.captioning import learned_words
 from vlmo_ds.objectives.itm import Negatives, itm_loss
 from vlmo_ds.objectives.momentum import Keys, momentum_contrast
 
@@ -115,7 +116,7 @@ class BLIP(BLIPModel):
         batch: image [B, 3, S, S] uint8 (or float, normalised), text_ids, text_masks [B, L], image_id, sample_id [B] int64,
         negative_seed 0-d int64 (itm); with itc what keys_of_step gives, and `part`, the number of this micro-batch among those of
         the optimiser's step, and `step`, how many steps there were before, both 0-d int64: all of them may be left out, for a
-        batch that is a step of its own.
+        batch that is a step of its own. Where captions begin with a prompt, prompt_words [B] int64: its words, the start included.
         """
         out = StepOutput.empty()
         image_BSD = self.visual_encoder(self.pixels(batch["image"]))
@@ -181,16 +182,18 @@ class BLIP(BLIPModel):
             wrong_image, matched, wrong_text = self.itm_head(first_RD[: 3 * pairs]).chunk(3)
             self.record(out, "itm", itm_loss(torch.cat((matched, wrong_image, wrong_text)), self.collector))
         if decoded:
-            count = int((lengths_B - 1).sum())
-            total, right = self.words_after(x_ND[len(x_ND) - count :], ids_BL, lengths_B)
-            words = total.detach().new_tensor(count)
+            learned_N = learned_words(lengths_B, batch.get("prompt_words"), ids_BL.shape[1])
+            total, right = self.words_after(x_ND[len(x_ND) - len(learned_N) :], ids_BL, lengths_B, learned_N)
+            words = total.detach().new_tensor(int(learned_N.sum()))
             loss = self.collector.global_mean(total, words)
             self.record(out, "lm", (loss, {"accuracy": (right, words)}))
 
-    def words_after(self, x_ND: Tensor, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """As word_losses: tokens of every word but the last of each text -> losses of those that follow."""
+    def words_after(self, x_ND: Tensor, ids_BL: Tensor, lengths_B: Tensor, learned_N: Tensor) -> tuple[Tensor, Tensor]:
+        """As word_losses: tokens of every word but the last of each text -> losses of those that follow, where they are learned."""
         following_N = ids_BL[:, 1:][places_before_last(lengths_B, ids_BL.shape[1])]
         table = self.text_encoder.embeddings.word_embeddings
+        if not learned_N.all():
+            x_ND, following_N = x_ND[learned_N], following_N[learned_N]
         return self.text_decoder.predictions(x_ND, table, following_N, self.config.label_smoothing)
 
     # ---- wrong pairs ----

@@ -24,7 +24,7 @@ from vlmo_ds.families.coca import FAMILY
 from vlmo_ds.families.coca.block import AttentionalPooler, Block, Transformer, blocks_of
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
-from vlmo_ds.objectives.captioning import word_losses
+from vlmo_ds.objectives.captioning import learned_words, word_losses
 from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
 
 PADDING = 0  # the padding word's id: of its embedding alone, which words are valid is told by lengths
@@ -155,9 +155,15 @@ class MultimodalTransformer(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, config.vocab_size))
         self.recomputed = recomputed
 
-    def forward(self, x_ND: Tensor, fold: Fold, image_BSD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Folded tokens of the text tower, caption tokens of their images, the words that follow -> as word_losses."""
-        return word_losses(self.hidden(x_ND, fold, image_BSD), self.text_projection, labels_N)
+    def forward(
+        self, x_ND: Tensor, fold: Fold, image_BSD: Tensor, labels_N: Tensor, learned_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Folded tokens of the text tower, caption tokens of their images, the words that follow, bool: whose loss is taken -> as
+        word_losses."""
+        hidden_ND = self.hidden(x_ND, fold, image_BSD)
+        if not learned_N.all():
+            hidden_ND, labels_N = hidden_ND[learned_N], labels_N[learned_N]
+        return word_losses(hidden_ND, self.text_projection, labels_N)
 
     def hidden(self, x_ND: Tensor, fold: Fold, image_BSD: Tensor) -> Tensor:
         """As forward's first three -> [N, D] after the final norm."""
@@ -236,7 +242,8 @@ class CoCa(FamilyModel):
     # ---- one training step ----
 
     def step(self, batch: Batch) -> StepOutput:
-        """The weighted losses of all tasks. batch: image [B, 3, S, S] uint8 (or float, normalised), text_ids, text_masks [B, L]."""
+        """The weighted losses of all tasks. batch: image [B, 3, S, S] uint8 (or float, normalised), text_ids, text_masks [B, L];
+        where captions begin with a prompt, prompt_words [B] int64: its words, the start included."""
         features, out = self.cached_step(batch)
         if "itc" in self.tasks:
             self.add_contrast(out, features)
@@ -252,10 +259,11 @@ class CoCa(FamilyModel):
         text = self.text(batch["text_ids"], lengths_B, feature=contrast)
         if "caption" in self.tasks:
             x_ND, fold, labels_N = next_words(batch["text_ids"], lengths_B, text)
-            total, right = self.text_decoder(x_ND, fold, tokens, labels_N)
-            words = batch.get("words_count", total.detach().new_tensor(len(labels_N)))
-            loss = self.collector.global_mean(total, words)
-            self.record(out, "caption", (loss, {"accuracy": (right, total.detach().new_tensor(len(labels_N)))}))
+            learned_N = learned_words(lengths_B, batch.get("prompt_words"), batch["text_ids"].shape[1])
+            total, right = self.text_decoder(x_ND, fold, tokens, labels_N, learned_N)
+            count = total.detach().new_tensor(int(learned_N.sum()))
+            loss = self.collector.global_mean(total, batch.get("words_count", count))
+            self.record(out, "caption", (loss, {"accuracy": (right, count)}))
             out = out._replace(loss=out.losses["caption"])
         features = self.contrast_of(image, given(text.feature, "feature")) if contrast else {}
         return features, out
@@ -265,7 +273,8 @@ class CoCa(FamilyModel):
         image, _ = self.visual(self.pixels(batch))
         lengths_B = batch["text_masks"].sum(1)
         feature = given(self.text(batch["text_ids"], lengths_B).feature, "feature")
-        return {**self.contrast_of(image, feature), "words_count": (lengths_B - 1).sum()}
+        learned_N = learned_words(lengths_B, batch.get("prompt_words"), batch["text_ids"].shape[1])
+        return {**self.contrast_of(image, feature), "words_count": learned_N.sum()}
 
     def contrast_of(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Features [B, E] before their normalisation -> what add_contrast needs."""
