@@ -247,11 +247,30 @@ class ScheduleConfig(Settings):
 class InitConfig(Settings):
     """A stage's initial weights. Every key is accounted for: what is neither loaded nor named here is an error."""
 
-    weights: str = Field("previous", description="'previous' stage, 'fresh', or a .safetensors/.pt file or folder")
+    weights: str | list[str] = Field(
+        "previous",
+        description="'previous' stage, 'fresh', a .safetensors/.pt file or folder, or a list of these, each with a part of the weights",
+    )
     fresh: list[str] = Field(
         [], description="patterns of parameters that start fresh although the source may have them"
     )
     drop: list[str] = Field([], description="patterns of the source's weights that are not wanted")
+
+    @property
+    def files(self) -> list[str]:
+        """Where the weights are, of which 'previous' and 'fresh' are no part."""
+        if isinstance(self.weights, str):
+            return [] if self.weights in ("previous", "fresh") else [self.weights]
+        return self.weights
+
+    @model_validator(mode="after")
+    def check_weights(self) -> InitConfig:
+        if isinstance(self.weights, list):
+            if odd := next((one for one in self.weights if one in ("previous", "fresh")), None):
+                raise ValueError(f"weights lists '{odd}'; accepted in a list: files and folders")
+            if not self.weights:
+                raise ValueError("weights is an empty list; accepted: 'previous', 'fresh', or files and folders")
+        return self
 
 
 class StageConfig(Settings):

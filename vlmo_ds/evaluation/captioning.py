@@ -251,8 +251,8 @@ def main() -> None:
         about = (CaptioningConfig.model_fields[name].description or "").replace("%", "%%")
         parser.add_argument(f"--{name}", type=number(kind, least), help=about)
     parser.add_argument("--prompt", help=fields["prompt"].description)
-    about = CaptioningConfig.model_fields["keep_prompt"].description
-    parser.add_argument("--keep_prompt", action=argparse.BooleanOptionalAction, help=about)
+    kept = CaptioningConfig.model_fields["keep_prompt"].description
+    parser.add_argument("--keep_prompt", action=argparse.BooleanOptionalAction, help=kept)
     parser.add_argument("--captions", type=Path, metavar="FILE", help="write the captions as COCO's server takes them")
     parser.add_argument("--unscored", action="store_true", help="images without captions by people: only write")
     parser.add_argument("--meteor", action="store_true", help="METEOR as well; needs Java")

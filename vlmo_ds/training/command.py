@@ -136,9 +136,9 @@ def check(args: argparse.Namespace) -> Command:
     stages = chosen_stages(recipe, args.stages)
     for stage in stages:
         merge(ds_config, stage, int(os.environ.get("WORLD_SIZE", "1")))
-        weights = stage.init.weights
-        if weights not in ("previous", "fresh") and not Path(weights).exists():
-            raise RecipeError(f"stages.{stage.name}.init.weights: {weights} does not exist")
+        for file in stage.init.files:
+            if not Path(file).exists():
+                raise RecipeError(f"stages.{stage.name}.init.weights: {file} does not exist")
     for name in args.accept_data or ():
         if name not in [stage.name for stage in recipe.stages]:
             known = [stage.name for stage in recipe.stages]

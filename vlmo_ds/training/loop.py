@@ -56,13 +56,21 @@ class Run(NamedTuple):
         """Where a stage's checkpoints and its result are."""
         return self.folder / "checkpoints" / stage.name
 
-    def initial_weights(self, stage: StageConfig) -> tuple[dict[str, Tensor] | None, str]:
-        """(state dict, where it is from) for a stage; nothing for a fresh model."""
-        weights, before = stage.init.weights, self.recipe.stages[: self.recipe.stages.index(stage)]
-        if weights == "fresh" or (weights == "previous" and not before):
-            return None, "a fresh initialisation"
-        path = self.folder_of(before[-1]) / "final" if weights == "previous" else Path(weights)
-        return read_weights(path), str(path)
+    def initial_weights(self, stage: StageConfig) -> tuple[dict[str, Tensor] | None, list[Path]]:
+        """(state dict, the files it is from) for a stage; nothing for a fresh model. RecipeError where two files have a tensor."""
+        before = self.recipe.stages[: self.recipe.stages.index(stage)]
+        files = [Path(file) for file in stage.init.files]
+        if stage.init.weights == "previous" and before:
+            files = [self.folder_of(before[-1]) / "final"]
+        found: dict[str, Tensor] = {}
+        for file in files:
+            weights = read_weights(file)
+            if twice := next((name for name in weights if name in found), None):
+                raise RecipeError(
+                    f"stages.{stage.name}.init.weights: {file} has {twice}, as a file before it in the list"
+                )
+            found |= weights
+        return (found, files) if files else (None, [])
 
 
 def refuse_other_words(ours: str, theirs: str | None, stage: StageConfig, origin: str) -> None:
@@ -200,8 +208,10 @@ class StageTraining:
             source, origin = reader.weights(), str(resume_from)
             refuse_other_words(vocabulary, reader.state.get("vocabulary"), stage, origin)
         else:
-            source, origin = run.initial_weights(stage)
-            refuse_other_words(vocabulary, vocabulary_of(Path(origin)), stage, origin)
+            source, files = run.initial_weights(stage)
+            origin = ", ".join(map(str, files)) or "a fresh initialisation"
+            for file in files:
+                refuse_other_words(vocabulary, vocabulary_of(file), stage, str(file))
         model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
         del source
         self.frozen, self.averages = frozen_state(model), Averages(model)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import golden
 from families.blip.tiny import ALL, tiny_batch, tiny_blip, tiny_model
+from transformers import BertConfig, BertForMaskedLM
 
 from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.config import InitConfig, RecipeError
@@ -234,6 +235,37 @@ def test_the_references_layout_there_and_back(tmp_path):
         tmp_path, found, {"lm": 1.0}, InitConfig(drop=["itm_head.*", "vision_proj.*", "text_proj.*", "temp"])
     )
     assert not [name for name in official(alone.state_dict())["model"] if "_m." in name or "queue" in name]
+
+
+def test_it_begins_as_a_vit_and_bert(tmp_path):
+    """The text stack reads as BERT does, its first token type included."""
+    config = BertConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, type_vocab_size=2,
+        max_position_embeddings=60, hidden_act="gelu",
+    )  # fmt: skip
+    torch.manual_seed(5)
+    bert = BertForMaskedLM(config).double().eval()
+    tower = tiny_model().visual_encoder.state_dict()
+    vit = {**tower, "head.weight": torch.zeros(3, 48), "head.bias": torch.zeros(3)}
+    source = {
+        **vit,
+        **{name.replace("LayerNorm.weight", "LayerNorm.gamma"): v for name, v in bert.state_dict().items()},
+    }
+    model = tiny_model()
+    init = InitConfig(fresh=["*.crossattention.*", "*_proj.*", "temp", "itm_head.*"])
+    report = hand_over(model, source, init, "files")
+    assert any("2 words of the vocabulary start fresh" in line for line in report["converted"])
+    assert all(torch.equal(model.visual_encoder.state_dict()[name], value) for name, value in tower.items())
+    batch = tiny_batch()
+    x_ND, fold = model.text_encoder(batch["text_ids"], batch["text_masks"].sum(1))
+    with torch.no_grad():
+        theirs = bert.bert(batch["text_ids"], batch["text_masks"]).last_hidden_state
+    torch.testing.assert_close(fold.padded(x_ND), theirs * batch["text_masks"][:, :, None], rtol=1e-9, atol=1e-9)
+    head = model.text_decoder.predictions
+    words = head(x_ND, model.text_encoder.embeddings.word_embeddings)[:, :48]
+    torch.testing.assert_close(words, bert.cls(theirs)[batch["text_masks"].bool()], rtol=1e-9, atol=1e-9)
+    for name, teacher in model.text_encoder_m.named_parameters():
+        assert "crossattention" in name or torch.equal(teacher, model.text_encoder.get_parameter(name)), name
 
 
 def test_second_names_have_to_agree(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights of other origins for BLIP: the reference's files, another image size."""
+"""Weights of other origins for BLIP: the reference's files, a ViT and BERT to begin with, another image size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmo_ds.blocks.resample import resize_absolute
 from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families.blip.base import BLIPModel
-from vlmo_ds.families.blip.config import BLIPSettings
+from vlmo_ds.families.blip.config import WORDS, BLIPSettings
 from vlmo_ds.families.blip.model import student_of
 from vlmo_ds.families.interface import matches
 
@@ -28,6 +28,10 @@ OF_WORDS = {
 
 
 SECOND_TABLE = "text_decoder.bert.embeddings.word_embeddings.weight"  # of a decoder that shares nothing
+OF_VIT = re.compile(r"(cls_token|pos_embed)$|(patch_embed|blocks|norm)\.")
+OF_CLASSES = ("head.", "head_dist.", "pre_logits.", "fc_norm.")
+OF_BERT = re.compile(r"bert\.|(embeddings|encoder|pooler)\.|cls\.")
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # in BERT's first releases
 ONE_IMAGE = re.compile(r"text_encoder\.encoder\.layer\.\d+\.crossattention\.(self|output\.dense)\..+")
 
 
@@ -48,6 +52,51 @@ def without_second_names(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
                 raise RecipeError(f"{name} and {ours} are one tensor in BLIP, and differ in this file")
             left_out += 1
     return found, left_out
+
+
+def from_vit(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors with those of a ViT (timm's names, as DeiT's files have) as the image tower's, what was changed)."""
+    if "patch_embed.proj.weight" not in source:
+        return dict(source), []
+    left_out = [name for name in source if name.startswith(OF_CLASSES)]
+    found = {
+        f"visual_encoder.{name}" if OF_VIT.match(name) else name: value
+        for name, value in source.items()
+        if name not in left_out
+    }
+    return found, [f"ViT: the image tower's; left out: {', '.join(left_out) or 'nothing'}"]
+
+
+def from_bert(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors with those of BERT as the text stack's, what was changed): self-attention that reads and that writes begins as
+    BERT's, and so does the head of words. BERT's first token type, which it adds to every word, goes into the positions; the
+    words of the model's own ([DEC], [ENC]) start fresh."""
+    if not any(OF_BERT.match(name) for name in source):
+        return dict(source), []
+    found = {name: value for name, value in source.items() if not OF_BERT.match(name)}
+    bert = {}
+    for name, value in source.items():
+        if OF_BERT.match(name):
+            bert[re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: OLD_NAMES[old[0]], name.removeprefix("bert."))] = value
+    types = bert.pop("embeddings.token_type_embeddings.weight", None)
+    positions = "embeddings.position_embeddings.weight"
+    if types is not None and positions in bert:
+        bert[positions] = bert[positions] + types[0]
+    if positions in bert and ENCODER + positions in own:
+        bert[positions] = bert[positions][: len(own[ENCODER + positions])]
+    for name, value in bert.items():
+        if name.startswith(("embeddings.", "encoder.")):
+            found[ENCODER + name] = value
+            if DECODER + name in own:
+                found[DECODER + name] = value
+        elif f"text_decoder.{name}" in own:
+            found[f"text_decoder.{name}"] = value
+    fresh = 0
+    for name in WORDS:
+        if name in found and name in own and len(found[name]) < len(own[name]):
+            fresh = len(own[name]) - len(found[name])
+            found[name] = torch.cat((found[name], own[name][-fresh:].to(found[name].dtype)))
+    return found, [f"BERT: {len(bert)} tensors, the text stack's; {fresh} words of the vocabulary start fresh"]
 
 
 def with_own_decoder(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -89,6 +138,8 @@ def convert(
     source: Mapping[str, Tensor], own: Mapping[str, Tensor], config: BLIPSettings, init: InitConfig
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(source under the names of this project with positions of the model's shapes, what was changed). own: the model's state dict."""
+    source, begun_with_vit = from_vit(source)
+    source, begun_with_bert = from_bert(source, own)
     if SECOND_TABLE in own:
         fitted, changed = with_own_decoder(source, own)
     elif any("crossattention.self0." in name for name in own):
@@ -96,6 +147,7 @@ def convert(
     else:
         fitted, left_out = without_second_names(source)
         changed = [f"{left_out} second names of shared tensors left out"] if left_out else []
+    changed = [*begun_with_vit, *begun_with_bert, *changed]
     for name in IMAGE_POSITIONS:
         if name in fitted and name in own and fitted[name].shape != own[name].shape:
             value = resize_absolute(fitted[name], own[name].shape[1])
