@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT, free_port, run_ranks, start_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
 
+from vlmo_ds.config import RecipeError
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation.report import duration
 from vlmo_ds.families.interface import matches
 from vlmo_ds.families.vlmo.config import TRAINABLE
-from vlmo_ds.recipe_file import load_recipe
-from vlmo_ds.training.loop import build_model
+from vlmo_ds.recipe_file import load_recipe, parse_recipe
+from vlmo_ds.training.loop import Run, build_model
 
 BF16 = {"bf16": {"enabled": True}, "steps_per_print": 10**9}
 
@@ -291,3 +292,18 @@ def test_every_launcher_starts_the_same_program(tmp_path, synthetic, launcher):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "image" / "final" / "model.safetensors").exists()
+
+
+def test_initial_weights_in_several_files(tmp_path):
+    one, two = {"a.weight": torch.ones(2)}, {"b.weight": torch.zeros(3)}
+    torch.save(one, tmp_path / "one.pt")
+    torch.save({"model": two}, tmp_path / "two.pt")
+    recipe = tiny_recipe(ROOT)
+    files = [str(tmp_path / name) for name in ("one.pt", "two.pt")]
+    recipe["stages"][0]["init"] = {"weights": files}
+    run = Run(parse_recipe(recipe, "test"), {}, tmp_path, None, None, None, None, {})
+    found, origins = run.initial_weights(run.recipe.stages[0])
+    assert found.keys() == {"a.weight", "b.weight"} and [str(file) for file in origins] == files
+    torch.save({**two, **one}, tmp_path / "two.pt")
+    with pytest.raises(RecipeError, match="two.pt has a.weight, as a file before it in the list"):
+        run.initial_weights(run.recipe.stages[0])
