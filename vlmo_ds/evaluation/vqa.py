@@ -101,6 +101,7 @@ def listed(
     }
 
 
+@torch.no_grad()
 def written_answers(
     model: FamilyModel,
     read: runs.Read,
