@@ -5,6 +5,7 @@ import io
 import json
 import signal
 import tarfile
+from collections import Counter
 
 import pytest
 from conftest import call, run_ranks, start_ranks, write_yaml
@@ -183,9 +184,11 @@ def test_the_truth_of_the_world():
     assert is_true("a red circle in the top left corner", scene)
     assert not is_true("a red circle in the middle", scene) and not is_true("a green circle", scene)
     assert not is_true("a picture", scene)
-    tally = Tally()
-    tally.judged.update({"right kept": 6, "wrong kept": 1, "right dropped": 1, "wrong dropped": 2})
-    assert tally.truth() == pytest.approx(
-        {"right before": 70.0, "right after": 600 / 7, "precision": 200 / 3, "recall": 200 / 3}
-    )
+    tally = Tally(seen=Counter(web=10, human=2, synthetic=3))
+    judged = {"right kept": 6, "wrong kept": 1, "right dropped": 1, "wrong dropped": 2}
+    tally.judged.update({f"web {name}": count for name, count in judged.items()} | {"human right kept": 2})
+    assert tally.truth() == {
+        "web": pytest.approx({"right before": 70.0, "right after": 600 / 7, "precision": 200 / 3, "recall": 200 / 3}),
+        "human": {"right before": 100.0, "right after": 100.0},
+    }
     assert Caption("a", "web").entry() == {"caption": "a", "source": "web"}

@@ -100,9 +100,7 @@ class Tally:
     seen: Counter[str] = field(default_factory=Counter)  # by source
     kept: Counter[str] = field(default_factory=Counter)
     scores: dict[str, list[int]] = field(default_factory=dict)  # by source: counts of BINS equal parts of 0 to 1
-    judged: Counter[str] = field(
-        default_factory=Counter
-    )  # "right kept", "wrong dropped", ..., where the truth is known
+    judged: Counter[str] = field(default_factory=Counter)  # "web right kept", ..., where the truth is known
     examples: dict[str, list[Example]] = field(default_factory=lambda: {"kept": [], "dropped": []})
     images: int = 0
     images_dropped: int = 0
@@ -115,8 +113,8 @@ class Tally:
             self.seen[caption.source] += 1
             self.kept[caption.source] += caption.kept
             if scene:
-                right = is_true(caption.text, scene)
-                self.judged[f"{'right' if right else 'wrong'} {'kept' if caption.kept else 'dropped'}"] += 1
+                right = "right" if is_true(caption.text, scene) else "wrong"
+                self.judged[f"{caption.source} {right} {'kept' if caption.kept else 'dropped'}"] += 1
             if caption.score is not None:
                 bins = self.scores.setdefault(caption.source, [0] * BINS)
                 bins[min(int(caption.score * BINS), BINS - 1)] += 1
@@ -146,22 +144,24 @@ class Tally:
         for name, shown in self.examples.items():
             shown += [Example(*example) for example in record["examples"][name]][: SHOWN - len(shown)]
 
-    def truth(self) -> dict[str, float]:
-        """Percent, where the set knows the truth: right captions among those before and after; of the filter, how many of the
-        dropped are wrong (precision) and how many of the wrong are dropped (recall)."""
-        right, wrong = (self.judged[f"{kind} kept"] + self.judged[f"{kind} dropped"] for kind in ("right", "wrong"))
-        if not right + wrong:
-            return {}
-        kept = self.judged["right kept"] + self.judged["wrong kept"]
-        dropped = right + wrong - kept
-        found = {
-            "right before": 100 * right / (right + wrong),
-            "right after": 100 * self.judged["right kept"] / max(kept, 1),
-        }
-        if dropped:
-            found["precision"] = 100 * self.judged["wrong dropped"] / dropped
-            found["recall"] = 100 * self.judged["wrong dropped"] / max(wrong, 1)
+    def truth(self) -> dict[str, dict[str, float]]:
+        """By source, in percent, where the set knows the truth: right captions among those before and after; of the filter, how many
+        of the dropped are wrong (precision) and how many of the wrong are dropped (recall)."""
+        found = {}
+        for source in sorted(self.seen):
+            right, wrong = ([self.judged[f"{source} {kind} {how}"] for how in HOW] for kind in ("right", "wrong"))
+            before, after, dropped = sum(right) + sum(wrong), right[0] + wrong[0], right[1] + wrong[1]
+            if before:
+                found[source] = {
+                    "right before": 100 * sum(right) / before,
+                    "right after": 100 * right[0] / max(after, 1),
+                }
+            if dropped:
+                found[source] |= {"precision": 100 * wrong[1] / dropped, "recall": 100 * wrong[1] / max(sum(wrong), 1)}
         return found
+
+
+HOW = ("kept", "dropped")
 
 
 def is_true(text: str, scene: Sequence[Any]) -> bool:
@@ -345,8 +345,8 @@ def finish(partial: Path, output: Path, plan: Plan, shards: Sequence[Shard], abo
     print(writer.summary(output, reports))
     for source in sorted(tally.seen):
         print(f"  {source}: {tally.seen[source]} captions, {tally.kept[source]} kept")
-    for name, value in tally.truth().items():
-        print(f"  {name}: {value:.1f}%")
+    for source, found in tally.truth().items():
+        print(f"  {source}, by the truth: " + ", ".join(f"{name} {value:.1f}%" for name, value in found.items()))
     print(f"  report: {output / REPORT}")
 
 
@@ -361,7 +361,9 @@ def page(tally: Tally, shards: Sequence[Shard], about: dict[str, Any]) -> str:
     parts.append(f"<p>{tally.images} images, {tally.images_dropped} of them left out with all of their captions.</p>")
     if truth := tally.truth():
         parts.append("<h2>Against the truth</h2><table>")
-        parts += [f"<tr><td>{name}<td>{value:.1f}%" for name, value in truth.items()] + ["</table>"]
+        for source, found in truth.items():
+            parts += [f"<tr><td>{html.escape(source)}<td>{name}<td>{value:.1f}%" for name, value in found.items()]
+        parts.append("</table>")
     for source, bins in sorted(tally.scores.items()):
         parts.append(f"<h2>Scores of {html.escape(source)} captions, from 0 to 1</h2>{bars(bins)}")
     for name, shown in tally.examples.items():
