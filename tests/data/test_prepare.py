@@ -499,6 +499,10 @@ def test_captions_of_the_web_that_changed_places(tmp_path):
     prepare("synthetic_web", "--output", tmp_path / "out", "--human", 30, "--web", 200, "--exchanged", 0.25, *sizes)
     prepare("synthetic", "--output", tmp_path / "world", "--train", 230, "--text", 5, *sizes)
     human, web = samples(tmp_path / "out/human"), samples(tmp_path / "out/web")
+    one = [(s.meta["things"], s.captions) for s in samples(tmp_path / "out/one")]
+    assert one == [(s.meta["things"], s.captions) for s in web if len(s.meta["things"]) == 1]
+    held_out = [[s.meta["things"] for s in samples(tmp_path / of / "test")] for of in ("out", "world")]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 6
     assert (len(human), len(web)) == (30, 200)
     scenes = [json.dumps(s.meta["things"]) for s in [*human, *web]]
     assert scenes == [

@@ -315,3 +315,14 @@ def test_the_words_of_a_prompt_are_not_learned():
     expected = F.cross_entropy(logits_N[kept], labels[kept], label_smoothing=0.1)
     found = model({**batch, "prompt_words": prompt_B}).values["loss/lm"]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=0)
+
+
+def test_contrast_does_not_look_at_the_queue_before_it_has_warmed_up():
+    model, plain = tiny_model({"itc": 1.0}, queue_warmup_steps=3), tiny_model({"itc": 1.0})
+    batch = {**tiny_batch(), "part": torch.tensor(0)}
+    for one in (model, plain):
+        one.push(one.keys_of_step([one.keys(tiny_batch(seed=1) | {"image_id": torch.arange(5)})]))
+    empty = tiny_model({"itc": 1.0})
+    torch.testing.assert_close(model(batch | {"step": torch.tensor(2)}).loss, empty(batch).loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(model(batch | {"step": torch.tensor(3)}).loss, plain(batch).loss, rtol=1e-12, atol=0)
+    assert (plain(batch).loss - empty(batch).loss).abs() > 1e-3

@@ -228,7 +228,8 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(plans=synthetic)
     sub = dataset(
         "synthetic_web",
-        "the built-in world with captions that are not all right: folders human and web under --output",
+        "the built-in world with captions that are not all right: folders human, web, one (the web's scenes of one thing) and test under "
+        "--output",
         None,
     )
     sub.add_argument(
@@ -291,7 +292,13 @@ def synthetic(args: argparse.Namespace) -> dict[Path, Plan]:
 
 def synthetic_web(args: argparse.Namespace) -> dict[Path, Plan]:
     sizes = (args.human, args.web, args.exchanged, args.test, args.seed, args.image_size)
-    return {args.output / kind: sources.synthetic_web(kind, *sizes) for kind in ("human", "web")}
+    held_out = sources.synthetic_pairs("test", args.human + args.web, args.test, args.seed, args.image_size)
+    one = sources.synthetic_web("web", *sizes, things=1)
+    return {
+        **{args.output / kind: sources.synthetic_web(kind, *sizes) for kind in ("human", "web")},
+        **({args.output / "one": one} if one.items else {}),
+        args.output / "test": held_out,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -531,9 +531,11 @@ def scene_sample(scene: synthetic.Scene, image: bytes, captions: list[str], name
     return Sample({"jpg": image, "json": meta}, len(captions))
 
 
-def synthetic_web(kind: str, human: int, web: int, exchanged: float, held_out: int, seed: int, size: int) -> Plan:
-    """Scenes of the synthetic world with one caption each: of people, or of the web, where a share of the captions has changed places
-    among its images. No scene is in both, or held out."""
+def synthetic_web(
+    kind: str, human: int, web: int, exchanged: float, held_out: int, seed: int, size: int, things: int = 3
+) -> Plan:
+    """Scenes of the synthetic world with at most so many things, with one caption each: of people, or of the web, where a share of the
+    captions has changed places among its images. No scene is in both, or held out."""
     _, trained = synthetic.scenes(seed, held_out, human + web)
     first, count = (0, human) if kind == "human" else (human, web)
     caption_of = np.arange(first, first + count)
@@ -542,7 +544,8 @@ def synthetic_web(kind: str, human: int, web: int, exchanged: float, held_out: i
         moved = rng.permutation(count)[: round(exchanged * count)]
         caption_of[moved] = caption_of[np.roll(moved, 1)]
     items = [(first + n, trained[first + n], int(of), trained[of]) for n, of in enumerate(caption_of)]
-    return Plan(kind, items, partial(make_web_scene, kind=kind, seed=seed, size=size))
+    items = [item for item in items if len(item[1]) <= things]
+    return Plan(kind if things > 1 else "one", items, partial(make_web_scene, kind=kind, seed=seed, size=size))
 
 
 def make_web_scene(item: tuple, kind: str, seed: int, size: int) -> Made:

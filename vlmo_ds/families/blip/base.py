@@ -37,13 +37,13 @@ class BLIPModel(FamilyModel):
         self.text_encoder = TextEncoder(config, self.recomputed, self.crossattention)
 
     def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02 in the image tower, normal in the text stack (BERT)."""
-        self.visual_encoder.apply(partial(init_weights, std=0.02))
+        """Truncated normal in the image tower, normal in the text stack (BERT)."""
+        self.visual_encoder.apply(partial(init_weights, std=self.config.init_std))
         nn.init.normal_(self.visual_encoder.pos_embed, std=self.config.position_std)
         nn.init.trunc_normal_(self.visual_encoder.cls_token, std=0.02)
         for name, parameter in self.named_parameters():
             if name.startswith(("text_", *self.heads)) and parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=self.config.init_std)
             elif name.startswith(("text_", *self.heads)) and name.endswith("bias"):
                 nn.init.zeros_(parameter)
 

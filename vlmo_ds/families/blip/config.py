@@ -94,6 +94,12 @@ class BLIPSettings(ModelConfig):
         description="std of the image tower's initial positions; pictures of flat colour drown small ones: there a small model "
         "that is to say where things are wants about 1",
     )
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="std of initial weights; a narrow model wants about width ** -0.5, or a text's first word does not see the others",
+    )
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the image tower's last block")
     text_width: int = Field(192, gt=0, description="width of the text stack")
     text_layers: int = Field(3, gt=0, description="layers of the text stack")
@@ -106,6 +112,12 @@ class BLIPSettings(ModelConfig):
     )
     queue_init: Literal["empty", "random"] = Field(
         "empty", description="what stands in the queue before it is full: nothing, or random features (the reference)"
+    )
+    queue_warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="steps of a stage in which contrast does not look at the queue; while features move quickly its keys are known by "
+        "their age, and nothing else is learnt",
     )
     momentum: float = Field(0.995, ge=0, le=1, description="what of the teacher stays in a step")
     alpha: float = Field(0.4, ge=0, le=1, description="weight of the teacher's opinion in the targets of contrast")

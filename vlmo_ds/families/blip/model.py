@@ -260,6 +260,8 @@ class BLIP(BLIPModel):
         """Those of the step's pairs and those of the queue."""
         image, text, ids = (batch[f"keys_{name}"].flatten(0, 1) for name in ("image", "text", "image_id"))
         queued = self.idx_queue[0]
+        if "step" in batch and int(batch["step"]) < self.config.queue_warmup_steps:
+            queued = torch.full_like(queued, EMPTY)
         return Keys(
             torch.cat((image, self.image_queue.t().to(image.dtype))),
             torch.cat((text, self.text_queue.t().to(text.dtype))),
