@@ -63,10 +63,10 @@ class Plain(BLIP):
         out = StepOutput.empty()
         length = self.config.max_text_len
         ids, masks = (F.pad(batch[name], (0, length - batch[name].shape[1])) for name in ("text_ids", "text_masks"))
-        image_BSD = self.visual_encoder(self.pixels(batch))
+        image_BSD = self.visual_encoder(self.pixels(batch["image"]))
         with torch.no_grad():
             keys = {
-                "image": unit(self.vision_proj_m(self.visual_encoder_m(self.pixels(batch))[:, 0])),
+                "image": unit(self.vision_proj_m(self.visual_encoder_m(self.pixels(batch["image"]))[:, 0])),
                 "text": unit(self.text_proj_m(self.walk(self.text_encoder_m, ids, masks)[:, 0])),
                 "image_id": batch["image_id"],
                 "sample_id": batch["sample_id"],

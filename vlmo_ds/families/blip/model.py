@@ -143,8 +143,8 @@ class BLIP(BLIPModel):
         part = int(batch.get("part", 0))
         teacher_image, teacher_text = batch["keys_image"][part][rows], batch["keys_text"][part][rows]
         contrast = partial(momentum_contrast, keys=keys, image_id_B=ids, temperature=temperature, alpha=alpha)
-        i2t, i2t_right = contrast(image, teacher_image, keys.text_CD)
-        t2i, t2i_right = contrast(text, teacher_text, keys.image_CD)
+        i2t, i2t_right = contrast(image, teacher_image, keys.text)
+        t2i, t2i_right = contrast(text, teacher_text, keys.image)
         count = i2t.detach().new_tensor(len(ids))
         out.values["itc/temperature"] = temperature.detach()
         loss = self.collector.global_mean((i2t + t2i) / 2, count)
@@ -263,8 +263,8 @@ class BLIP(BLIPModel):
         if "step" in batch and int(batch["step"]) < self.config.queue_warmup_steps:
             queued = torch.full_like(queued, EMPTY)
         return Keys(
-            torch.cat((image, self.image_queue.t().to(image.dtype))),
-            torch.cat((text, self.text_queue.t().to(text.dtype))),
+            (image.t(), self.image_queue.to(image.dtype)),
+            (text.t(), self.text_queue.to(text.dtype)),
             torch.cat((ids, queued)),
             torch.cat((torch.ones_like(ids, dtype=torch.bool), queued != EMPTY)),
         )

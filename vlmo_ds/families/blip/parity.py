@@ -109,8 +109,8 @@ def features(model: BLIP, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found["image_feat_m"], found["text_feat_m"] = batch["keys_image"][0], batch["keys_text"][0]
     keys, temperature = model.all_keys(batch), model.temperature()
     for name, query, teacher, key in (
-        ("sim_i2t", found["image_feat"], found["image_feat_m"], keys.text_CD),
-        ("sim_t2i", found["text_feat"], found["text_feat_m"], keys.image_CD),
+        ("sim_i2t", found["image_feat"], found["image_feat_m"], keys.text),
+        ("sim_t2i", found["text_feat"], found["text_feat_m"], keys.image),
     ):
         found[name] = similarities(query, key, keys, temperature)
         found[f"{name}_targets"] = soft_targets(teacher, key, keys, batch["image_id"], temperature, model.config.alpha)
