@@ -19,11 +19,12 @@ class WordLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        head_DV: Tensor,
+        head: Tensor,
         labels_N: Tensor,
         bias_V: Tensor | None,
         smoothing: float,
         weight_N: Tensor | None,
+        table: bool,
     ) -> tuple[Tensor, Tensor]:
         """As word_losses."""
         total, right = wide(hidden_ND.new_zeros(())), labels_N.new_zeros(())
@@ -31,7 +32,7 @@ class WordLosses(torch.autograd.Function):
         for start in range(0, max(len(hidden_ND), 1), CHUNK):
             rows = slice(start, start + CHUNK)
             hidden, labels = hidden_ND[rows], labels_N[rows]
-            logits = logits_of(hidden, head_DV, bias_V)
+            logits = logits_of(hidden, head, bias_V, table)
             normalisers.append(logits.logsumexp(1))
             wanted = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0]
             if smoothing:
@@ -39,22 +40,22 @@ class WordLosses(torch.autograd.Function):
             losses = normalisers[-1] - wanted
             total = total + (losses if weight_N is None else losses * weight_N[rows]).sum()
             right = right + (logits.argmax(1) == labels).sum()
-        ctx.save_for_backward(hidden_ND, head_DV, labels_N, bias_V, torch.cat(normalisers), weight_N)
-        ctx.smoothing = smoothing
+        ctx.save_for_backward(hidden_ND, head, labels_N, bias_V, torch.cat(normalisers), weight_N)
+        ctx.smoothing, ctx.table = smoothing, table
         ctx.mark_non_differentiable(right)
         return total, right
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, head_DV, labels_N, bias_V, normaliser_N, weight_N = ctx.saved_tensors
+        hidden_ND, head, labels_N, bias_V, normaliser_N, weight_N = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         of_head = (
-            torch.zeros_like(wide(head_DV)) if ctx.needs_input_grad[1] else None
+            torch.zeros_like(wide(head)) if ctx.needs_input_grad[1] else None
         )  # 16 bits would round at every chunk
         of_bias = torch.zeros_like(wide(bias_V)) if ctx.needs_input_grad[3] else None
         for start in range(0, len(hidden_ND), CHUNK):
             rows = slice(start, start + CHUNK)
-            chance = (logits_of(hidden_ND[rows], head_DV, bias_V) - normaliser_N[rows, None]).exp_()
+            chance = (logits_of(hidden_ND[rows], head, bias_V, ctx.table) - normaliser_N[rows, None]).exp_()
             if ctx.smoothing:
                 chance -= ctx.smoothing / chance.shape[1]
             chance[torch.arange(len(chance), device=chance.device), labels_N[rows]] -= 1 - ctx.smoothing
@@ -63,42 +64,48 @@ class WordLosses(torch.autograd.Function):
                 of_bias += chance.sum(0)
             of_logits = chance.to(hidden_ND.dtype)
             if of_hidden is not None:
-                torch.mm(of_logits, head_DV.t(), out=of_hidden[rows])
-            if of_head is not None and of_head.dtype == of_logits.dtype:
-                of_head.addmm_(hidden_ND[rows].t(), of_logits)  # no second tensor of the head's size
-            elif of_head is not None:
-                of_head += hidden_ND[rows].t() @ of_logits
+                torch.mm(of_logits, head if ctx.table else head.t(), out=of_hidden[rows])
+            if of_head is None:
+                continue
+            left, right = (of_logits.t(), hidden_ND[rows]) if ctx.table else (hidden_ND[rows].t(), of_logits)
+            if of_head.dtype == of_logits.dtype:
+                of_head.addmm_(left, right)  # no second tensor of the head's size
+            else:
+                of_head += left @ right
         return (
             of_hidden,
-            None if of_head is None else of_head.to(head_DV.dtype),
+            None if of_head is None else of_head.to(head.dtype),
             None,
             None if of_bias is None else of_bias.to(bias_V.dtype),
+            None,
             None,
             None,
         )
 
 
-def logits_of(hidden_ND: Tensor, head_DV: Tensor, bias_V: Tensor | None) -> Tensor:
+def logits_of(hidden_ND: Tensor, head: Tensor, bias_V: Tensor | None, table: bool) -> Tensor:
     """[N, V] in float32 at least."""
-    logits = wide(hidden_ND @ head_DV)
+    logits = wide(hidden_ND @ (head.t() if table else head))
     return logits if bias_V is None else logits + bias_V
 
 
 def word_losses(
     hidden_ND: Tensor,
-    head_DV: Tensor,
+    head: Tensor,
     labels_N: Tensor,
     bias_V: Tensor | None = None,
     smoothing: float = 0.0,
     weight_N: Tensor | None = None,
+    table: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(sum of the next words' cross-entropies, how many of them are the most likely word).
 
-    hidden_ND: the decoder's output at the words that have a next one; head_DV, bias_V: vocabulary head; labels_N: that word's id;
+    hidden_ND: the decoder's output at the words that have a next one; head, bias_V: vocabulary head, [D, V], or [V, D] where it is a
+    word table (a transposed view of that would have its gradient added out of place); labels_N: that word's id;
     smoothing: share of the target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7); weight_N: what a word
     counts in the sum, None: 1.
     """
-    return WordLosses.apply(hidden_ND, head_DV, labels_N, bias_V, smoothing, weight_N)
+    return WordLosses.apply(hidden_ND, head, labels_N, bias_V, smoothing, weight_N, table)
 
 
 def learned_words(lengths_B: Tensor, prompt_B: Tensor | None, length: int) -> Tensor:

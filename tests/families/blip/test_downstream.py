@@ -235,7 +235,7 @@ def run(folder, shards, task: str, ranks: int, zero: int, steps: int = 4) -> lis
     held_out = {"shards": [str(shards / task)], "batch_size": 8}
     recipe = {
         "name": "tiny",
-        "model": SETTINGS,
+        "model": {**SETTINGS, "init_std": 0.15},
         "tokenizer": {"name": "train", "vocab_size": 80},
         "stages": [{
             "name": task, "tasks": {task: None}, "data": {"shards": [str(shards / task)], "transform": "square_transform"},

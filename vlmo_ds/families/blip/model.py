@@ -120,19 +120,9 @@ class BLIP(BLIPModel):
         """
         out = StepOutput.empty()
         image_BSD = self.visual_encoder(self.pixels(batch["image"]))
-        ids_BL, lengths_B = batch["text_ids"], batch["text_masks"].sum(1)
-        negatives = None
-        if "itc" in self.tasks:
-            if "keys_image" not in batch:
-                batch = {**batch, **self.keys_of_step([self.keys(batch)])}
-            text_ND, fold = self.text_encoder(ids_BL, lengths_B)
-            image = unit(self.vision_proj(image_BSD[:, 0]))
-            text = unit(self.text_proj(self.text_encoder.first_tokens(text_ND, fold)))
-            self.add_contrast_with_keys(out, batch, image, text)
-            if "itm" in self.tasks:
-                negatives = self.drawn(batch, image.detach(), text.detach())
-        if {"itm", "lm"} & self.tasks.keys():
-            self.add_pairs(out, batch, image_BSD, lengths_B, negatives)
+        if "itc" in self.tasks and "keys_image" not in batch:
+            batch = {**batch, **self.keys_of_step([self.keys(batch)])}
+        self.add_texts(out, batch, image_BSD, self.drawn(batch, image_BSD) if "itm" in self.tasks else None)
         return out._replace(loss=added(out.losses.values()))
 
     def add_contrast_with_keys(self, out: StepOutput, batch: Batch, image: Tensor, text: Tensor) -> None:
@@ -150,12 +140,13 @@ class BLIP(BLIPModel):
         loss = self.collector.global_mean((i2t + t2i) / 2, count)
         self.record(out, "itc", (loss, {"i2t_accuracy": (i2t_right, count), "t2i_accuracy": (t2i_right, count)}))
 
-    def add_pairs(
-        self, out: StepOutput, batch: Batch, image_BSD: Tensor, lengths_B: Tensor, negatives: Negatives | None
-    ) -> None:
-        """Records itm and lm: text with wrong image, matched pairs, wrong text with image, texts to be written, in one walk."""
-        config, ids_BL, pairs = self.config, batch["text_ids"], len(lengths_B)
-        read, lengths, images, looks = [], [], image_BSD, []
+    def add_texts(self, out: StepOutput, batch: Batch, image_BSD: Tensor, negatives: Negatives | None) -> None:
+        """Records all losses, from one walk of all texts: those that are read alone, texts with a wrong image, matched pairs,
+        wrong texts with an image, texts to be written. In two walks every weight's gradient of one would wait for the other's."""
+        config, ids_BL, lengths_B = self.config, batch["text_ids"], batch["text_masks"].sum(1)
+        pairs, alone = len(ids_BL), len(ids_BL) if "itc" in self.tasks else 0
+        images, looks = image_BSD, []
+        texts, lengths = ([ids_BL], [lengths_B]) if alone else ([], [])
         if negatives:
             wrong_ids_BL, wrong_lengths_B = self.wrong_texts(batch, negatives)
             if self.collector.world_size > 1:
@@ -163,23 +154,28 @@ class BLIP(BLIPModel):
                 picked = torch.arange(pairs, 2 * pairs, device=ids_BL.device)
             else:
                 picked = negatives.image_B
-            read = [ids_BL, ids_BL, wrong_ids_BL]
-            lengths = [lengths_B, lengths_B, wrong_lengths_B]
+            texts += [begun_with(config.encode_word, ids) for ids in (ids_BL, ids_BL, wrong_ids_BL)]
+            lengths += [lengths_B, lengths_B, wrong_lengths_B]
             looks.append(Look(0, 1, picked))
-        texts = [begun_with(config.encode_word, ids) for ids in read]
         decoded = pairs if "lm" in self.tasks else 0
         if decoded:  # a text's last word has none after it
             texts.append(begun_with(config.decode_word, ids_BL))
             lengths.append(lengths_B - 1)
-        own = None if len(images) == pairs else torch.arange(pairs, device=ids_BL.device)
-        looks.append(Look(pairs if negatives else 0, len(texts) - bool(negatives), own))
+        if own := 2 * bool(negatives) + bool(decoded):  # runs of texts that look at their own images
+            rows = None if len(images) == pairs else torch.arange(pairs, device=ids_BL.device)
+            looks.append(Look(pairs if negatives else 0, own, rows))
         longest = max(ids.shape[1] for ids in texts)
         ids_RL = torch.cat([F.pad(ids, (0, longest - ids.shape[1])) for ids in texts])
         decoder = self.text_decoder.attention if decoded else ()
-        x_ND, fold = self.text_encoder(ids_RL, torch.cat(lengths), images, looks, decoder, decoded)
+        x_ND, fold = self.text_encoder(
+            ids_RL, torch.cat(lengths), images if looks else None, looks, decoder, decoded, alone
+        )
+        first_RD = self.text_encoder.first_tokens(x_ND, fold)
+        if alone:
+            image, text = unit(self.vision_proj(image_BSD[:, 0])), unit(self.text_proj(first_RD[:alone]))
+            self.add_contrast_with_keys(out, batch, image, text)
         if negatives:
-            first_RD = self.text_encoder.first_tokens(x_ND, fold)
-            wrong_image, matched, wrong_text = self.itm_head(first_RD[: 3 * pairs]).chunk(3)
+            wrong_image, matched, wrong_text = self.itm_head(first_RD[alone : alone + 3 * pairs]).chunk(3)
             self.record(out, "itm", itm_loss(torch.cat((matched, wrong_image, wrong_text)), self.collector))
         if decoded:
             learned_N = learned_words(lengths_B, batch.get("prompt_words"), ids_BL.shape[1])
@@ -198,13 +194,16 @@ class BLIP(BLIPModel):
 
     # ---- wrong pairs ----
 
-    def drawn(self, batch: Batch, image: Tensor, text: Tensor) -> Negatives:
+    @torch.no_grad()
+    def drawn(self, batch: Batch, image_BSD: Tensor) -> Negatives:
         """A wrong image for each text, then a wrong text for each image, among the pairs of all ranks; queries are online features,
-        candidates the teacher's."""
+        candidates the teacher's. image_BSD: encoded images; texts are read here, without a gradient."""
         if "negative_image_index" in batch:  # recorded negatives, for parity checks
             return Negatives(batch["negative_image_index"], batch["negative_text_index"])
+        image = unit(self.vision_proj(image_BSD[:, 0]))
+        text = self.encode_text(batch)["text"]
         part, seed = int(batch.get("part", 0)), int(batch["negative_seed"])
-        scale = (1 / self.temperature()).detach()
+        scale = 1 / self.temperature()
         draw = partial(
             sample_negatives,
             scale=scale,

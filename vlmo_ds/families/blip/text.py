@@ -202,12 +202,14 @@ class Layer(nn.Module):
         self.output = Output(GeluLinear(config.text_hidden, dim), dropout)
 
     def forward(
-        self, x_ND: Tensor, own: Sequence[Own], whole: Fold, image_ISD: Tensor | None, looks: Sequence[Look]
+        self, x_ND: Tensor, own: Sequence[Own], looking: Fold, image_ISD: Tensor | None, looks: Sequence[Look]
     ) -> Tensor:
+        """looking: the fold of those that look at an image, which come last."""
         pieces = x_ND.split([len(part.fold.places_N) for part in own])
         x_ND = torch.cat([of.attention(piece, of.fold, of.mask) for piece, of in zip(pieces, own, strict=True)])
         if image_ISD is not None:
-            x_ND = self.crossattention(x_ND, whole, image_ISD, looks)
+            alone_MD, x_ND = x_ND.tensor_split([len(x_ND) - len(looking.places_N)])
+            x_ND = torch.cat((alone_MD, self.crossattention(x_ND, looking, image_ISD, looks)))
         return self.output(self.intermediate(x_ND), x_ND)
 
     def step(self, x_RLD: Tensor, attention: SelfAttention, memory: Memory, cache: Cache, layer: int) -> Tensor:
@@ -238,7 +240,7 @@ class WordTable(nn.Module):
             return F.embedding(x, self.weight)
         if following_N is None:
             return wide(F.linear(x, self.weight, bias))
-        return word_losses(x, self.weight.t(), following_N, bias, smoothing, weight_N)
+        return word_losses(x, self.weight, following_N, bias, smoothing, weight_N, table=True)
 
 
 class Embeddings(nn.Module):
@@ -307,11 +309,14 @@ class TextEncoder(nn.Module):
         looks: Sequence[Look] = (),
         decoder: Sequence[SelfAttention] = (),
         decoded: int = 0,
+        alone: int = 0,
     ) -> tuple[Tensor, Fold]:
-        """Tokens [N, D] of all sequences, and their fold. looks: at which images sequences look, none: at none; the last `decoded`
-        sequences have the decoder's self-attention, and see the words before them alone."""
+        """Tokens [N, D] of all sequences, and their fold. image_ISD: the table of images, None: nothing is looked at; the first
+        `alone` sequences look at none, looks: at which the others do, counted from there; the last `decoded` sequences have the
+        decoder's self-attention, and see the words before them alone."""
         whole = Fold(lengths_R, ids_RL.shape[1])
         reading, writing = (Fold(part, whole.length) for part in lengths_R.tensor_split([len(lengths_R) - decoded]))
+        looking = Fold(lengths_R[alone:], whole.length) if alone else whole
         places = torch.arange(whole.length, device=ids_RL.device).expand_as(ids_RL)
         x_ND = self.embeddings(whole.folded(ids_RL), whole.folded(places))
         for i, layer in enumerate(self.layers):
@@ -320,7 +325,7 @@ class TextEncoder(nn.Module):
                 own.append(Own(layer.attention, reading, reading.valid_BL[:, None, None]))
             if decoded:
                 own.append(Own(decoder[i], writing, writing.causal[None, None]))
-            x_ND = self.recomputed(layer, i, x_ND, own, whole, image_ISD, looks)
+            x_ND = self.recomputed(layer, i, x_ND, own, looking, image_ISD, looks)
         return x_ND, whole
 
     def first_tokens(self, x_ND: Tensor, fold: Fold) -> Tensor:
