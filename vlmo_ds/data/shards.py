@@ -262,6 +262,13 @@ class RawSample:
         return [entry.get(field, "") for key, field in fields for entry in self.meta.get(key, [])]
 
     @property
+    def answers(self) -> list[str]:
+        """Those of the questions' annotators, each once for a question."""
+        return clean_texts(
+            answer for entry in self.meta.get("questions", []) for answer in dict.fromkeys(entry.get("answers", []))
+        )
+
+    @property
     def texts(self) -> list[str]:
         """Questions, sentences or captions: whatever text the sample has."""
         return clean_texts(self.asked) or self.captions

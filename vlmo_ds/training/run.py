@@ -247,14 +247,20 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if not with_text:
         raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
 
+    answers = any("answers" in stage.reads for stage in recipe.stages)
+
     def texts():
+        yield from (data.prompt for data in with_text if data.prompt)
         shards = list({s.url: s for data in with_text for source in source_shards(data) for s in source}.values())
         stride = -(-sum(s.samples for s in shards) // TOKENIZER_TEXTS)
         for shard in progress(shards, "training the tokenizer", unit="shards"):
             heartbeat.beat("training the tokenizer")
             for row in range(0, shard.samples, stride):
                 try:
-                    yield from shard.read(row).texts
+                    raw = shard.read(row)
+                    yield from raw.texts
+                    if answers:
+                        yield from raw.answers
                 except DataError:
                     continue
 

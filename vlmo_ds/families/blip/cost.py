@@ -37,7 +37,8 @@ def text_flops(config: BLIPSettings) -> tuple[float, float, float]:
 
 
 def forward_flops(config: BLIPSettings, stage: StageConfig, samples: float = 1.0) -> float:
-    """Multiply-adds times two of the forward pass. The teacher's, which has no backward pass, counts as a third of its own."""
+    """Multiply-adds times two of the forward pass. What has no backward pass counts as a third of its own: the teacher's, and that of the
+    texts which wrong pairs are drawn by."""
     read, looking = sequences(stage)
     of_text, of_look, of_memory = text_flops(config)
     d = config.text_width
@@ -46,7 +47,7 @@ def forward_flops(config: BLIPSettings, stage: StageConfig, samples: float = 1.0
     total += (read + looking) * of_text + pictures * looking * of_look
     if read:
         heads = 2 * config.embed_dim * (config.vision_width + d)
-        total += heads + (tower_flops(config) + of_text + heads) / 3
+        total += heads + (tower_flops(config) + (1 + ("itm" in stage.tasks)) * of_text + heads) / 3
         total += 4 * config.embed_dim * (config.queue_size + stage.global_batch_size)
     if {"lm", "vqa"} & stage.tasks.keys():
         total += (config.max_text_len - 1) * (2 * d**2 + 2 * d * config.vocab_size)
@@ -111,6 +112,7 @@ def walks(model: BLIPModel, stage: StageConfig) -> dict[str, int]:
         twice = "text_decoder.bert.embeddings.word_embeddings.weight"  # looked up, and multiplied with
         return {name: 2 if name == twice else 1 for name, _ in model.named_parameters()}
     read, looking = sequences(stage)
+    drawn = int("itm" in stage.tasks)  # a walk before, of texts alone
     found = {}
     for name, _ in model.named_parameters():
         count = 1
@@ -118,11 +120,11 @@ def walks(model: BLIPModel, stage: StageConfig) -> dict[str, int]:
             if "crossattention" in name:
                 count = int(looking > 0)
             elif ".attention." in name:
-                count = read + ("itm" in stage.tasks)
-            elif "word_embeddings" in name:
-                count = read + (looking > 0) + ("lm" in stage.tasks)
+                count = int(read > 0) + drawn
             else:
-                count = read + (looking > 0)
+                count = 1 + drawn + ("word_embeddings" in name and "lm" in stage.tasks)
+        elif name.startswith(("vision_proj.", "text_proj.")):
+            count = 1 + drawn
         elif name.startswith("text_encoder_m.") and "crossattention" in name:
             count = 0
         found[name] = 0 if matches(name, idle) else count
