@@ -10,7 +10,7 @@ from conftest import run_ranks
 from data.files import jpeg, write_tar
 from families.vlmo.tiny import tiny_model
 
-from vlmo_ds.config import EvaluationConfig, RecipeError, RetrievalConfig
+from vlmo_ds.config import EvaluationConfig, RecipeError, RetrievalConfig, VQAConfig
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.distributed.collector import Collector
@@ -110,8 +110,8 @@ def evaluated(root) -> list:
     collector, seen = Collector(), {}
     common = torch.load(f"{root}/common.pt") if os.path.exists(f"{root}/common.pt") else None
 
-    def config(name):
-        return EvaluationConfig(shards=[f"{root}/{name}.tar"], batch_size=4)
+    def config(name, kind=EvaluationConfig):
+        return kind(shards=[f"{root}/{name}.tar"], batch_size=4)
 
     def model(task, **changes):
         """Its answers differ: what all inputs have in common is taken off, as far as the file knows it."""
@@ -123,7 +123,7 @@ def evaluated(root) -> list:
                 last.bias.sub_(common[task] if common else 0)
         return made
 
-    answered = vqa.evaluate(model("vqa", vqav2_label_size=4), config("asked"), ANSWERS, WORDS, collector)
+    answered = vqa.evaluate(model("vqa", vqav2_label_size=4), config("asked", VQAConfig), ANSWERS, WORDS, collector)
     judged = nlvr2.evaluate(model("nlvr2"), config("pairs"), WORDS, collector)
     named = ["is a", "word", "is word"], ["a {} is", "{}"]
     classes = zero_shot.evaluate(model("irtr"), config("labelled"), *named, WORDS, collector)

@@ -8,7 +8,7 @@ from conftest import tiny_recipe
 from data.files import jpeg, png, write_tar
 from families.vlmo.tiny import tiny_model
 
-from vlmo_ds.config import EvaluationConfig
+from vlmo_ds.config import VQAConfig
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.tokenizer import train_tokenizer
 from vlmo_ds.distributed.collector import Collector
@@ -88,7 +88,7 @@ def test_an_evaluation_by_itself_names_it_in_one_line(tmp_path):
     write_tar(tmp_path / "test.tar", samples)
     model = tiny_model({"vqa": 1.0}, torch.float32, vqav2_label_size=2)
     for workers in (0, 1):
-        config = EvaluationConfig(shards=[str(tmp_path / "test.tar")], workers=workers)
+        config = VQAConfig(shards=[str(tmp_path / "test.tar")], workers=workers)
         with pytest.raises(DataError, match="test.tar:1: not a readable image") as caught:
             vqa.evaluate(model, config, ["yes", "no"], WORDS, Collector())
         assert "Traceback" not in str(caught.value)

@@ -103,9 +103,9 @@ def evaluate(
     check(config, model.config.max_text_len, tokenizer)
     device = next(model.parameters()).device
     begin, end = prompt_ids(config, tokenizer), tokenizer("")["input_ids"][-1]
-    skipped = 0 if config.keep_prompt else len(begin)
     images = samples_of_images(config, scored)
     texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
+    left_out = "" if config.keep_prompt else texts([begin])[0]
 
     def describe(places: list[Place]) -> Captioned:
         samples = [shard.read(row) for shard, row in places]
@@ -127,7 +127,7 @@ def evaluate(
             "image_id": torch.tensor([one.key for one in found]).to(device),
         }
         for one, ids in zip(found, written(model, batch, begin, end, config, config.seed), strict=True):
-            one.written = [text.strip() for text in texts([text_ids[skipped:] for text_ids in ids])]
+            one.written = [text.removeprefix(left_out).strip() for text in texts(ids)]
         for row, one in zip(rows, found, strict=True):
             done.append((row, one if row < config.gallery else replace(one, encoded=b"")))
     every = [pair for part in collector.each_rank(done) for pair in part]
