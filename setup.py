@@ -23,7 +23,7 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "vlmo_ds": ["py.typed"],
-        "vlmo_ds.recipes": ["*.yaml", "finetune/*.yaml"],
+        "vlmo_ds.recipes": ["*.yaml", "*/*.yaml"],
         "vlmo_ds.ds_configs": ["*.json"],
     },
     entry_points={"console_scripts": ["vlmo = vlmo_ds.__main__:main"]},
