@@ -33,7 +33,7 @@ from vlmo_ds.families.blip.text import TextEncoder
 from vlmo_ds.families.blip.vision import Block
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added
-from vlmo_ds.objectives.itm import itm_loss
+from vlmo_ds.objectives.itm import Negatives, itm_loss
 from vlmo_ds.training.host import prepare_cpu
 
 TASKS = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
@@ -75,7 +75,10 @@ class Plain(BLIP):
         image = unit(self.vision_proj(image_BSD[:, 0]))
         text = unit(self.text_proj(self.walk(self.text_encoder, ids, masks)[:, 0]))
         self.add_contrast_with_keys(out, batch, image, text)
-        wrong = self.drawn(batch, image.detach(), text.detach())
+        if "negative_image_index" in batch:
+            wrong = Negatives(batch["negative_image_index"], batch["negative_text_index"])
+        else:
+            wrong = self.drawn(batch, image.detach(), text.detach())
         encoded = begun_with(self.config.encode_word, ids)
         matched = self.walk(self.text_encoder, encoded, masks, image_BSD)[:, 0]
         both = self.walk(

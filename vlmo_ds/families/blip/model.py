@@ -122,7 +122,7 @@ class BLIP(BLIPModel):
         image_BSD = self.visual_encoder(self.pixels(batch["image"]))
         if "itc" in self.tasks and "keys_image" not in batch:
             batch = {**batch, **self.keys_of_step([self.keys(batch)])}
-        self.add_texts(out, batch, image_BSD, self.drawn(batch, image_BSD) if "itm" in self.tasks else None)
+        self.add_texts(out, batch, image_BSD, self.negatives(batch, image_BSD) if "itm" in self.tasks else None)
         return out._replace(loss=added(out.losses.values()))
 
     def add_contrast_with_keys(self, out: StepOutput, batch: Batch, image: Tensor, text: Tensor) -> None:
@@ -195,13 +195,16 @@ class BLIP(BLIPModel):
     # ---- wrong pairs ----
 
     @torch.no_grad()
-    def drawn(self, batch: Batch, image_BSD: Tensor) -> Negatives:
-        """A wrong image for each text, then a wrong text for each image, among the pairs of all ranks; queries are online features,
-        candidates the teacher's. image_BSD: encoded images; texts are read here, without a gradient."""
+    def negatives(self, batch: Batch, image_BSD: Tensor) -> Negatives:
+        """Wrong pairs, drawn by the features of encoded images and of texts, which are read here."""
         if "negative_image_index" in batch:  # recorded negatives, for parity checks
             return Negatives(batch["negative_image_index"], batch["negative_text_index"])
-        image = unit(self.vision_proj(image_BSD[:, 0]))
-        text = self.encode_text(batch)["text"]
+        return self.drawn(batch, unit(self.vision_proj(image_BSD[:, 0])), self.encode_text(batch)["text"])
+
+    @torch.no_grad()
+    def drawn(self, batch: Batch, image: Tensor, text: Tensor) -> Negatives:
+        """A wrong image for each text, then a wrong text for each image, among the pairs of all ranks; queries are online features
+        [B, E], candidates the teacher's."""
         part, seed = int(batch.get("part", 0)), int(batch["negative_seed"])
         scale = 1 / self.temperature()
         draw = partial(
