@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import compare_with_plain, step_cost
+from common import compare_with_plain, computed_by, pairs_of, step_cost
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import joined
@@ -55,9 +55,7 @@ class Plain(BLIP):
 
     def __init__(self, config: BLIPSettings, tasks: dict[str, float]):
         super().__init__(config, tasks)
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.__class__ = PlainBlock
+        computed_by(self, Block, PlainBlock)
 
     def step(self, batch: Batch) -> StepOutput:
         out = StepOutput.empty()
@@ -124,16 +122,9 @@ def attended(module: torch.nn.Module, x: Tensor, context: Tensor, mask: Tensor |
 
 
 def batch_of(config: BLIPSettings, lengths: list[int], device: torch.device) -> dict[str, Tensor]:
-    g, pairs, size = torch.Generator().manual_seed(0), len(lengths), config.image_size
-    masks = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-    batch = {
-        "image": torch.randint(0, 256, (pairs, 3, size, size), generator=g).to(torch.uint8),
-        "text_ids": torch.randint(1, config.vocab_size - 2, masks.shape, generator=g) * masks,
-        "text_masks": masks,
-        "image_id": torch.arange(pairs),
-        "sample_id": torch.arange(pairs),
-    }
-    return {name: value.to(device) for name, value in batch.items()} | {"negative_seed": torch.tensor(0)}
+    rows = torch.arange(len(lengths), device=device)
+    pairs = pairs_of(config, lengths, config.vocab_size - 2, device)
+    return {**pairs, "image_id": rows, "sample_id": rows, "negative_seed": torch.tensor(0)}
 
 
 def check_parity(golden: Path | None) -> float:

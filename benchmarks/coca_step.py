@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import compare_with_plain, step_cost
+from common import compare_with_plain, computed_by, pairs_of, step_cost
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import Fold, joined
@@ -58,9 +58,7 @@ class Plain(CoCa):
 
     def __init__(self, config: CoCaSettings, tasks: dict[str, float]):
         super().__init__(config, tasks)
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.__class__ = PlainBlock
+        computed_by(self, Block, PlainBlock)
 
     def step(self, batch: Batch) -> StepOutput:
         out = StepOutput.empty()
@@ -100,20 +98,6 @@ class Plain(CoCa):
         return causal
 
 
-def batch_of(config: CoCaSettings, lengths: list[int], device: torch.device) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    longest = max(lengths)
-    masks = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
-    batch = {
-        "image": torch.randint(0, 256, (len(lengths), 3, config.image_size, config.image_size), generator=g).to(
-            torch.uint8
-        ),
-        "text_ids": torch.randint(1, config.vocab_size, masks.shape, generator=g) * masks,
-        "text_masks": masks,
-    }
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 def check_parity(golden: Path | None) -> float:
     """The worst relative difference of losses and gradients between the two versions. SystemExit where they differ."""
     torch.manual_seed(0)
@@ -128,7 +112,7 @@ def check_parity(golden: Path | None) -> float:
     worst = 0.0
     for mask in ("legacy", "correct"):
         config = CoCaSettings(**small, vocab_size=90, max_text_len=20, class_mask=mask)
-        batch = batch_of(config, [5, 9, 20, 12], torch.device("cpu"))
+        batch = pairs_of(config, [5, 9, 20, 12], config.vocab_size, torch.device("cpu"))
         worst = max(worst, difference(config, None, batch))
     if golden:
         recorded = torch.load(golden, weights_only=True)
@@ -169,7 +153,7 @@ def one(settings: dict, version: str, dtype_name: str, captions: str) -> dict:
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
     shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
     forward = forward_flops(shortened, stage)
-    batch, short = batch_of(config, lengths, device), batch_of(config, [5], device)
+    batch, short = (pairs_of(config, of, config.vocab_size, device) for of in (lengths, [5]))
     return {
         "version": version,
         "arch": arch,

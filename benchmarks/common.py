@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,6 +101,25 @@ def step_cost(model: nn.Module, batch: dict, short: dict, repeats: int, flops: f
         HELD: round(peak / 1e9, 3),
         "share_of_matrix_product_rate": round(flops / seconds / matrix_rate(dtype, device), 3),
     }
+
+
+def computed_by(model: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> None:
+    """Modules of a kind compute as a subclass of it does, which has the same parameters."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.__class__ = plain
+
+
+def pairs_of(config: Any, lengths: Sequence[int], words: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """image uint8, text_ids and text_masks of texts so long, whose words are below `words`."""
+    g, size = torch.Generator().manual_seed(0), config.image_size
+    masks = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    batch = {
+        "image": torch.randint(0, 256, (len(lengths), 3, size, size), generator=g).to(torch.uint8),
+        "text_ids": torch.randint(1, words, masks.shape, generator=g) * masks,
+        "text_masks": masks,
+    }
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def compare_with_plain(

@@ -10,6 +10,7 @@ from data.files import jpeg
 from PIL import Image
 from transformers import BertTokenizer
 
+from vlmo_ds.config import CROPPING
 from vlmo_ds.data import synthetic as world
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import generator
@@ -106,6 +107,17 @@ def test_random_crops_as_large_and_as_mirrored_as_asked():
         areas, mirrored = crops(smallest, flip)
         assert least < min(areas) < least + 0.25
         assert (15 < mirrored < 45) if flip else mirrored == 0
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_settings_of_crops_are_for_those_that_crop(name):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(buffer, "PNG")
+    usual, asked = (
+        [np.asarray(TRANSFORMS[name](EncodedImage(buffer.getvalue()), 32, generator(s), crops)) for s in range(4)]
+        for crops in (Crops(), Crops(0.9, False))
+    )
+    assert np.array_equal(usual, asked) == (name not in CROPPING)
 
 
 def test_pixelbert_keeps_the_aspect_ratio():

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import signal
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -217,11 +217,8 @@ class BatchDataset(Dataset):
             raise DataError(f"{raw.name}: '{question['question']}' has no answer")
         encoded = [self.token_ids(self.encode(answer, raw)) for answer in given]
         lengths = np.array([len(ids) for ids in encoded])
-        ids = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
-        for row, text in zip(ids, encoded, strict=True):
-            row[: len(text)] = text
         weights = np.array(list(given.values()), dtype=np.float32) / sum(given.values())
-        return {"answer_ids": ids, "answer_lengths": lengths, "answer_weights": weights}
+        return {"answer_ids": stacked(encoded), "answer_lengths": lengths, "answer_weights": weights}
 
     def image(self, data: bytes, raw: RawSample, source: int, rng: np.random.Generator) -> np.ndarray:
         try:
@@ -287,6 +284,15 @@ class BatchDataset(Dataset):
         raise DataError(f"{raw.name}: {REPLACEMENTS} draws of another sample gave none with another picture")
 
 
+def stacked(values: Sequence[np.ndarray], fill: int = 0, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """Arrays of one number of dimensions behind each other, filled up to a shape, or to the largest of each dimension."""
+    shape = shape or tuple(np.max([value.shape for value in values], axis=0))
+    whole = np.full((len(values), *shape), fill, dtype=values[0].dtype)
+    for row, value in zip(whole, values, strict=True):
+        row[tuple(slice(size) for size in value.shape)] = value
+    return whole
+
+
 def stable_seed(*key: int) -> int:
     return int(generator(*key).integers(1 << 62))
 
@@ -302,19 +308,12 @@ def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int, paddi
             fill = -100 if key == "text_labels_mlm" else padding
             lengths = np.array([len(value) for value in values])
             length = min(-(-int(lengths.max()) // 8) * 8, max_text_len)
-            stacked = np.full((len(values), length), fill, dtype=np.int64)
-            for row, value in zip(stacked, values, strict=True):
-                row[: len(value)] = value
-            batch[key] = torch.from_numpy(stacked)
+            batch[key] = torch.from_numpy(stacked(values, fill, (length,)))
             if key.endswith("_ids"):
                 mask = np.arange(length)[None] < lengths[:, None]
                 batch[key.replace("_ids", "_masks")] = torch.from_numpy(mask.astype(np.int64))
         elif key.startswith("answer_"):
-            most = np.max([value.shape for value in values], axis=0)
-            stacked = np.zeros((len(values), *most), dtype=values[0].dtype)
-            for row, value in zip(stacked, values, strict=True):
-                row[tuple(slice(size) for size in value.shape)] = value
-            batch[key] = torch.from_numpy(stacked)
+            batch[key] = torch.from_numpy(stacked(values))
         elif isinstance(values[0], int):
             batch[key] = torch.tensor(values, dtype=torch.int64)
         else:

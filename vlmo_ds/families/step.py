@@ -51,6 +51,12 @@ class FamilyModel(nn.Module):
     tasks: dict[str, float]  # name -> weight of its loss
     collector: Collector
 
+    def __init__(self, config: ModelConfig, tasks: Mapping[str, float], collector: Collector | None = None):
+        super().__init__()
+        self.config = config
+        self.tasks = dict(tasks)
+        self.collector = collector or Collector()
+
     def forward(self, batch: Batch, call: str = "step") -> Any:
         """One of the model's calls. Every family has step (all tasks, gives StepOutput); with tasks whose features are
         cached contrast_features and cached_step; and for the evaluations the calls that its tasks give."""

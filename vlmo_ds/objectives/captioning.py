@@ -108,9 +108,20 @@ def word_losses(
     return WordLosses.apply(hidden_ND, head, labels_N, bias_V, smoothing, weight_N, table)
 
 
-def learned_words(lengths_B: Tensor, prompt_B: Tensor | None, length: int) -> Tensor:
-    """bool [N], for each word of texts that has one after it: whether that one's loss is taken. prompt_B: words of the prompt that
-    a text begins with, its start included, which are given and not learned; None: of no text; length: words of the longest text."""
+def before_last(lengths_B: Tensor, length: int) -> Tensor:
+    """bool [B, length - 1]: which places of texts have a word after them. length: words of the longest."""
+    return torch.arange(length - 1, device=lengths_B.device)[None] < (lengths_B - 1)[:, None]
+
+
+def learned_words(lengths_B: Tensor, length: int, prompt_B: Tensor | None) -> Tensor | None:
+    """bool [N], for each word of texts that has one after it: whether that one's loss is taken; None: always. prompt_B: words of the
+    prompt that a text begins with, its start included, which are given and not learned; None: of no text."""
+    if prompt_B is None:
+        return None
     place = torch.arange(length - 1, device=lengths_B.device)[None]
-    learned = place >= (0 if prompt_B is None else prompt_B[:, None] - 1)
-    return learned.expand(len(lengths_B), -1)[place < lengths_B[:, None] - 1]
+    return (place >= prompt_B[:, None] - 1)[before_last(lengths_B, length)]
+
+
+def chosen(learned_N: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Of each the rows whose loss is taken."""
+    return rows if learned_N is None else tuple(of[learned_N] for of in rows)

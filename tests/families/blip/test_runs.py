@@ -31,6 +31,7 @@ def recipe_of(data, steps: int, **stage) -> dict:
     recipe = tiny_blip(data, retrieval=None, captioning=None)
     for one in recipe["stages"]:
         one |= {"steps": steps, **stage}
+        one["optimizer"] |= {"lr": 1e-4, "eps": 1e-6}  # gradients that are nothing but rounding move nothing
     return recipe
 
 
@@ -73,7 +74,7 @@ def same(rows, final, expected_rows, expected_final, tasks=("itc", "itm", "lm"))
         if name in ("idx_queue", "queue_ptr"):
             assert torch.equal(final[name], value)
         elif name in QUEUES or "_m." in name:
-            torch.testing.assert_close(final[name], value, rtol=1e-4, atol=5e-5)
+            torch.testing.assert_close(final[name], value, rtol=1e-4, atol=2e-5)
 
 
 def test_accumulation_does_not_change_contrast(tmp_path, synthetic):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,7 @@ class BLIPModel(FamilyModel):
     heads: ClassVar[tuple[str, ...]] = ()  # beginnings of names: linear layers that begin as the text stack's do
 
     def __init__(self, config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None):
-        super().__init__()
-        self.config = config
-        self.tasks = dict(tasks)
-        self.collector = collector or Collector()
+        super().__init__(config, tasks, collector)
         self.recomputed = Recomputed(config.activation_checkpoint_every)
         self.visual_encoder = VisionTransformer(config, self.recomputed)
         self.text_encoder = TextEncoder(config, self.recomputed, self.crossattention)
@@ -64,6 +61,12 @@ class BLIPModel(FamilyModel):
         """text_ids, text_masks [B, L] -> (the ids with [ENC] as their first word, lengths [B]): texts that look at images."""
         return begun_with(self.config.encode_word, batch["text_ids"]), batch["text_masks"].sum(1)
 
+    def newest(self, batch: Mapping[str, Any]) -> Tensor:
+        """text_ids [R, L], the newest words of texts that are written, first: words before them -> the same; a text begins with [DEC],
+        whatever its first word."""
+        ids_RL = batch["text_ids"]
+        return begun_with(self.config.decode_word, ids_RL) if batch["first"] == 0 else ids_RL
+
     def offload_checkpoints(self, offloaded: bool) -> None:
         self.recomputed.offload = offloaded
 
@@ -71,8 +74,3 @@ class BLIPModel(FamilyModel):
 def begun_with(word: int, ids_BL: Tensor) -> Tensor:
     """The texts with another first word."""
     return torch.cat((torch.full_like(ids_BL[:, :1], word), ids_BL[:, 1:]), dim=1)
-
-
-def places_before_last(lengths_R: Tensor, length: int) -> Tensor:
-    """[R, length - 1] bool: which places of texts have a word after them."""
-    return torch.arange(length - 1, device=lengths_R.device)[None] < (lengths_R - 1)[:, None]

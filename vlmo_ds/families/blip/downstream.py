@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.families.blip.base import BLIPModel, begun_with, places_before_last
+from vlmo_ds.families.blip.base import BLIPModel, begun_with
 from vlmo_ds.families.blip.config import BLIPSettings
 from vlmo_ds.families.blip.text import AnswerDecoder, Look, Memory, at_two_images
 from vlmo_ds.families.step import Batch, StepOutput, added
+from vlmo_ds.objectives.captioning import before_last
 from vlmo_ds.objectives.nlvr2 import nlvr2_loss
 
 RANKED_WORDS = 4096  # whose logits are in memory at a time when answers are ranked
@@ -57,7 +58,7 @@ class BLIPForQuestions(BLIPModel):
         ids_AW, lengths_A = batch["answer_ids"][given_BK], batch["answer_lengths"][given_BK]
         look = Look(0, 1, given_BK.nonzero()[:, 0], valid_BL)
         hidden_ND = self.text_decoder.hidden(self.written(ids_AW), lengths_A - 1, states_BLD, look)
-        following_N = ids_AW[:, 1:][places_before_last(lengths_A, ids_AW.shape[1])]
+        following_N = ids_AW[:, 1:][before_last(lengths_A, ids_AW.shape[1])]
         weight_N = batch["answer_weights"][given_BK].repeat_interleave(lengths_A - 1)
         total, right = self.text_decoder.words(hidden_ND, following_N, self.config.label_smoothing, weight_N)
         questions, words = total.detach().new_tensor(len(valid_BL)), total.detach().new_tensor(len(following_N))
@@ -95,7 +96,7 @@ class BLIPForQuestions(BLIPModel):
     def likelihoods(self, ids_RW: Tensor, lengths_R: Tensor, states_BLD: Tensor, look: Look) -> Tensor:
         """[R] log-likelihoods of texts that begin with [DEC], their end included."""
         logits_NV = self.text_decoder.words(self.text_decoder.hidden(ids_RW, lengths_R - 1, states_BLD, look))
-        following = places_before_last(lengths_R, ids_RW.shape[1])
+        following = before_last(lengths_R, ids_RW.shape[1])
         scores_N = logits_NV.log_softmax(1).gather(1, ids_RW[:, 1:][following][:, None])[:, 0]
         text_N = following.nonzero()[:, 0]
         return scores_N.new_zeros(len(ids_RW)).index_add(0, text_N, scores_N)
@@ -108,8 +109,7 @@ class BLIPForQuestions(BLIPModel):
         """text_ids [R, L] int64, the newest words of R = n * B answers, n to each of B questions; first: words before them;
         memory: of read_question; cache: Cache -> logits [R, V] of the word after the newest. Answers begin with [DEC], whatever
         their first word."""
-        ids_RL = self.written(batch["text_ids"]) if batch["first"] == 0 else batch["text_ids"]
-        return self.text_decoder.step(ids_RL, batch["first"], batch["memory"], batch["cache"])
+        return self.text_decoder.step(self.newest(batch), batch["first"], batch["memory"], batch["cache"])
 
 
 class BLIPForImagePairs(BLIPModel):

@@ -18,12 +18,12 @@ from vlmo_ds.blocks.layers import unit, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import sample_negatives
-from vlmo_ds.families.blip.base import BLIPModel, begun_with, places_before_last
+from vlmo_ds.families.blip.base import BLIPModel, begun_with
 from vlmo_ds.families.blip.config import AVERAGED, HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, BLIPSettings
 from vlmo_ds.families.blip.text import Look, Memory, TextDecoder, TextEncoder
 from vlmo_ds.families.blip.vision import VisionTransformer
 from vlmo_ds.families.step import Batch, StepOutput, added
-from vlmo_ds.objectives.captioning import learned_words
+from vlmo_ds.objectives.captioning import before_last, chosen, learned_words
 from vlmo_ds.objectives.itm import Negatives, itm_loss
 from vlmo_ds.objectives.momentum import Keys, momentum_contrast
 
@@ -178,19 +178,17 @@ class BLIP(BLIPModel):
             wrong_image, matched, wrong_text = self.itm_head(first_RD[alone : alone + 3 * pairs]).chunk(3)
             self.record(out, "itm", itm_loss(torch.cat((matched, wrong_image, wrong_text)), self.collector))
         if decoded:
-            learned_N = learned_words(lengths_B, batch.get("prompt_words"), ids_BL.shape[1])
-            total, right = self.words_after(x_ND[len(x_ND) - len(learned_N) :], ids_BL, lengths_B, learned_N)
-            words = total.detach().new_tensor(int(learned_N.sum()))
-            loss = self.collector.global_mean(total, words)
-            self.record(out, "lm", (loss, {"accuracy": (right, words)}))
+            self.add_captions(out, batch, x_ND, lengths_B)
 
-    def words_after(self, x_ND: Tensor, ids_BL: Tensor, lengths_B: Tensor, learned_N: Tensor) -> tuple[Tensor, Tensor]:
-        """As word_losses: tokens of every word but the last of each text -> losses of those that follow, where they are learned."""
-        following_N = ids_BL[:, 1:][places_before_last(lengths_B, ids_BL.shape[1])]
-        table = self.text_encoder.embeddings.word_embeddings
-        if not learned_N.all():
-            x_ND, following_N = x_ND[learned_N], following_N[learned_N]
-        return self.text_decoder.predictions(x_ND, table, following_N, self.config.label_smoothing)
+    def add_captions(self, out: StepOutput, batch: Batch, x_ND: Tensor, lengths_B: Tensor) -> None:
+        """Records lm. x_ND: ends with the tokens of every word but the last of each text."""
+        ids_BL, table = batch["text_ids"], self.text_encoder.embeddings.word_embeddings
+        following_N = ids_BL[:, 1:][before_last(lengths_B, ids_BL.shape[1])]
+        learned_N = learned_words(lengths_B, ids_BL.shape[1], batch.get("prompt_words"))
+        x_ND, following_N = chosen(learned_N, x_ND[len(x_ND) - len(following_N) :], following_N)
+        total, right = self.text_decoder.predictions(x_ND, table, following_N, self.config.label_smoothing)
+        words = total.detach().new_tensor(len(following_N))
+        self.record(out, "lm", (self.collector.global_mean(total, words), {"accuracy": (right, words)}))
 
     # ---- wrong pairs ----
 
@@ -336,11 +334,9 @@ class BLIP(BLIPModel):
         """text_ids [R, L] int64, the newest words of R = n * B texts, n for each of B images; first: words before them;
         memory: of caption_image; cache: Cache -> logits [R, V] of the word after the newest. Texts begin with [DEC], whatever
         their first word."""
-        ids_RL = batch["text_ids"]
-        if batch["first"] == 0:
-            ids_RL = begun_with(self.config.decode_word, ids_RL)
         decoder = self.text_decoder
-        x_RLD = self.text_encoder.step(ids_RL, batch["first"], batch["memory"], decoder.attention, batch["cache"])
+        ids_RL, first = self.newest(batch), batch["first"]
+        x_RLD = self.text_encoder.step(ids_RL, first, batch["memory"], decoder.attention, batch["cache"])
         return decoder.predictions(x_RLD[:, -1], self.text_encoder.embeddings.word_embeddings)
 
     def contrast_scale(self) -> Tensor:

@@ -25,9 +25,8 @@ from vlmo_ds.families.blip.config import BLIPSettings
 from vlmo_ds.objectives.captioning import word_losses
 
 EPS = 1e-12
-Memory = tuple[
-    Tensor, Tensor, Tensor | None
-]  # of images in a layer: keys, values [I, H, S, D/H], valid bool [I, S] or None: all
+# of images in a layer: keys, values [I, H, S, D/H], valid bool [I, S] or None: all
+Memory = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Look(NamedTuple):
@@ -417,10 +416,14 @@ class AnswerDecoder(nn.Module):
         self.bert = TextEncoder(config, recomputed, at_texts)
         self.cls = nn.ModuleDict({"predictions": Predictions(config)})
 
+    @property
+    def attention(self) -> list[SelfAttention]:
+        """Of every layer."""
+        return [layer.attention for layer in self.bert.layers]
+
     def hidden(self, ids_AL: Tensor, lengths_A: Tensor, question_QSD: Tensor, look: Look) -> Tensor:
         """[N, D] of the words of A texts together, each of which sees those before it and a question's states."""
-        attention = [layer.attention for layer in self.bert.layers]
-        return self.bert(ids_AL, lengths_A, question_QSD, [look], attention, len(ids_AL))[0]
+        return self.bert(ids_AL, lengths_A, question_QSD, [look], self.attention, len(ids_AL))[0]
 
     def words(self, hidden: Tensor, *following: Any) -> Any:
         """Hidden states [..., D] -> logits [..., V] of the word after each; with what word_losses asks for -> what it gives."""
@@ -428,5 +431,4 @@ class AnswerDecoder(nn.Module):
 
     def step(self, ids_RL: Tensor, first: int, memory: Sequence[Memory], cache: Cache) -> Tensor:
         """As TextEncoder.step -> logits [R, V] of the word after the newest."""
-        attention = [layer.attention for layer in self.bert.layers]
-        return self.words(self.bert.step(ids_RL, first, memory, attention, cache)[:, -1])
+        return self.words(self.bert.step(ids_RL, first, memory, self.attention, cache)[:, -1])

@@ -200,10 +200,9 @@ def official(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     found |= {f"{prefix}embeddings.position_ids": places.clone() for prefix in prefixes if prefix + table in found}
     if decodes and SECOND_TABLE not in found:
         for name, value in list(found.items()):
-            if re.match(
-                r"text_encoder\.(embeddings|encoder\.layer\.\d+\.(crossattention|intermediate|output))\.", name
-            ):
-                found[name.replace("text_encoder.", "text_decoder.bert.", 1)] = value
+            part = name.removeprefix(ENCODER)
+            if name.startswith(ENCODER) and SHARED.fullmatch(part):
+                found[DECODER + part] = value
     if decodes:
         words = "text_decoder.cls.predictions"
         found[f"{words}.decoder.weight"] = found[SECOND_TABLE]

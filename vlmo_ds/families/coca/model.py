@@ -24,7 +24,7 @@ from vlmo_ds.families.coca import FAMILY
 from vlmo_ds.families.coca.block import AttentionalPooler, Block, Transformer, blocks_of
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
-from vlmo_ds.objectives.captioning import learned_words, word_losses
+from vlmo_ds.objectives.captioning import chosen, learned_words, word_losses
 from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
 
 PADDING = 0  # the padding word's id: of its embedding alone, which words are valid is told by lengths
@@ -156,13 +156,11 @@ class MultimodalTransformer(nn.Module):
         self.recomputed = recomputed
 
     def forward(
-        self, x_ND: Tensor, fold: Fold, image_BSD: Tensor, labels_N: Tensor, learned_N: Tensor
+        self, x_ND: Tensor, fold: Fold, image_BSD: Tensor, labels_N: Tensor, learned_N: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Folded tokens of the text tower, caption tokens of their images, the words that follow, bool: whose loss is taken -> as
-        word_losses."""
-        hidden_ND = self.hidden(x_ND, fold, image_BSD)
-        if not learned_N.all():
-            hidden_ND, labels_N = hidden_ND[learned_N], labels_N[learned_N]
+        """Folded tokens of the text tower, caption tokens of their images, the words that follow, whose loss is taken (as
+        learned_words) -> as word_losses."""
+        hidden_ND, labels_N = chosen(learned_N, self.hidden(x_ND, fold, image_BSD), labels_N)
         return word_losses(hidden_ND, self.text_projection, labels_N)
 
     def hidden(self, x_ND: Tensor, fold: Fold, image_BSD: Tensor) -> Tensor:
@@ -191,10 +189,7 @@ class CoCa(FamilyModel):
     config: CoCaSettings
 
     def __init__(self, config: CoCaSettings, tasks: Mapping[str, float], collector: Collector | None = None):
-        super().__init__()
-        self.config = config
-        self.tasks = dict(tasks)
-        self.collector = collector or Collector()
+        super().__init__(config, tasks, collector)
         self.recomputed = Recomputed(config.activation_checkpoint_every)
         self.visual = VisionTransformer(config, self.recomputed)
         self.text = TextTransformer(config, self.recomputed)
@@ -259,9 +254,9 @@ class CoCa(FamilyModel):
         text = self.text(batch["text_ids"], lengths_B, feature=contrast)
         if "caption" in self.tasks:
             x_ND, fold, labels_N = next_words(batch["text_ids"], lengths_B, text)
-            learned_N = learned_words(lengths_B, batch.get("prompt_words"), batch["text_ids"].shape[1])
+            learned_N = learned_words(lengths_B, batch["text_ids"].shape[1], batch.get("prompt_words"))
             total, right = self.text_decoder(x_ND, fold, tokens, labels_N, learned_N)
-            count = total.detach().new_tensor(int(learned_N.sum()))
+            count = total.detach().new_tensor(len(chosen(learned_N, labels_N)[0]))
             loss = self.collector.global_mean(total, batch.get("words_count", count))
             self.record(out, "caption", (loss, {"accuracy": (right, count)}))
             out = out._replace(loss=out.losses["caption"])
@@ -273,8 +268,9 @@ class CoCa(FamilyModel):
         image, _ = self.visual(self.pixels(batch))
         lengths_B = batch["text_masks"].sum(1)
         feature = given(self.text(batch["text_ids"], lengths_B).feature, "feature")
-        learned_N = learned_words(lengths_B, batch.get("prompt_words"), batch["text_ids"].shape[1])
-        return {**self.contrast_of(image, feature), "words_count": learned_N.sum()}
+        learned_N = learned_words(lengths_B, batch["text_ids"].shape[1], batch.get("prompt_words"))
+        words = (lengths_B - 1).sum() if learned_N is None else learned_N.sum()
+        return {**self.contrast_of(image, feature), "words_count": words}
 
     def contrast_of(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Features [B, E] before their normalisation -> what add_contrast needs."""

@@ -41,10 +41,7 @@ class VLMo(FamilyModel):
     config: VLMoSettings
 
     def __init__(self, config: VLMoSettings, tasks: Mapping[str, float], collector: Collector | None = None):
-        super().__init__()
-        self.config = config
-        self.tasks = dict(tasks)
-        self.collector = collector or Collector()
+        super().__init__(config, tasks, collector)
         dim = config.embed_dim
         self.transformer = MultiWayTransformer(
             image_size=config.image_size,
