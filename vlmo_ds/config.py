@@ -145,6 +145,9 @@ class DataConfig(Settings):
     prompt: str = Field(
         "", description="what every caption begins with; a task that writes captions learns the words behind it alone"
     )
+    questions_per_image: int = Field(
+        1, gt=0, le=1000, description="questions that a step asks of an image, all of them where it has fewer"
+    )
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of words that are masked")
     whole_word_masking: bool = Field(True, description="mask all pieces of a word together")
     mim_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches that are masked (BEiT: 0.4)")
@@ -363,6 +366,13 @@ class StageConfig(Settings):
             for name in fitting:
                 if getattr(self.data, other) and name in self.tasks:
                     raise ValueError(f"data.{other} is {getattr(self.data, other)}, but task '{name}' reads none")
+        for setting, usual, read in (("prompt", "", "text"), ("questions_per_image", 1, "questions")):
+            value = getattr(self.data, setting)
+            if value != usual and read not in self.reads:
+                fitting = [name for name, task in self.family.tasks.items() if read in task.reads]
+                raise ValueError(
+                    f"data.{setting} is {value!r}, which is for {', '.join(fitting)}, found {list(self.tasks)}; accepted: {usual!r}"
+                )
 
     @property
     def chosen(self) -> dict[str, Task]:

@@ -199,9 +199,9 @@ def questions(tmp_path_factory):
     return root
 
 
-def asked(root, task: str, answers: int = 5) -> BatchDataset:
+def asked(root, task: str, answers: int = 5, **settings) -> BatchDataset:
     name = {"vqa": "asked", "nlvr2": "pairs"}[task]
-    data = DataConfig(shards=[str(root / f"{name}.tar")], lanes=4, transform="square_transform")
+    data = DataConfig(shards=[str(root / f"{name}.tar")], lanes=4, transform="square_transform", **settings)
     spec = spec_for(reads(task), 32, 8, 24, 3, answers)
     return BatchDataset(data, spec, TOKENIZER, rank=0, world_size=1, batch_size=20)
 
@@ -221,6 +221,22 @@ def test_every_question_comes_once_in_as_many_epochs_as_its_picture_has(question
             assert torch.equal(targets, expected), (text, targets)
     assert len(seen) == 50
     assert all(count == 12 // (1 + int(text.split()[1]) % 4) for text, count in seen.items())
+
+
+def test_several_questions_of_a_picture_are_read_with_it_once(questions):
+    data = asked(questions, "vqa", questions_per_image=3)
+    seen = Counter()
+    for epoch in range(4):
+        batch = data[epoch]
+        texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in batch["text_ids"]]
+        assert len(batch["image"]) == 20 and len(texts) == len(set(texts)) == len(batch["vqa_targets"])
+        pictures = [int(text.split()[1]) for text in texts]
+        assert Counter(pictures) == {i: min(3, 1 + i % 4) for i in range(20)}
+        red = batch["image"][batch["question_image"], 0].float().mean((1, 2))
+        assert red.tolist() == pytest.approx([10 * i for i in pictures], abs=4)
+        seen.update(texts)
+    assert len(seen) == 50
+    assert all(count == (3 if int(text.split()[1]) % 4 == 3 else 4) for text, count in seen.items())
 
 
 def test_answers_as_texts_with_the_share_of_those_who_gave_them(questions):

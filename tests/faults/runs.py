@@ -28,12 +28,14 @@ def wait_for(path, lines, processes, timeout=120):
         time.sleep(0.02)
 
 
-def killed_at(command, ranks, metrics, lines):
-    """Starts ranks, and kills them (SIGKILL) once the metrics have so many lines."""
+def killed_at(command, ranks, metrics, lines, later=0.0):
+    """Starts ranks, and kills them (SIGKILL) once the metrics have so many lines, some seconds later."""
     processes = start_ranks(command, ranks)
     wait_for(metrics, lines, processes)
+    time.sleep(later)
     for process in processes:
         process.send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate(timeout=60)
+    assert all(process.returncode == -signal.SIGKILL for process in processes)  # none was through before
     time.sleep(0.2)

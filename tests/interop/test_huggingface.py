@@ -120,6 +120,10 @@ def test_losses_are_the_training_ones(batch):
     targets = torch.rand(4, 3)
     loss = ours(batch["text_ids"], batch["image"], batch["text_masks"], labels=targets).loss
     assert float(loss) == pytest.approx(float(model({**batch, "vqa_targets": targets}).loss), rel=1e-6)
+    rows, answers = torch.tensor([0, 0, 1, 1]), {"vqa_targets": targets}
+    once = model({**batch, "image": batch["image"][:2], "question_image": rows, **answers}).loss
+    each = model({**batch, "image": batch["image"][rows], **answers}).loss
+    assert float(once) == pytest.approx(float(each), rel=1e-6)
     model = tiny_model({"nlvr2": 1.0}, torch.float32)
     ours = VLMoForImagesAndTextClassification(VLMoConfig(tasks=["nlvr2"], **model.config.model_dump()))
     ours.vlmo.load_state_dict(model.state_dict())

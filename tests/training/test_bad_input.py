@@ -58,6 +58,8 @@ def change_data(number, **settings):
         (change_data(0, shards=[], sources={"a": {"shards": ["x"], "weight": 0.5}}, mixing="exact"), r"mixing 'exact' needs whole numbers as weights, found \{'a': 0.5\}"),
         (change_data(0, text_only=True), r"data.text_only is true, which fits task 'textmlm' alone, found \['mim'\]"),
         (change_data(0, draw_false_text=1), r"data.draw_false_text is 1, but task 'mim' reads none"),
+        (change_data(0, prompt="a photo of"), r"data.prompt is 'a photo of', which is for .*, found \['mim'\]; accepted: ''"),
+        (change_data(2, questions_per_image=3), r"data.questions_per_image is 3, which is for vqa, found .*; accepted: 1"),
         (change_stage(0, init={"weights": []}), r"init: weights is an empty list; accepted: 'previous', 'fresh'"),
         (change_stage(0, init={"weights": ["a.pt", "fresh"]}), r"init: weights lists 'fresh'; accepted in a list: files"),
         (change_data(0, min_scale=0.2, transform="pixelbert"), r"min_scale is 0.2, and no source takes random crops"),

@@ -122,7 +122,7 @@ class BatchDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | list]:
         places = self.order.batch(index, self.global_size)[self.first : self.first + self.batch_size]
-        samples: list[dict[str, np.ndarray | int]] = []
+        samples: list[dict[str, Any]] = []
         replaced: list[tuple[str, str]] = []
         for place in places:
             sample, errors = self.load(place)
@@ -136,7 +136,7 @@ class BatchDataset(Dataset):
         lengths = self.shards[place.source][place.shard].text_lengths
         return int(lengths[place.row]) if place.row < len(lengths) else 0
 
-    def load(self, place: Place) -> tuple[dict[str, np.ndarray | int], list[str]]:
+    def load(self, place: Place) -> tuple[dict[str, Any], list[str]]:
         """The sample of a place or its replacement, and why the ones before it could not be used."""
         errors: list[str] = []
         first = place
@@ -155,21 +155,22 @@ class BatchDataset(Dataset):
         number = int(generator(self.spec.seed, *key).integers(source.total))
         return Place(place.source, place.epoch, *source.stored(number))
 
-    def make(self, raw: RawSample, place: Place) -> dict[str, np.ndarray | int]:
+    def make(self, raw: RawSample, place: Place) -> dict[str, Any]:
+        """Arrays and numbers; those of questions for each question alone, under "questions"."""
         spec, sample_id = self.spec, raw.sample_id
         rng = generator(spec.seed, 3, place.epoch, sample_id)
-        out: dict[str, np.ndarray | int] = {"sample_id": sample_id, "image_id": raw.image_id}
+        out: dict[str, Any] = {"sample_id": sample_id, "image_id": raw.image_id}
         if spec.image:
             out["image"] = self.image(raw.image, raw, place.source, rng)
         if spec.mask_image:
             out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
         if spec.questions:
             wanted = ("answers",) if spec.answer_texts else ("labels", "scores")
-            question = self.turn(raw.entries("questions", ("question", *wanted)), raw, place)
-            out |= self.answers(question, raw) if spec.answer_texts else {"vqa_targets": self.targets(question, raw)}
-            out["text_ids"] = self.token_ids(self.encode(question["question"], raw))
+            entries = raw.entries("questions", ("question", *wanted))
+            turn = self.turn(entries, raw, place, self.data.questions_per_image)
+            out["questions"] = [self.question(entry, raw) for entry in turn]
         elif spec.image_pair:
-            sentence = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
+            (sentence,) = self.turn(raw.entries("sentences", ("sentence", "label")), raw, place)
             out["image_0"], out["image_1"] = (
                 self.image(raw.picture(f"{number}."), raw, place.source, rng) for number in (0, 1)
             )
@@ -192,10 +193,15 @@ class BatchDataset(Dataset):
                 )
         return out
 
-    def turn(self, entries: list[dict], raw: RawSample, place: Place) -> dict:
-        """The one of a sample's questions or sentences whose turn it is: in as many epochs each comes once."""
-        first = int(generator(self.spec.seed, 10, raw.sample_id).integers(len(entries)))
-        return entries[(first + place.epoch) % len(entries)]
+    def turn(self, entries: list[dict], raw: RawSample, place: Place, most: int = 1) -> list[dict]:
+        """Those of a sample's questions or sentences whose turn it is, `most` or all: over the epochs each comes as often."""
+        count = min(most, len(entries))
+        first = int(generator(self.spec.seed, 10, raw.sample_id).integers(len(entries))) + place.epoch * count
+        return [entries[(first + number) % len(entries)] for number in range(count)]
+
+    def question(self, entry: dict, raw: RawSample) -> dict[str, np.ndarray]:
+        found = self.answers(entry, raw) if self.spec.answer_texts else {"vqa_targets": self.targets(entry, raw)}
+        return found | {"text_ids": self.token_ids(self.encode(entry["question"], raw))}
 
     def targets(self, question: dict, raw: RawSample) -> np.ndarray:
         """[answers] float32: the scores of the question's labels, zero elsewhere."""
@@ -297,12 +303,20 @@ def stable_seed(*key: int) -> int:
     return int(generator(*key).integers(1 << 62))
 
 
-def collate(samples: list[dict[str, np.ndarray | int]], max_text_len: int, padding: int = 0) -> dict[str, Tensor]:
-    """Stacks samples; texts are padded with the id `padding` to the longest, rounded up to a multiple of 8 (at most
+def collate(samples: list[dict[str, Any]], max_text_len: int, padding: int = 0) -> dict[str, Tensor]:
+    """Stacks samples, and by themselves their questions: question_image says which sample each is of, and is left out where every
+    sample has one. Texts are padded with the id `padding` to the longest, rounded up to a multiple of 8 (at most
     max_text_len). Of each text there is a mask by its length: 1 = token, 0 = padding. Answers are padded with zeros to the most
     of a question and the longest."""
     batch: dict[str, Tensor] = {}
+    if "questions" in samples[0]:
+        counts = [len(sample["questions"]) for sample in samples]
+        batch |= collate([question for sample in samples for question in sample["questions"]], max_text_len, padding)
+        if counts != [1] * len(samples):
+            batch["question_image"] = torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))
     for key in samples[0]:
+        if key == "questions":
+            continue
         values: list[Any] = [sample[key] for sample in samples]
         if key.startswith(("text_", "false_text_")):
             fill = -100 if key == "text_labels_mlm" else padding

@@ -72,6 +72,16 @@ def test_the_loss_of_answers_is_the_plain_one():
         torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-10, msg=name)
 
 
+def test_questions_of_one_image_cost_it_once():
+    model = tiny_model({"vqa": 1.0})
+    batch, seen = questions(model), []
+    model.visual_encoder.register_forward_hook(lambda _, __, out: seen.append(len(out)))
+    rows = torch.tensor([0, 0, 1, 2, 2])
+    once = model({**batch, "image": batch["image"][:3], "question_image": rows}).loss
+    torch.testing.assert_close(once, model({**batch, "image": batch["image"][rows]}).loss, rtol=1e-12, atol=0)
+    assert seen == [3, 5]
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 9])
 def test_answers_are_ranked_by_all_their_words(candidates, monkeypatch):
     monkeypatch.setattr("vlmo_ds.families.blip.downstream.RANKED_WORDS", 9)

@@ -1,6 +1,7 @@
 """BLIP's runs on real processes: the same losses, queue and teacher on any ranks and under any ZeRO stage; killed runs go on."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -77,14 +78,34 @@ def same(rows, final, expected_rows, expected_final, tasks=("itc", "itm", "lm"))
             torch.testing.assert_close(final[name], value, rtol=1e-4, atol=2e-5)
 
 
-def test_accumulation_does_not_change_contrast(tmp_path, synthetic):
-    """One micro-batch or two: the teacher's keys of both are there for either."""
+def neighbours(arguments: list[str]) -> None:
+    """train_ds.py, in which the wrong image and the wrong text of a pair are those of its neighbour."""
+    from vlmo_ds.families.blip.model import BLIP
+    from vlmo_ds.objectives.itm import Negatives
+    from vlmo_ds.training.run import main
+
+    def beside(self, batch, image, text):
+        rows = torch.arange(len(text)) ^ 1
+        return Negatives(rows, rows)
+
+    BLIP.drawn = beside
+    sys.exit(main(arguments))
+
+
+def test_accumulation_does_not_change_contrast_and_matching(tmp_path, synthetic):
+    """One micro-batch or two: the teacher's keys of both are there for either. Wrong pairs are given: they are drawn among those of
+    a micro-batch."""
     found = []
     for micro in (8, 4):
         recipe = recipe_of(synthetic, 8, micro_batch_size=micro)
-        recipe["stages"][1] |= {"tasks": {"itc": None}, "init": {}}
-        found += run(tmp_path / str(micro), recipe, 1, 2)
-    same(found[2], found[3], found[0], found[1], ("itc",))
+        recipe["stages"][0]["tasks"] = {"itc": None}
+        recipe["stages"][1] |= {"tasks": {"itc": None, "itm": None}, "init": {"fresh": ["itm_head.*"]}}
+        given = arguments(tmp_path / str(micro), recipe, 2)[1:]
+        run_ranks(["-c", f"from families.blip.test_runs import neighbours; neighbours({given!r})"], 1)
+        final = tmp_path / str(micro) / "run" / "checkpoints" / "all" / "final" / "model.safetensors"
+        found.append((rows_of(tmp_path / str(micro)), load_file(final)))
+    assert "loss/itm" in found[0][0][-1]
+    same(*found[1], *found[0], ("itc", "itm"))
 
 
 @pytest.mark.parametrize("zero, half", [
@@ -117,23 +138,27 @@ def test_the_result_holds_the_averaged_teacher(tmp_path, synthetic, zero, half):
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-5, atol=1e-5)  # bfloat16 would leave 4e-3
 
 
-def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic, kills):
+    """Killed at moments of its own choice, up to 0.3 s after one of its 30 steps."""
     recipe = recipe_of(synthetic, 15, checkpoint_every=4)
     run_ranks(arguments(tmp_path / "whole", recipe, 3), 2)
     command = arguments(tmp_path / "killed", recipe, 3)
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
-    for lines in (6, 21):
-        killed_at(command, 2, metrics, lines)
+    moments = random.Random(kills)
+    for number in range(kills):
+        killed_at(command, 2, metrics, 6 + 22 * number // kills, 0.3 * moments.random())
     run_ranks(command, 2)
     whole, killed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "killed")
     assert whole == killed
 
 
-def test_another_number_of_ranks_goes_on_with_the_queue_and_the_teacher(tmp_path, synthetic, reference):
-    """2 -> 1 -> 2 ranks, ZeRO 2 -> 3 -> 1."""
+@pytest.mark.parametrize("most", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_another_number_of_ranks_goes_on_with_the_queue_and_the_teacher(tmp_path, synthetic, reference, most):
+    """2 -> 1 -> 2 or 4 ranks, ZeRO 2 -> 3 -> 1."""
     constant = {"name": "constant", "warmup_steps": 0}
     recipe = recipe_of(synthetic, 15, checkpoint_every=5, schedule=constant)
-    for steps, ranks, zero in ((5, 2, 2), (10, 1, 3), (15, 2, 1)):
+    for steps, ranks, zero in ((5, 2, 2), (10, 1, 3), (15, most, 1)):
         recipe["stages"][1]["steps"] = steps
         rows, final = run(tmp_path / "moving", recipe, ranks, zero)
     expected = run(tmp_path / "still", recipe, 1, 0)

@@ -11,7 +11,7 @@ from vlmo_ds.objectives.captioning import CHUNK
 
 def sequences(stage: StageConfig) -> tuple[int, int]:
     """Texts of a sample in a step: (read alone, with an image or, as an answer, with the states of a question)."""
-    looking = {"itm": 3, "lm": 1, "vqa": 2, "nlvr2": 1}
+    looking = {"itm": 3, "lm": 1, "vqa": 2 * stage.data.questions_per_image, "nlvr2": 1}
     return int("itc" in stage.tasks), sum(looking.get(task, 0) for task in stage.tasks)
 
 
@@ -50,7 +50,8 @@ def forward_flops(config: BLIPSettings, stage: StageConfig, samples: float = 1.0
         total += heads + (tower_flops(config) + (1 + ("itm" in stage.tasks)) * of_text + heads) / 3
         total += 4 * config.embed_dim * (config.queue_size + stage.global_batch_size)
     if {"lm", "vqa"} & stage.tasks.keys():
-        total += (config.max_text_len - 1) * (2 * d**2 + 2 * d * config.vocab_size)
+        words = stage.data.questions_per_image * (config.max_text_len - 1)
+        total += words * (2 * d**2 + 2 * d * config.vocab_size)
     return samples * total
 
 
@@ -71,7 +72,8 @@ def activations(config: BLIPSettings, stage: StageConfig, load: Load) -> dict[st
     per_sample += stack(config.text_layers, looking * length, alone + 5 * images(stage) * text, text)
     logits = features = 0.0
     if {"lm", "vqa"} & stage.tasks.keys():
-        logits = 3 * min(CHUNK, load.micro * (length - 1)) * config.vocab_size * 4
+        words = load.micro * stage.data.questions_per_image * (length - 1)
+        logits = 3 * min(CHUNK, words) * config.vocab_size * 4
     if read:
         columns = config.queue_size + load.micro * load.ranks * load.accumulation
         logits += 6 * load.micro * columns * 4

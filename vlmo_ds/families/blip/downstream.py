@@ -39,17 +39,16 @@ class BLIPForQuestions(BLIPModel):
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """image [B, 3, S, S], text_ids, text_masks [B, L] -> (states [B, L, D] of the questions' words, bool [B, L]: which there
-        are)."""
-        x_ND, fold = self.text_encoder(
-            *self.read(batch), self.visual_encoder(self.pixels(batch["image"])), [Look(0, 1)]
-        )
+        are). With question_image [B] int64 in the batch, images are fewer, and each question is about that one."""
+        look = Look(0, 1, batch.get("question_image"))
+        x_ND, fold = self.text_encoder(*self.read(batch), self.visual_encoder(self.pixels(batch["image"])), [look])
         return fold.padded(x_ND), fold.valid_BL
 
     def step(self, batch: Batch) -> StepOutput:
         """The weighted loss: of a question the mean over its annotators of their answer's word losses, summed over its words
         (label smoothing included); over the questions of the global batch the mean.
 
-        batch: image [B, 3, S, S], text_ids, text_masks [B, L] of questions, answer_ids [B, K, W] of at most K different answers
+        batch: as states', and answer_ids [B, K, W] of at most K different answers
         each, answer_lengths [B, K] int64 (0: no answer), answer_weights [B, K] (the share of annotators who gave it).
         """
         out = StepOutput.empty()

@@ -26,7 +26,7 @@ def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[tuple[float, 
     if {"mim", "irtr"} & tasks.keys():
         found.append((1, 1, image))
     if "vqa" in tasks:
-        found.append((1, 1, text + image))
+        found.append((stage.data.questions_per_image, stage.data.questions_per_image, text + image))
     if "nlvr2" in tasks:
         found.append((2, 2, text + image))
     return found
@@ -116,7 +116,8 @@ def forward_flops(config: VLMoSettings, stage: StageConfig, samples: float = 1.0
     images += "nlvr2" in tasks
     total += images * 2 * patches * 3 * config.patch_size**2 * d
     total += contrast_tables(stage) * 2 * d**2 + ("itm" in tasks) * 3 * (2 * d**2 + 4 * d)
-    total += ("vqa" in tasks) * (6 * d**2 + 4 * d * config.vqav2_label_size) + ("nlvr2" in tasks) * 12 * d**2
+    questions = ("vqa" in tasks) * stage.data.questions_per_image
+    total += questions * (6 * d**2 + 4 * d * config.vqav2_label_size) + ("nlvr2" in tasks) * 12 * d**2
     if {"mlm", "textmlm"} & tasks.keys():
         total += stage.data.mlm_probability * config.max_text_len * (2 * d**2 + 2 * d * config.vocab_size)
     if "mim" in tasks:

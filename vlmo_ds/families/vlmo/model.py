@@ -315,8 +315,10 @@ class VLMo(FamilyModel):
         return logits[:, 1] - logits[:, 0]
 
     def answer(self, batch: Batch) -> Tensor:
-        """image, text_ids, text_masks of B questions -> [B, vqav2_label_size] logits of the answers."""
-        return self.vqa_classifier(self.pooled_pairs(batch["image"], batch, self.token_types()))
+        """image, text_ids, text_masks of B questions -> [B, vqav2_label_size] logits of the answers. With question_image [B] int64 in
+        the batch, images are fewer, and each question is about that one."""
+        asked_B = batch.get("question_image")
+        return self.vqa_classifier(self.pooled_pairs(batch["image"], batch, self.token_types(), rows=asked_B))
 
     def compare(self, batch: Batch) -> Tensor:
         """image_0, image_1, text_ids, text_masks of B sentences about two images -> [B, 2] logits, index 1 = true."""
@@ -326,12 +328,16 @@ class VLMo(FamilyModel):
         first, second = self.pooled_pairs(both, batch, types, image_type).chunk(2)
         return self.nlvr2_classifier(torch.cat((first, second), dim=1))
 
-    def pooled_pairs(self, images: Tensor, batch: Batch, types: Tensor, image_type: Tensor | None = None) -> Tensor:
-        """Pooled class tokens of texts with images, [I, D]; the B texts are repeated where there are more images."""
+    def pooled_pairs(
+        self, images: Tensor, batch: Batch, types: Tensor, image_type: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Pooled class tokens of texts with images, [P, D]; rows: the image of each text, None: all in order, the texts repeated where
+        there are more images."""
         images = normalized(images, self.transformer.cls_token.dtype)
         text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
-        times = len(images) // len(text)
-        rows = torch.arange(len(images), device=images.device)
+        if rows is None:
+            rows = torch.arange(len(images), device=images.device)
+        times = len(rows) // len(text)
         stream = Stream(text.repeat(times, 1, 1), batch["text_masks"].repeat(times, 1), rows)
         encoded = self.encode({"pair": stream}, images, types[1] if image_type is None else image_type)
         return self.pooler(encoded["pair"].tokens_BLD[:, 0])
