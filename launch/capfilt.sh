@@ -6,8 +6,9 @@ set -euo pipefail
 export PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
 recipes="$(cd "$(dirname "$0")" && pwd)/recipes/capfilt"
 web=data/synthetic_web
+ranks=$(python -c 'from vlmo_ds.quickstart import ranks; print(ranks())')
 
-train() { deepspeed "$(dirname "$0")/../train_ds.py" --recipe "$recipes/$1.yaml"; }
+train() { deepspeed --num_gpus "$ranks" "$(dirname "$0")/../train_ds.py" --recipe "$recipes/$1.yaml"; }
 capfilt() { # command, run, set, new set
     [ -e "$web/$4/capfilt.json" ] || python -m vlmo_ds.evaluation.capfilt "$1" "runs/$2" --shards "$web/$3" --output "$web/$4"
 }

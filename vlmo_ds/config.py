@@ -238,6 +238,8 @@ class ScheduleConfig(Settings):
             raise ValueError(
                 f"decay_every is {self.decay_every} and name '{self.name}'; accepted: above 0 with 'step', and 0 with the others"
             )
+        if self.name != "step" and self.decay != (usual := ScheduleConfig.model_fields["decay"].default):
+            raise ValueError(f"decay is {self.decay}, which is for name 'step', found '{self.name}'; accepted: {usual}")
         return self
 
     @model_validator(mode="after")

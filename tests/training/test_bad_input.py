@@ -91,6 +91,7 @@ def mixture(**weights):
         (change_stage(2, schedule={"warmup_steps": 1.5}), r"joint.schedule: warmup_steps is 1.5; accepted: a whole number"),
         (change_stage(2, schedule={"name": "step"}), r"decay_every is 0 and name 'step'; accepted: above 0 with 'step'"),
         (change_stage(2, schedule={"decay_every": 5}), r"decay_every is 5 and name 'linear'; accepted"),
+        (change_stage(2, schedule={"decay": 0.5}), r"decay is 0.5, which is for name 'step', found 'linear'; accepted: 0.9"),
         *((change_stage(2, schedule={"warmup_steps": odd}), r"joint.schedule.warmup_steps") for odd in (-1, NAN, INF, True)),
         *((change_optimizer(betas=odd), r"joint.optimizer.betas.[01]: .*found") for odd in ([1.5, 0.9], [0.9, 1.0], [-0.1, 0.9])),
         *((change_optimizer(betas=odd), r"joint.optimizer.betas") for odd in ([NAN, 0.9], [0.9], [0.9, 0.9, 0.9], 0.9, [True, 0.9])),
