@@ -194,7 +194,7 @@ class BatchDataset(Dataset):
         return out
 
     def turn(self, entries: list[dict], raw: RawSample, place: Place, most: int = 1) -> list[dict]:
-        """Those of a sample's questions or sentences whose turn it is, `most` or all: over the epochs each comes as often."""
+        """Those of a sample's questions or sentences whose turn it is, `most` or all: over the epochs each comes as often as the others."""
         count = min(most, len(entries))
         first = int(generator(self.spec.seed, 10, raw.sample_id).integers(len(entries))) + place.epoch * count
         return [entries[(first + number) % len(entries)] for number in range(count)]
