@@ -9,8 +9,8 @@ web=data/synthetic_web
 ranks=$(python -c 'from vlmo_ds.quickstart import ranks; print(ranks())')
 
 train() { deepspeed --num_gpus "$ranks" "$(dirname "$0")/../train_ds.py" --recipe "$recipes/$1.yaml"; }
-capfilt() { # command, run, set, new set
-    [ -e "$web/$4/capfilt.json" ] || python -m vlmo_ds.evaluation.capfilt "$1" "runs/$2" --shards "$web/$3" --output "$web/$4"
+capfilt() { # command, run, set, new set, options
+    [ -e "$web/$4/capfilt.json" ] || python -m vlmo_ds.evaluation.capfilt "$1" "runs/$2" --shards "$web/$3" --output "$web/$4" "${@:5}"
 }
 
 [ -e $web/test/index.json ] || python -m vlmo_ds.data.prepare synthetic_web --output $web --test 1000
@@ -18,7 +18,10 @@ train capfilt_noisy
 train capfilt_captioner
 train capfilt_filter
 for set in one web; do
-    capfilt caption capfilt_captioner $set ${set}_captioned
-    capfilt filter capfilt_filter ${set}_captioned ${set}_clean
+    # A small captioner is right more often where it writes what is likeliest.
+    capfilt caption capfilt_captioner $set ${set}_captioned --top_p 0.2
+    # Matching was learnt against hard wrong pairs, two for each right one; this web's wrong captions are any other image's, so that a
+    # right one that the filter doubts is told from them by far less than one half.
+    capfilt filter capfilt_filter ${set}_captioned ${set}_clean --threshold 0.04
 done
 train capfilt_clean
