@@ -223,12 +223,14 @@ ranks = Collector().world_size
 stage = FAMILY.stage(
     name="a", tasks=ALL, data=DataConfig(shards=["-"]), global_batch_size=5 * ranks, steps=9, schedule={"name": "constant"}
 )
-for zero in (1, 2, 3):
+SECOND_COPY = {"zero_hpz_partition_size": 2}  # ZeRO++: of weights, within a machine
+for zero, also in ((1, {}), (2, {}), (3, {}), (3, SECOND_COPY)):
     for every in (0, 1):
         model = tiny_model(dtype=torch.float32, activation_checkpoint_every=every)
         set_trainable(model, stage)
         averages = Averages(model)
-        config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 200}}
+        spread = {"stage": zero, "stage3_param_persistence_threshold": 200, **also}
+        config = {"bf16": {"enabled": True}, "zero_optimization": spread}
         engine = build_engine(model, stage, merge(config, stage, ranks))
         averages.attach(engine)
         engine.train()
