@@ -21,8 +21,6 @@ from pathlib import Path
 from common import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 LAST = 40  # steps of the run whose losses are averaged
 
 

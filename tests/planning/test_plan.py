@@ -121,6 +121,16 @@ def test_forward_flops_of_the_published_models():
         assert cost.forward_flops(parsed.model, parsed.stages[2]) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("name, family, least", [("vqa_base_480", "vlmo", 3.9), ("blip_vqa_480", "blip", 1.1)])
+def test_questions_of_one_image_are_counted(name, family, least):
+    """VLMo's stack reads the image with each question, BLIP's image tower, most of its work, once for all."""
+    recipe = load_recipe(ROOT / f"launch/recipes/finetune/{name}.yaml")
+    stage, count = recipe.stages[-1], FAMILIES[family].cost().forward_flops
+    once = count(recipe.model, stage)
+    stage.data.questions_per_image = 4
+    assert least < count(recipe.model, stage) / once < (4 if family == "vlmo" else 2)
+
+
 @pytest.mark.parametrize("words, gigaflops", [(76, 98.3), (14, 47.8)])
 def test_flops_of_a_captioner(words, gigaflops):
     """Forward and backward of a pair at ViT-B/32, padded to the context and with COCO's captions (open_clip, counted)."""

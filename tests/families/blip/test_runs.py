@@ -43,6 +43,10 @@ def rows_of(folder) -> list[dict]:
 def run(folder, recipe, ranks: int, zero: int, **config) -> tuple[list[dict], dict]:
     """(metrics, final weights)."""
     run_ranks(arguments(folder, recipe, zero, **config), ranks)
+    return result_of(folder)
+
+
+def result_of(folder) -> tuple[list[dict], dict]:
     return rows_of(folder), load_file(folder / "run" / "checkpoints" / "all" / "final" / "model.safetensors")
 
 
@@ -102,8 +106,7 @@ def test_accumulation_does_not_change_contrast_and_matching(tmp_path, synthetic)
         recipe["stages"][1] |= {"tasks": {"itc": None, "itm": None}, "init": {"fresh": ["itm_head.*"]}}
         given = arguments(tmp_path / str(micro), recipe, 2)[1:]
         run_ranks(["-c", f"from families.blip.test_runs import neighbours; neighbours({given!r})"], 1)
-        final = tmp_path / str(micro) / "run" / "checkpoints" / "all" / "final" / "model.safetensors"
-        found.append((rows_of(tmp_path / str(micro)), load_file(final)))
+        found.append(result_of(tmp_path / str(micro)))
     assert "loss/itm" in found[0][0][-1]
     same(*found[1], *found[0], ("itc", "itm"))
 
