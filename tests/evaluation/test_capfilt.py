@@ -99,6 +99,21 @@ def test_what_is_written_and_what_is_left_out(trained, made):
     assert "<h2>Kept</h2>" in page and "<h2>Dropped</h2>" in page and "data:image/" in page and "<svg" in page
 
 
+def test_written_captions_instead_of_the_webs_where_those_do_not_fit(trained, made, tmp_path):
+    captioned, filtered, threshold = made
+    more = ("--threshold", str(threshold), "--synthetic", "instead")
+    call(MODULE, *words("filter", trained, captioned, tmp_path / "U", *more))
+    beside, instead = ({raw.key: captions_of(raw, "web") for raw in read(f)} for f in (filtered, tmp_path / "U"))
+    assert set(beside) == set(instead)
+    for key, captions in beside.items():
+        own = [c.text for c in captions if c.kept and c.source != "synthetic"]
+        written = [c.text for c in captions if c.kept and c.source == "synthetic"]
+        assert [c.text for c in instead[key] if c.kept] == (own or written)
+    counted = [json.loads((folder / "capfilt.json").read_text()) for folder in (filtered, tmp_path / "U")]
+    assert counted[0]["truth"] == counted[1]["truth"] and counted[0]["kept"]["web"] == counted[1]["kept"]["web"]
+    assert counted[0]["kept"]["synthetic"] > counted[1]["kept"]["synthetic"] > 0
+
+
 def test_the_same_bytes_on_two_ranks_and_after_a_kill(trained, made, tmp_path):
     captioned, filtered, threshold = made
     for name, command in (

@@ -2,13 +2,14 @@
 arXiv:2201.12086, section 3.3).
 
     python -m vlmo_ds.evaluation.capfilt caption RUN --shards S --output T [--top_p 0.9] [--captions 1] [--seed 0]
-    python -m vlmo_ds.evaluation.capfilt filter RUN --shards T --output U [--threshold 0.5]
+    python -m vlmo_ds.evaluation.capfilt filter RUN --shards T --output U [--threshold 0.5] [--synthetic beside]
 
 RUN is a run's directory or a stage's final folder inside it; `caption` takes the weights of the last stage that trains captions,
 `filter` those of the last that trains matching. Both write a new shard set: pictures and all other members byte for byte, and in
 .json `captions`, what is trained on, and `caption_entries`, every caption with its `source` (human, web, synthetic) and, once
 filtered, its `score`, the probability that it belongs to the image, and whether it was `kept`. Captions of people are never left
-out. A set in which nothing says where captions are from is of the web (--source).
+out. A set in which nothing says where captions are from is of the web (--source). With `--synthetic instead` written captions are
+kept only of images that have no other caption that fits (as arXiv:2307.10350 does), else beside them, as BLIP does.
 
 Under a launcher (torchrun, deepspeed) the ranks share the shards. A call that was killed goes on when it is given again, and the
 shards are the same, byte for byte, on any number of ranks. report.html and capfilt.json in the new set tell what became of it.
@@ -50,18 +51,21 @@ from vlmo_ds.weights_file import WEIGHTS
 
 SUMMARY, REPORT = "capfilt.json", "report.html"
 SOURCES = HUMAN, WEB, SYNTHETIC = "human", "web", "synthetic"
+SYNTHETICS = BESIDE, INSTEAD = "beside", "instead"  # whether synthetic captions are kept beside others that fit
 SHOWN = 24  # examples of kept and of dropped captions in the report
 BINS = 20  # of the histograms of scores
 
 
 @dataclass
 class Caption:
-    """A text of an image; score: of its matching, None: not yet; kept: whether it is trained on."""
+    """A text of an image; score: of its matching, None: not yet; kept: whether it is trained on; fits: whether the filter finds so,
+    which is as good as kept but for written ones that are not needed."""
 
     text: str
     source: str
     score: float | None = None
     kept: bool = True
+    fits: bool = True
 
     def entry(self) -> dict[str, Any]:
         found: dict[str, Any] = {"caption": self.text, "source": self.source}
@@ -114,12 +118,12 @@ class Tally:
             self.kept[caption.source] += caption.kept
             if scene:
                 right = "right" if is_true(caption.text, scene) else "wrong"
-                self.judged[f"{caption.source} {right} {'kept' if caption.kept else 'dropped'}"] += 1
+                self.judged[f"{caption.source} {right} {'kept' if caption.fits else 'dropped'}"] += 1
             if caption.score is not None:
                 bins = self.scores.setdefault(caption.source, [0] * BINS)
                 bins[min(int(caption.score * BINS), BINS - 1)] += 1
-                shown = self.examples["kept" if caption.kept else "dropped"]
-                if len(shown) < SHOWN:
+                shown = self.examples["kept" if caption.fits else "dropped"]
+                if caption.kept == caption.fits and len(shown) < SHOWN:
                     shown.append(Example(shard, row, caption.text, caption.source, caption.score))
 
     def record(self) -> dict[str, Any]:
@@ -255,6 +259,7 @@ class Captioner(Work):
 
 class Filter(Work):
     threshold: float
+    synthetic: str  # one of SYNTHETICS
 
     @torch.no_grad()
     def change(self, samples: Sequence[Readable], captions: list[list[Caption]]) -> None:
@@ -269,7 +274,12 @@ class Filter(Work):
             for i, chance in zip(part.tolist(), self.model(batch, "match").sigmoid().tolist(), strict=True):
                 caption = judged[i][1]
                 caption.score = round(chance, 4)
-                caption.kept = caption.score >= self.threshold
+                caption.kept = caption.fits = caption.score >= self.threshold
+        if self.synthetic == INSTEAD:
+            for of_image in captions:
+                others = any(c.kept for c in of_image if c.source != SYNTHETIC)
+                for caption in of_image:
+                    caption.kept &= caption.source != SYNTHETIC or not others
 
 
 def changed(raw: RawSample, captions: Sequence[Caption]) -> Sample:
@@ -431,6 +441,12 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
             one.add_argument(
                 "--threshold", type=number(float, 0), default=0.5, help="least probability of a match that is kept"
             )
+            one.add_argument(
+                "--synthetic",
+                choices=SYNTHETICS,
+                default=BESIDE,
+                help="written captions are kept beside others of their image that fit, or only instead of them, where there is none",
+            )
             continue
         one.add_argument("--captions", type=number(int, 1), default=1, help="of each image")
         one.add_argument(
@@ -456,14 +472,14 @@ def main() -> None:
         model.double()  # the number of threads shows in the last digits of float32, and so could that of ranks in a score's
     model.eval()
     about = {"command": args.command, "run": str(args.run), "weights": f"{crc32(final / WEIGHTS):08x}"}
-    names = ("threshold",) if args.command == "filter" else ("captions", "top_p", "min_length", "max_length", "seed")
-    about |= {name: getattr(args, name) for name in (*names, "source", "batch_size")}
+    names = {"filter": ("threshold", "synthetic"), "caption": ("captions", "top_p", "min_length", "max_length", "seed")}
+    about |= {name: getattr(args, name) for name in (*names[args.command], "source", "batch_size")}
     progress = args.output.with_name(args.output.name + writer.PARTIAL) / writer.PROGRESS
     settings = (model, tokenizer, args.batch_size, args.source, progress)
     work: Work
     if args.command == "filter":
         work = Filter(*settings)
-        work.threshold = args.threshold
+        work.threshold, work.synthetic = args.threshold, args.synthetic
     else:
         work = Captioner(*settings)
         try:
