@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from vlmo_ds.data.storage import write_atomically
+from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.training.precision import cpu_flags, cpu_name
 
 INSTRUCTIONS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what the speed of matrix products hangs on
@@ -74,6 +75,8 @@ def memory(reset: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
+COCO_LENGTHS = (11, 12, 13, 13, 14, 15, 16, 18)  # eighths of COCO's captions in word pieces, start and end included
+PARITY = 1e-9  # relative, float64: what a plain version may differ by
 HELD = "peak_beyond_weights_and_gradients_gb"
 
 
@@ -108,6 +111,23 @@ def computed_by(model: nn.Module, kind: type[nn.Module], plain: type[nn.Module])
     for module in model.modules():
         if isinstance(module, kind):
             module.__class__ = plain
+
+
+def difference(plain: nn.Module, ours: nn.Module, batch: dict[str, torch.Tensor], rounding: str = "-") -> float:
+    """The largest relative difference of loss and gradients of two versions of a model, in float64, with the first one's weights.
+    rounding: end of the names of parameters whose gradient is nothing else."""
+    ours = ours.double().train(plain.training)
+    ours.load_state_dict(plain.state_dict())
+    losses = [model(batch).loss for model in (plain, ours)]
+    for loss in losses:
+        loss.backward()
+    worst = relative_difference(losses[1], losses[0])
+    for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if (one.grad is None) != (other.grad is None):
+            sys.exit(f"error: {name} has no gradient in one of the versions")
+        if one.grad is not None and not name.endswith(rounding):
+            worst = max(worst, relative_difference(one.grad, other.grad))
+    return worst
 
 
 def pairs_of(config: Any, lengths: Sequence[int], words: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -104,11 +104,18 @@ def test_every_recipe_that_is_shipped_is_found_by_name():
         ("model.arch=[1]", r"model.arch: Input should be 'custom', .*\(found \[1\]\)"),
         ("model.arch={a: 1}", "model.arch: Input should be 'custom'"),
         ("model=3", "model: "),
+        ("model.recompute=0", r"model.recompute: accepted: none, cheap, blocks, or a whole number .*\(found 0\)"),
     ],
 )
 def test_a_family_that_there_is_not(override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe("quickstart", [override])
+
+
+@pytest.mark.parametrize("before, after", [(0, "cheap"), (1, "blocks"), (3, 3)])
+def test_the_former_name_of_recompute_is_read(before, after):
+    recipe = load_recipe("quickstart", [f"model.activation_checkpoint_every={before}"])
+    assert recipe.model.recompute == after and "activation_checkpoint_every" not in recipe.model.model_dump()
 
 
 def test_every_setting_is_explained():

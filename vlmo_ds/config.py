@@ -62,16 +62,29 @@ class ModelConfig(Settings):
         0, ge=0, description="size of the vocabulary; 0: the tokenizer's and what words the model has of its own"
     )
     vqav2_label_size: int = Field(0, ge=0, description="answers that questions choose among; 0: those of their data")
-    activation_checkpoint_every: int = Field(
-        0, ge=0, description="recompute activations in backward: 0 never, 1 every block, n every n-th"
+    recompute: Literal["none", "cheap", "blocks"] | int = Field(
+        "cheap",
+        description="what the backward pass computes again in place of keeping it. none: nothing; cheap: attention's probabilities, "
+        "outputs of norms and of GELU; blocks: every block; n: every n-th block, the others as cheap",
     )
 
     @model_validator(mode="before")
     @classmethod
     def fill_architecture(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            if "activation_checkpoint_every" in data:  # the name that the setting had, and its values
+                data = dict(data)
+                every = data.pop("activation_checkpoint_every")
+                data.setdefault("recompute", {0: "cheap", 1: "blocks"}.get(every, every))
             return {**cls.architectures.get(str(data.get("arch")), {}), **data}
         return data
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def check_recompute(cls, value: Any) -> Any:
+        if value in ("none", "cheap", "blocks") or (type(value) is int and value > 0):
+            return value
+        raise ValueError("accepted: none, cheap, blocks, or a whole number n from 1 on (every n-th block)")
 
     @model_validator(mode="after")
     def check_patches(self) -> ModelConfig:
@@ -85,6 +98,11 @@ class ModelConfig(Settings):
 
     def check_stage(self, stage: StageConfig) -> None:
         """ValueError where a stage asks what the model cannot do."""
+
+    @property
+    def recompute_every(self) -> int:
+        """Of how many blocks one is computed again as a whole, 0: of none."""
+        return self.recompute if isinstance(self.recompute, int) else int(self.recompute == "blocks")
 
     @property
     def patches(self) -> int:

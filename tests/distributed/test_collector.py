@@ -9,7 +9,8 @@ from conftest import run_ranks
 from families.vlmo.tiny import tiny_batch, tiny_model
 
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.distributed.rows import contrastive_rows, gumbel_noise, sample_negatives
+from vlmo_ds.distributed.rows import Draw, contrast, gumbel_noise, sample_negatives
+from vlmo_ds.objectives.itm import draws_of
 
 GLOBAL = 8
 
@@ -77,45 +78,64 @@ def features(rows, width=16, seed=0):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunked_rows_equal_the_plain_cross_entropy(chunk):
-    q, k, scale = (
-        features(4).requires_grad_(),
-        features(10, seed=1).requires_grad_(),
-        torch.tensor(20.0, dtype=torch.float64).requires_grad_(),
-    )
-    label = torch.tensor([2, 3, 4, 5])
-    loss, correct = contrastive_rows(q, k, scale, label, chunk)
-    found = torch.autograd.grad(loss, (q, k, scale))
-    logits = scale * q @ k.t()
-    expected_loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
-    expected = torch.autograd.grad(expected_loss, (q, k, scale))
-    torch.testing.assert_close(loss, expected_loss)
-    assert int(correct) == int((logits.argmax(1) == label).sum())
-    for a, b in zip(found, expected, strict=True):
+def test_chunked_contrast_equals_the_plain_cross_entropies(chunk):
+    image, text = features(7).requires_grad_(), features(7, seed=1).requires_grad_()
+    scale = torch.tensor(20.0, dtype=torch.float64).requires_grad_()
+    found = contrast(image, text, scale, Collector(), chunk=chunk)
+    logits, label = scale * image @ text.t(), torch.arange(7)
+    both = [torch.nn.functional.cross_entropy(of, label, reduction="sum") for of in (logits, logits.t())]
+    expected = (both[0] + both[1]) / 2
+    torch.testing.assert_close(found.loss, expected)
+    assert int(found.i2t_right) == int((logits.argmax(1) == label).sum())
+    assert int(found.t2i_right) == int((logits.argmax(0) == label).sum())
+    assert found.image_B is None and found.text_B is None
+    ours, theirs = (torch.autograd.grad(3 * loss, (image, text, scale)) for loss in (found.loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_rows_never_hold_the_whole_square():
-    """Peak extra memory of forward and backward stays near the chunk's, whatever the number of columns."""
+def test_negatives_of_the_contrast_are_those_of_a_pass_of_their_own():
+    image, text, scale = features(9), features(9, seed=1), torch.tensor(5.0, dtype=torch.float64)
+    ids, images = torch.arange(9), torch.arange(9) // 2
+    draws = draws_of(ids, images, 3, Collector())
+    found = contrast(image, text, scale, Collector(), draws, chunk=4)
+    assert found.text_B.tolist() == sample_negatives(image, text, scale, draws[0]).tolist()
+    assert found.image_B.tolist() == sample_negatives(text, image, scale, draws[1]).tolist()
+    assert all(images[i] != images[j] for i, j in enumerate(found.text_B.tolist()))
+
+
+class OneOfMany(Collector):
+    """Stands for a rank among others whose rows are given: a test of sizes alone, the real ranks are above."""
+
+    def __init__(self, others: torch.Tensor):
+        super().__init__()
+        self.others = others
+
+    def gather(self, local):
+        return torch.cat((local, self.others))
+
+    def sum_to_owners(self, table):
+        return table[: len(table) - len(self.others)]
+
+
+def test_contrast_never_holds_the_whole_square():
+    """Peak extra memory of forward and backward stays near the gradient of one modality's features."""
     from torch.profiler import ProfilerActivity, profile
 
-    def peak(columns):
-        q, k = features(64).float().requires_grad_(), features(columns, seed=1).float().requires_grad_()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-            contrastive_rows(q, k, torch.tensor(10.0), torch.arange(64), chunk=256)[0].backward()
-        largest = max((e.cpu_memory_usage for e in p.events() if e.cpu_memory_usage > 0), default=0)
-        return largest
-
-    assert peak(16384) < 64 * 16384 * 4 / 2  # less than half of the float32 square
+    columns, width = 16384, 16
+    image, text = features(64).float().requires_grad_(), features(64, seed=1).float().requires_grad_()
+    others = torch.stack((features(columns, seed=2), features(columns, seed=3)), 1).float()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        contrast(image, text, torch.tensor(10.0), OneOfMany(others), chunk=256).loss.backward()
+    largest = max((e.cpu_memory_usage for e in p.events() if e.cpu_memory_usage > 0), default=0)
+    assert largest < 2.2 * columns * width * 4  # both modalities' features; the square has 64 columns * 4 bytes
 
 
 def draw(q, k, scale, seed, image=None, chunk=4):
     ids, image_q = torch.arange(len(q)), torch.arange(len(q)) if image is None else image[: len(q)]
     candidates = torch.arange(len(k))
-    return sample_negatives(
-        q, k, torch.tensor(scale), seed=seed, query_id_B=ids, candidate_id_G=candidates, query_image_B=image_q,
-        candidate_image_G=candidates if image is None else image, chunk=chunk,
-    )  # fmt: skip
+    of = Draw(seed, ids, candidates, image_q, candidates if image is None else image)
+    return sample_negatives(q, k, torch.tensor(scale), of, chunk=chunk)
 
 
 def test_negatives_follow_the_softmax():

@@ -113,8 +113,8 @@ def test_the_exchange_does_not_grow_with_the_ranks_and_the_gather_does():
 
 
 def test_forward_flops_of_the_published_models():
-    """About 218 and 760 GFLOP per pair (base, large)."""
-    for arch, expected in (("vlmo_base_patch16", 218e9), ("vlmo_large_patch16", 760e9)):
+    """About 218 and 760 GFLOP per pair (base, large), of which the last block, 1/12 and 1/24, takes a fifth where one token is read."""
+    for arch, expected in (("vlmo_base_patch16", 202e9), ("vlmo_large_patch16", 734e9)):
         recipe = recipe_of(ROOT)
         recipe["model"] = {"arch": arch, "vocab_size": 30522}
         parsed = parse_recipe(recipe, "test")

@@ -13,13 +13,13 @@ RANKS, ZERO = (1, 2, 4), (0, 1, 2, 3)
 
 def worker(log: str, arguments: list[str]) -> None:
     """train_ds.py, with every drawn negative written down by its sample id."""
-    from vlmo_ds.families.vlmo import model as vlmo
+    from vlmo_ds.families.vlmo.model import VLMo
     from vlmo_ds.training.run import main
 
-    draw = vlmo.mine_negatives
+    draw = VLMo.negatives
 
-    def recorded(contrast, sample_id, image_id, seed, collector):
-        negatives = draw(contrast, sample_id, image_id, seed, collector)
+    def recorded(model, batch, drawn):
+        negatives, collector, sample_id = draw(model, batch, drawn), model.collector, batch["sample_id"]
         ids = collector.gather(sample_id)
         found = collector.gather(torch.stack((sample_id, ids[negatives.image_B], ids[negatives.text_B]), 1))
         if collector.rank == 0:
@@ -27,7 +27,7 @@ def worker(log: str, arguments: list[str]) -> None:
                 file.write(json.dumps(found.tolist()) + "\n")
         return negatives
 
-    vlmo.mine_negatives = recorded
+    VLMo.negatives = recorded
     sys.exit(main(arguments))
 
 

@@ -41,7 +41,7 @@ def finished(request, tmp_path_factory, synthetic):
     """A finished run on two ranks in bf16, with recomputation of activations under ZeRO-3 (frozen parameters included)."""
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
     command = arguments(folder, synthetic, request.param, BF16)
-    output = run_ranks([*command, f"model.activation_checkpoint_every={1 if request.param == 3 else 0}"], 2)
+    output = run_ranks([*command, f"model.recompute={'blocks' if request.param == 3 else 'cheap'}"], 2)
     return folder / "run", output
 
 
@@ -150,8 +150,8 @@ def test_starting_a_finished_run_again_does_nothing(finished, synthetic):
     run, _ = finished
     before = (run / "metrics.jsonl").read_bytes()
     command = arguments(run.parent, synthetic, 2, BF16)
-    every = load_recipe(run / "recipe.yaml").model.activation_checkpoint_every
-    output = run_ranks([*command, f"model.activation_checkpoint_every={every}"], 2)
+    recompute = load_recipe(run / "recipe.yaml").model.recompute
+    output = run_ranks([*command, f"model.recompute={recompute}"], 2)
     assert output.count("finished already") == 3
     assert (run / "metrics.jsonl").read_bytes() == before
 

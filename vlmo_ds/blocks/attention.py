@@ -1,54 +1,108 @@
-"""Scaled dot-product attention with an additive position bias and a mask of padded keys, in two ways.
+"""Scaled dot-product attention with an additive position bias and a mask of padded keys, in several ways.
 
-Dimensions: B sequences, L tokens of one sequence, H heads, K width of a head.
+Dimensions: B sequences, L queries or tokens of one sequence, S its keys, H heads, K width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 16 << 20  # of scores that are there at a time: what a processor's cache holds
 
 
-def additive_mask(bias_HLL: Tensor | None, key_mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Position bias and padding as one mask that is added to the scaled scores: broadcastable to [B, H, L, L]."""
-    mask = None if bias_HLL is None else bias_HLL[None].to(dtype)
-    if key_mask_BL is None:
+def additive_mask(bias_HLS: Tensor | None, key_mask_BS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Position bias and padding as one mask that is added to the scaled scores: broadcastable to [B, H, L, S]."""
+    mask = None if bias_HLS is None else bias_HLS[None].to(dtype)
+    if key_mask_BS is None:
         return mask
-    padding = torch.zeros(key_mask_BL.shape, dtype=dtype, device=key_mask_BL.device)
-    padding = padding.masked_fill(key_mask_BL == 0, float("-inf"))[:, None, None, :]
+    padding = torch.zeros(key_mask_BS.shape, dtype=dtype, device=key_mask_BS.device)
+    padding = padding.masked_fill(key_mask_BS == 0, float("-inf"))[:, None, None, :]
     return padding if mask is None else mask + padding
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLL: Tensor | None, key_mask_BL: Tensor | None) -> Tensor:
-    """Attention by torch's scaled_dot_product_attention. q, k, v: [B, H, L, K] -> [B, H, L, K]."""
-    mask = additive_mask(bias_HLL, key_mask_BL, q.dtype)
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
+    """Attention by torch's scaled_dot_product_attention. q: [B, H, L, K]; k, v: [B, H, S, K] -> [B, H, L, K]."""
+    mask = additive_mask(bias_HLS, key_mask_BS, q.dtype)
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLL: Tensor | None, key_mask_BL: Tensor | None) -> Tensor:
-    """The same written out, with scores and softmax in float32 at least: what the tests compare against.
-
-    It is also what runs on CPUs, where torch's kernel falls back to a slower composition as soon as the mask
-    needs a gradient (benchmarks/attention.py).
-    """
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+def probabilities(q: Tensor, k: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
+    """[B, H, L, S], scores and softmax in float32 at least. q is scaled."""
+    scores = torch.matmul(q, k.transpose(-2, -1))
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    mask = additive_mask(bias_HLL, key_mask_BL, scores.dtype)
-    if mask is not None:
-        scores = scores + mask
-    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    mask = additive_mask(bias_HLS, key_mask_BS, scores.dtype)
+    return (scores if mask is None else scores + mask).softmax(-1)
 
 
-ATTENTION = {"sdpa": sdpa_attention, "explicit": explicit_attention}
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
+    """The same written out: what the tests compare against."""
+    return torch.matmul(probabilities(q * q.shape[-1] ** -0.5, k, bias_HLS, key_mask_BS).to(v.dtype), v)
 
 
-def attention_kernel(name: str, x: Tensor) -> Callable[..., Tensor]:
-    """The one of that name; for "auto" torch's kernel where x is on a GPU, and written out on a CPU."""
+class Recomputing(torch.autograd.Function):
+    """explicit_attention, which keeps queries, keys and values, and computes probabilities again in the backward pass; a few sequences
+    at a time, so that scores stay in the processor's cache. The gradient of the bias is summed over sequences as it comes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # a function's forward is its own
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias_HLS, key_mask_BS)
+        out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+        for part in chunks(q, k):
+            mask = None if key_mask_BS is None else key_mask_BS[part]
+            chances = probabilities(q[part] * scale, k[part], bias_HLS, mask)
+            torch.matmul(chances.to(v.dtype), v[part], out=out[part])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias_HLS, key_mask_BS = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        of_bias = None
+        for part in chunks(q, k):
+            scaled, mask = q[part] * scale, None if key_mask_BS is None else key_mask_BS[part]
+            chances = probabilities(scaled, k[part], bias_HLS, mask)
+            torch.matmul(chances.to(v.dtype).transpose(-2, -1), grad[part], out=of_v[part])
+            of_chances = torch.matmul(grad[part], v[part].transpose(-2, -1)).to(chances.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_chances, chances, -1, chances.dtype)
+            if ctx.needs_input_grad[3]:
+                of_bias = of_scores.sum(0) if of_bias is None else of_bias.add_(of_scores.sum(0))
+            of_scores = of_scores.to(q.dtype)
+            torch.matmul(of_scores, k[part], out=of_q[part]).mul_(scale)
+            torch.matmul(of_scores.transpose(-2, -1), scaled, out=of_k[part])
+        return of_q, of_k, of_v, None if of_bias is None else of_bias.to(bias_HLS.dtype), None
+
+
+def chunks(q: Tensor, k: Tensor) -> list[slice]:
+    """Sequences that are computed together."""
+    batch, heads, length, _ = q.shape
+    size = max(1, CHUNK_BYTES // (4 * heads * length * k.shape[2]))
+    return [slice(first, first + size) for first in range(0, batch, size)]
+
+
+def recomputing_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
+) -> Tensor:
+    return Recomputing.apply(q, k, v, bias_HLS, key_mask_BS)
+
+
+ATTENTION = {"sdpa": sdpa_attention, "explicit": explicit_attention, "recomputing": recomputing_attention}
+
+
+def attention_kernel(name: str, x: Tensor, cheap: bool) -> Callable[..., Tensor]:
+    """The one of that name; for "auto" torch's kernel where x is on a GPU, and on a CPU, where that falls back to a slower composition
+    as soon as the mask needs a gradient (benchmarks/attention.py), written out. cheap: probabilities are computed again."""
     if name == "auto":
         name = "sdpa" if x.is_cuda else "explicit"
-    return ATTENTION[name]
+    return ATTENTION["recomputing" if name == "explicit" and cheap else name]

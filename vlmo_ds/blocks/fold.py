@@ -15,9 +15,20 @@ class Fold:
     """Which places of a padded [B, L] hold tokens. Linear layers and norms work on those alone, [N, D]."""
 
     def __init__(self, lengths_B: Tensor, length: int):
-        self.batch, self.length = len(lengths_B), length
-        self.valid_BL = torch.arange(length, device=lengths_B.device)[None] < lengths_B[:, None]
-        self.places_N = self.valid_BL.flatten().nonzero().squeeze(1)
+        self.of(torch.arange(length, device=lengths_B.device)[None] < lengths_B[:, None])
+
+    @classmethod
+    def of_mask(cls, mask_BL: Tensor) -> Fold:
+        """mask_BL: not zero where there is a token."""
+        fold = cls.__new__(cls)
+        fold.of(mask_BL.bool())
+        return fold
+
+    def of(self, valid_BL: Tensor) -> None:
+        self.batch, self.length = valid_BL.shape
+        self.valid_BL = valid_BL
+        self.places_N = valid_BL.flatten().nonzero().squeeze(1)
+        self.count = len(self.places_N)
 
     @cached_property
     def causal(self) -> Tensor:

@@ -70,11 +70,25 @@ class GeluThenLinear(torch.autograd.Function):
         )
 
 
-class GeluLinear(nn.Linear):
+class ScaledLinear(nn.Linear):
+    """A linear layer at the end of a residual branch. Its output times LayerScale's gamma (CaiT, arXiv:2103.17239) is computed by scaling
+    the weight, so that the output need not be kept for gamma's gradient."""
+
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        return F.linear(x, *self.scaled(gamma))
+
+    def scaled(self, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (self.weight, self.bias) if gamma is None else (gamma[:, None] * self.weight, gamma * self.bias)
+
+
+class GeluLinear(ScaledLinear):
     """GELU and a linear layer: the second half of a feed-forward network, as one layer so that GELU's output need not be kept."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return GeluThenLinear.apply(x, self.weight, self.bias)
+    cheap = True  # it is computed again in the backward pass
+
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        weight, bias = self.scaled(gamma)
+        return GeluThenLinear.apply(x, weight, bias) if self.cheap else F.linear(F.gelu(x), weight, bias)
 
 
 class Mlp(nn.Module):
@@ -85,8 +99,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = GeluLinear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """gamma: LayerScale's, of the output."""
+        return self.fc2(self.fc1(x), gamma)
 
 
 def drop_path(x_ND: Tensor, rate: float, sequence_N: Tensor, num_sequences: int) -> Tensor:

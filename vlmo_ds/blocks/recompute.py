@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed:
-    """How the blocks of a stack keep their activations: every n-th block's are computed again in the backward pass."""
+    """How the blocks of a stack keep their activations (the setting model.recompute): "none" keeps all; "cheap" computes again what costs
+    little beside its size (attention's probabilities, outputs of norms and of GELU); "blocks" every block; a number n every n-th
+    block, the others as "cheap"."""
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, setting: str | int):
+        self.cheap = setting != "none"
+        self.every = setting if isinstance(setting, int) else int(setting == "blocks")
         self.offload = False  # keep the inputs of recomputed blocks in host memory
 
     def __call__(self, block: nn.Module, index: int, x: Tensor, *args: Any) -> Tensor:
-        if not (self.every and block.training and index % self.every == 0):
+        if not (block.training and self.whole(index)):
             return block(x, *args)
         with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             return checkpoint(block, x, *args, use_reentrant=False)
+
+    def whole(self, index: int) -> bool:
+        """Whether all of that block is computed again."""
+        return bool(self.every) and index % self.every == 0
+
+    def tell(self, model: nn.Module) -> None:
+        """Modules that can keep something or compute it again have `cheap`."""
+        for module in model.modules():
+            if hasattr(module, "cheap"):
+                module.cheap = self.cheap  # type: ignore[assignment]  # a module's attribute may be anything
+
+
+@contextmanager
+def norm_again(norm: nn.LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
+    """Gives norm(x), which is not kept for the backward pass by what is computed from it in the context, but computed again from x."""
+    normed = norm(x)
+    if not (cheap and torch.is_grad_enabled()):
+        yield normed
+        return
+    address, shape = normed.data_ptr(), normed.shape
+    # under ZeRO-3 the norm's own parameters are there in its forward alone
+    weight, bias = (parameter.detach().clone() for parameter in (norm.weight, norm.bias))
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        return F.layer_norm(x.detach(), norm.normalized_shape, weight, bias, norm.eps)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield normed

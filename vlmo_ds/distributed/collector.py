@@ -27,16 +27,19 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local: Tensor, group) -> Tensor:
         ctx.group = group
-        ctx.local_shape = local.shape
         out = local.new_empty((dist.get_world_size(group) * local.shape[0], *local.shape[1:]))
         dist.all_gather_into_tensor(out, local.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        local = grad.new_empty(ctx.local_shape)
-        dist.reduce_scatter_tensor(local, grad.contiguous(), group=ctx.group)
-        return local, None
+        return summed_to_owners(grad, ctx.group), None
+
+
+def summed_to_owners(table: Tensor, group) -> Tensor:
+    local = table.new_empty(len(table) // dist.get_world_size(group), *table.shape[1:])
+    dist.reduce_scatter_tensor(local, table.contiguous(), group=group)
+    return local
 
 
 class _Fetch(torch.autograd.Function):
@@ -79,6 +82,10 @@ class Collector:
     def gather(self, local: Tensor) -> Tensor:
         """[B, ...] of each rank -> [W*B, ...] in rank order, differentiable. B must be the same on every rank."""
         return local if self.world_size == 1 else _Gather.apply(local, self.group)
+
+    def sum_to_owners(self, table: Tensor) -> Tensor:
+        """[W*B, ...] of each rank -> the sum over ranks of this rank's rows, [B, ...], without gradient."""
+        return table if self.world_size == 1 else summed_to_owners(table, self.group)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, without gradient."""

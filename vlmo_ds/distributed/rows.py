@@ -1,67 +1,134 @@
 """One rank's rows of the global contrastive logits, in chunks of columns: never more than [B, chunk] at once.
 
-Dimensions: B rows of this rank, G rows of the global batch, D width. All arithmetic is in the features' dtype, which is
+Dimensions: B rows of this rank, G rows of the global batch, C those of a chunk, D width. All arithmetic is in the features' dtype, which is
 float32 in training (float64 in parity checks).
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlmo_ds.config import RecipeError
 
+if TYPE_CHECKING:
+    from vlmo_ds.distributed.collector import Collector
+
 CHUNK = 8192
+NOISE_CHUNK = 1024  # columns whose noise is there at a time: what a processor's cache holds
 
 
-class _ContrastiveRows(torch.autograd.Function):
-    """Sum over rows of cross-entropy(scale * q @ k.T, label), with logits recomputed in the backward."""
+class Best:
+    """The largest value of each of B rows and its column, while columns pass by in chunks."""
+
+    def __init__(self, like_BD: Tensor):
+        self.value_B = like_BD.new_full((len(like_BD),), float("-inf"))
+        self.column_B = torch.zeros(len(like_BD), dtype=torch.int64, device=like_BD.device)
+
+    def see(self, values_BC: Tensor, first: int) -> None:
+        """first: the column that the chunk begins with."""
+        value_B, column_B = values_BC.max(1)
+        better_B = value_B > self.value_B
+        self.value_B = torch.where(better_B, value_B, self.value_B)
+        self.column_B = torch.where(better_B, column_B + first, self.column_B)
+
+
+class Rows(NamedTuple):
+    """What B rows of logits come to: their logsumexp, how many have their largest at their own label, a negative for each where one is
+    drawn."""
+
+    lse_B: Tensor
+    right: Tensor
+    negative_B: Tensor | None
+
+
+def rows_of(q_BD: Tensor, k_GD: Tensor, scale: Tensor, label_B: Tensor, draw: Draw | None, chunk: int) -> Rows:
+    """One pass over the columns of scale * q @ k.T."""
+    lse_B = q_BD.new_full((len(q_BD),), float("-inf"))
+    best, drawn = Best(q_BD), Best(q_BD)
+    for first in range(0, len(k_GD), chunk):
+        logits_BC = (q_BD @ k_GD[first : first + chunk].t()).mul_(scale)
+        lse_B = torch.logaddexp(lse_B, logits_BC.logsumexp(1))
+        best.see(logits_BC, first)
+        if draw is not None:
+            draw.see(drawn, logits_BC, first)
+    right = (best.column_B == label_B).sum().to(q_BD.dtype)
+    return Rows(lse_B, right, None if draw is None else drawn.column_B)
+
+
+class _Contrast(torch.autograd.Function):
+    """Both directions of the contrast, with logits recomputed in the backward. The gradient of all columns of one direction is there at
+    a time, and written once."""
 
     @staticmethod
-    def forward(ctx, q_BD: Tensor, k_GD: Tensor, scale: Tensor, label_B: Tensor, chunk: int):
-        lse_B = torch.full((len(q_BD),), float("-inf"), dtype=q_BD.dtype, device=q_BD.device)
-        best_B, best_index_B = lse_B.clone(), torch.zeros_like(label_B)
-        for start in range(0, len(k_GD), chunk):
-            logits = scale * (q_BD @ k_GD[start : start + chunk].t())
-            lse_B = torch.logaddexp(lse_B, logits.logsumexp(1))
-            value, index = logits.max(1)
-            better = value > best_B
-            best_B = torch.where(better, value, best_B)
-            best_index_B = torch.where(better, index + start, best_index_B)
-        cosine_B = (q_BD * k_GD[label_B]).sum(1)
-        ctx.save_for_backward(q_BD, k_GD, scale, label_B, lse_B, cosine_B)
-        ctx.chunk = chunk
-        correct = (best_index_B == label_B).sum().to(q_BD.dtype)
-        ctx.mark_non_differentiable(correct)
-        return (lse_B - scale * cosine_B).sum(), correct
+    def forward(ctx, image_BD, text_BD, scale, collector: Collector, draws, chunk: int):
+        both_G2D = collector.gather(torch.stack((image_BD, text_BD), dim=1))  # one collective for both modalities
+        label_B = collector.first_row(len(image_BD)) + torch.arange(len(image_BD), device=image_BD.device)
+        found = [
+            rows_of(q_BD, both_G2D[:, other], scale, label_B, draw, chunk)
+            for q_BD, other, draw in ((image_BD, 1, draws[0]), (text_BD, 0, draws[1]))
+        ]
+        own_B = (image_BD * text_BD).sum(1)
+        ctx.save_for_backward(image_BD, text_BD, both_G2D, scale, label_B, own_B, *(rows.lse_B for rows in found))
+        ctx.collector, ctx.chunk = collector, chunk
+        loss = sum((rows.lse_B - scale * own_B).sum() for rows in found) / 2
+        others = [tensor for rows in found for tensor in (rows.right, rows.negative_B) if tensor is not None]
+        ctx.mark_non_differentiable(*others)
+        return loss, *(value for rows in found for value in (rows.right, rows.negative_B))
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        q_BD, k_GD, scale, label_B, lse_B, cosine_B = ctx.saved_tensors
-        positive = k_GD[label_B]
-        grad_q = -scale * positive
-        grad_k = torch.zeros_like(k_GD).index_add_(0, label_B, -scale * q_BD)
-        grad_scale = -cosine_B.sum()
-        for start in range(0, len(k_GD), ctx.chunk):
-            k = k_GD[start : start + ctx.chunk]
-            cosine = q_BD @ k.t()
-            p = (scale * cosine - lse_B[:, None]).exp()
-            grad_q += scale * (p @ k)
-            grad_k[start : start + ctx.chunk] += scale * (p.t() @ q_BD)
-            grad_scale = grad_scale + (p * cosine).sum()
-        return grad * grad_q, grad * grad_k, grad * grad_scale, None, None
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        image_BD, text_BD, both_G2D, scale, label_B, own_B, *lse = ctx.saved_tensors
+        grad = grad / 2
+        grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
+        grad_scale = -2 * own_B.sum()
+        for mine, (q_BD, other_BD, lse_B) in enumerate(((image_BD, text_BD, lse[0]), (text_BD, image_BD, lse[1]))):
+            k_GD = both_G2D[:, 1 - mine]
+            scaled_BD = q_BD * (scale * grad)
+            grad_GD = torch.empty_like(k_GD, memory_format=torch.contiguous_format)
+            mixed_BD = torch.zeros_like(q_BD)  # of the columns, by their share of the softmax
+            for first in range(0, len(k_GD), ctx.chunk):
+                k_CD = k_GD[first : first + ctx.chunk]
+                share_BC = (q_BD @ k_CD.t()).mul_(scale).sub_(lse_B[:, None]).exp_()
+                mixed_BD.addmm_(share_BC, k_CD)
+                torch.mm(share_BC.t(), scaled_BD, out=grad_GD[first : first + ctx.chunk])
+            grad_GD.index_add_(0, label_B, scaled_BD, alpha=-1)
+            grads[1 - mine] += ctx.collector.sum_to_owners(grad_GD)
+            grads[mine] += (mixed_BD - other_BD) * (scale * grad)
+            grad_scale = grad_scale + (q_BD * mixed_BD).sum()
+        return *grads, grad_scale * grad, None, None, None
 
 
-def contrastive_rows(
-    q_BD: Tensor, k_GD: Tensor, scale: Tensor, label_B: Tensor, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of this rank's rows against all columns (InfoNCE; CLIP, arXiv:2103.00020).
+class Contrasted(NamedTuple):
+    """loss: the mean of both directions' cross-entropies, summed over this rank's pairs; i2t_right, t2i_right: pairs whose largest logit
+    is their own; text_B, image_B: a wrong text for each image, a wrong image for each text (global rows), where they are drawn."""
 
-    q_BD: features of this rank; k_GD: features of all ranks; scale: 0-d; label_B: column of each row's own pair.
-    Returns (sum of the row losses, number of rows whose largest logit is their own pair). Memory: O(B*chunk + G*D).
+    loss: Tensor
+    i2t_right: Tensor
+    text_B: Tensor | None
+    t2i_right: Tensor
+    image_B: Tensor | None
+
+
+def contrast(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    scale: Tensor,
+    collector: Collector,
+    draws: tuple[Draw | None, Draw | None] = (None, None),
+    chunk: int = CHUNK,
+) -> Contrasted:
+    """Cross-entropy of this rank's images against the texts of all ranks, and of its texts against all images (InfoNCE; CLIP,
+    arXiv:2103.00020), and with `draws` (of texts for images, of images for texts) hard negatives by the same logits.
+
+    image_BD, text_BD: features of this rank's pairs, the same number on every rank; scale: 0-d. Memory: O(B * chunk + 3 * G * D).
     """
-    with torch.autocast(q_BD.device.type, enabled=False):  # in 16 bits the logits of close pairs are all the same
-        return _ContrastiveRows.apply(q_BD, k_GD, scale, label_B, chunk)
+    with torch.autocast(image_BD.device.type, enabled=False):  # in 16 bits the logits of close pairs are all the same
+        return Contrasted(*_Contrast.apply(image_BD, text_BD, scale, collector, draws, chunk))
 
 
 _MASK = (1 << 64) - 1
@@ -92,50 +159,53 @@ def gumbel_noise(seed: int, query_id_B: Tensor, candidate_id_C: Tensor) -> Tenso
     return -(-uniform.log()).log()
 
 
-@torch.no_grad()
-def sample_negatives(
-    q_BD: Tensor,
-    k_GD: Tensor,
-    scale: Tensor,
-    *,
-    seed: int,
-    query_id_B: Tensor,
-    candidate_id_G: Tensor,
-    query_image_B: Tensor,
-    candidate_image_G: Tensor,
-    floor: float = 0.0,
-    chunk: int = CHUNK,
-) -> Tensor:
-    """One hard negative per row, drawn from the softmax of its logits over all candidates of another image.
-
-    floor: what is added to each candidate's share of the softmax (over all candidates, as the reference of BLIP does).
+class Draw:
+    """Draws one hard negative for each of B rows from the softmax of its logits over all candidates of another image.
 
     The Gumbel-max trick (Gumbel 1954): argmax(logit + noise) is a draw from softmax(logit), needs no normalisation,
     works chunk by chunk and cannot underflow. Candidates with the query's image id are left out: another caption of
-    the same image is not a negative. Returns [B] int64 global row numbers.
+    the same image is not a negative.
 
     Raises RecipeError when all candidates show one image (the same on every rank, so no rank is left waiting).
     """
-    if bool((candidate_image_G == candidate_image_G[0]).all()):
-        raise RecipeError(
-            f"itm needs a negative, but all {len(candidate_image_G)} pairs of the ranks' micro-batches have image_id "
-            f"{int(candidate_image_G[0])}: use micro-batches of at least two different images"
-        )
-    best_B = torch.full((len(q_BD),), float("-inf"), dtype=q_BD.dtype, device=q_BD.device)
-    index_B = torch.zeros_like(query_id_B)
-    whole_B = best_B
-    for start in range(0, len(k_GD) if floor else 0, chunk):
-        logits = scale * (q_BD @ k_GD[start : start + chunk].t())
-        whole_B = torch.logaddexp(whole_B, logits.logsumexp(1))
-    for start in range(0, len(k_GD), chunk):
-        columns = slice(start, start + chunk)
-        logits = scale * (q_BD @ k_GD[columns].t())
+
+    def __init__(
+        self, seed: int, query_id_B: Tensor, candidate_id_G: Tensor, query_image_B: Tensor, candidate_image_G: Tensor
+    ):
+        if bool((candidate_image_G == candidate_image_G[0]).all()):
+            raise RecipeError(
+                f"itm needs a negative, but all {len(candidate_image_G)} pairs of the ranks' micro-batches have image_id "
+                f"{int(candidate_image_G[0])}: use micro-batches of at least two different images"
+            )
+        self.seed, self.query_id_B, self.candidate_id_G = seed, query_id_B, candidate_id_G
+        self.query_image_B, self.candidate_image_G = query_image_B, candidate_image_G
+
+    def see(self, best: Best, logits_BC: Tensor, first: int) -> None:
+        """Candidates from `first` on."""
+        for part_BC in logits_BC.split(NOISE_CHUNK, dim=1):
+            columns = slice(first, first + part_BC.shape[1])
+            noisy_BC = gumbel_noise(self.seed, self.query_id_B, self.candidate_id_G[columns]).to(part_BC.dtype)
+            noisy_BC += part_BC
+            same_BC = self.query_image_B[:, None] == self.candidate_image_G[None, columns]
+            best.see(noisy_BC.masked_fill_(same_BC, float("-inf")), first)
+            first = columns.stop
+
+
+@torch.no_grad()
+def sample_negatives(
+    q_BD: Tensor, k_GD: Tensor, scale: Tensor, draw: Draw, floor: float = 0.0, chunk: int = CHUNK
+) -> Tensor:
+    """Negatives by logits that nothing else needs: global row numbers, [B] int64.
+
+    floor: what is added to each candidate's share of the softmax (over all candidates, as the reference of BLIP does).
+    """
+    best = Best(q_BD)
+    whole_B = q_BD.new_full((len(q_BD),), float("-inf"))
+    for first in range(0, len(k_GD) if floor else 0, chunk):
+        whole_B = torch.logaddexp(whole_B, (q_BD @ k_GD[first : first + chunk].t()).mul_(scale).logsumexp(1))
+    for first in range(0, len(k_GD), chunk):
+        logits_BC = (q_BD @ k_GD[first : first + chunk].t()).mul_(scale)
         if floor:
-            logits = ((logits - whole_B[:, None]).exp() + floor).log()
-        logits = logits + gumbel_noise(seed, query_id_B, candidate_id_G[columns]).to(logits.dtype)
-        logits = logits.masked_fill(query_image_B[:, None] == candidate_image_G[None, columns], float("-inf"))
-        value, index = logits.max(1)
-        better = value > best_B
-        best_B = torch.where(better, value, best_B)
-        index_B = torch.where(better, index + start, index_B)
-    return index_B
+            logits_BC = logits_BC.sub_(whole_B[:, None]).exp_().add_(floor).log_()
+        draw.see(best, logits_BC, first)
+    return best.column_B

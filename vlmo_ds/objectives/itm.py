@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.distributed.rows import sample_negatives
-from vlmo_ds.objectives.itc import Contrast
+from vlmo_ds.distributed.rows import Draw
 
 
 @dataclass
@@ -22,21 +20,11 @@ class Negatives:
     text_B: Tensor
 
 
-def mine_negatives(
-    contrast: Contrast, sample_id_B: Tensor, image_id_B: Tensor, seed: int, collector: Collector
-) -> Negatives:
-    """Draws one wrong image per text and one wrong text per image from the contrastive similarities."""
+def draws_of(sample_id_B: Tensor, image_id_B: Tensor, seed: int, collector: Collector) -> tuple[Draw, Draw]:
+    """How one wrong text per image and one wrong image per text are drawn among the pairs of all ranks."""
     ids_G2 = collector.gather(torch.stack((sample_id_B, image_id_B), dim=1))
-    draw = partial(
-        sample_negatives,
-        query_id_B=sample_id_B,
-        candidate_id_G=ids_G2[:, 0],
-        query_image_B=image_id_B,
-        candidate_image_G=ids_G2[:, 1],
-    )
-    image_B = draw(contrast.text_BD, contrast.all_image_GD, contrast.scale, seed=2 * seed)
-    text_B = draw(contrast.image_BD, contrast.all_text_GD, contrast.scale, seed=2 * seed + 1)
-    return Negatives(image_B, text_B)
+    text, image = (Draw(2 * seed + of, sample_id_B, ids_G2[:, 0], image_id_B, ids_G2[:, 1]) for of in (1, 0))
+    return text, image
 
 
 def itm_loss(logits_3B2: Tensor, collector: Collector) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

@@ -260,7 +260,7 @@ def plan(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: int,
     wire = wire_of(recipe, stage, config, ranks, model)
     settings = settled(recipe)
     # the backward pass is worth two forward ones
-    passes = 3 + (settings.activation_checkpoint_every == 1) + stage.gradient_cache
+    passes = 3 + (settings.recompute_every == 1) + stage.gradient_cache
     flops = passes * recipe.family.cost().forward_flops(settings, stage, stage.global_batch_size)
     compute = flops / ranks / (machine.tflops * 1e12 * machine.efficiency)
     seconds = max(compute, sum(wire.values()) / (machine.network_gb_per_s * 1e9))

@@ -171,7 +171,7 @@ def problems_of(config: dict[str, Any]) -> Iterator[str]:
         elif key not in ("cpu_checkpointing", "partition_activations") and value:
             yield (
                 f"'activation_checkpointing.{key}' is {value!r}; accepted: cpu_checkpointing. "
-                "What is recomputed is the recipe's model.activation_checkpoint_every"
+                "What is recomputed is the recipe's model.recompute"
             )
 
 
@@ -452,8 +452,8 @@ def settle_accumulation(merged: dict[str, Any], stage: StageConfig, accumulation
 def check_recipe(config: dict[str, Any], recipe: Recipe) -> None:
     """What is wrong with a config beside this recipe."""
     offloads = config.get("activation_checkpointing", {}).get("cpu_checkpointing")
-    if offloads and not recipe.model.activation_checkpoint_every:
+    if offloads and not recipe.model.recompute_every:
         raise RecipeError(
             "the DeepSpeed config has activation_checkpointing.cpu_checkpointing = true, but the recipe's "
-            "model.activation_checkpoint_every is 0: set it to 1 (every block) or more"
+            f"model.recompute is {recipe.model.recompute}: set it to blocks, or to n (every n-th block)"
         )

@@ -228,8 +228,8 @@ stage = FAMILY.stage(
 )
 SECOND_COPY = {"zero_hpz_partition_size": 2}  # ZeRO++: of weights, within a machine
 for zero, also in ((1, {}), (2, {}), (3, {}), (3, SECOND_COPY)):
-    for every in (0, 1):
-        model = tiny_model(dtype=torch.float32, activation_checkpoint_every=every)
+    for recompute in ("cheap", "blocks"):
+        model = tiny_model(dtype=torch.float32, recompute=recompute)
         set_trainable(model, stage)
         averages = Averages(model)
         spread = {"stage": zero, "stage3_param_persistence_threshold": 200, **also}

@@ -163,8 +163,8 @@ def test_the_caption_loss_is_that_of_whole_logits():
 def test_recomputation_changes_nothing():
     batch = tiny_batch()
     found = []
-    for every in (0, 1, 2):
-        model = tiny_model(activation_checkpoint_every=every).train()
+    for recompute in ("none", "cheap", "blocks", 2):
+        model = tiny_model(recompute=recompute).train()
         model(batch).loss.backward()
         found.append([p.grad for p in model.parameters()])
     for other in found[1:]:

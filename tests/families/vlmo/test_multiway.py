@@ -50,6 +50,62 @@ def test_trimmed_text_gives_the_untrimmed_features(positions):
         torch.testing.assert_close(loss, model(trimmed).losses[task], rtol=1e-9, atol=0)
 
 
+def test_of_the_last_block_only_what_is_read_comes_out():
+    """The same tokens as without, and the last block's experts see no others."""
+    for vlffn in (3, 4):  # with a block of VL experts, and without
+        model, batch = tiny_model(vlffn_start_layer_index=vlffn).eval(), tiny_batch()
+        streams = all_streams(model, batch)
+        reads = {"joint": "text", "text": "class", "image": "class", "plain": "all"}
+        whole = model.encode(streams, batch["image"], model.token_types()[1])
+        outputs, last = [], model.transformer.blocks[-1]
+        hooks = [
+            of.register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[2]))
+            for name, of in last.named_children()
+            if name.startswith("mlp")
+        ]
+        found = model.encode(
+            {name: stream._replace(reads=reads[name]) for name, stream in streams.items()},
+            batch["image"],
+            model.token_types()[1],
+        )
+        for hook in hooks:
+            hook.remove()
+        words, pairs = int(batch["text_masks"].sum()), len(batch["image"])
+        twins = 2 if vlffn == 3 else 0
+        assert sum(map(len, outputs)) == words + 2 * pairs + words + twins * pairs
+        valid = batch["text_masks"].bool()
+        for name, stream in streams.items():
+            ours, expected = found[name].tokens_BLD, whole[name].tokens_BLD[:, : found[name].tokens_BLD.shape[1]]
+            assert ours.shape[1] == {"text": valid.shape[1], "class": 1, "all": valid.shape[1]}[reads[name]]
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+            if stream.vl_twin:
+                torch.testing.assert_close(found[name].twin_BLD, whole[name].twin_BLD[:, :1], rtol=1e-12, atol=1e-12)
+
+
+def test_padding_is_not_computed():
+    model, batch = tiny_model({"textmlm": 1.0}), tiny_batch(length=24)
+    seen = []
+    for block in model.transformer.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append((len(args[0]), len(out))))
+    model(batch)
+    words = int(batch["text_masks"].sum())
+    assert words < batch["text_masks"].numel() and seen == [(words, words)] * 4
+
+
+@pytest.mark.parametrize("recompute, kept", [("none", True), ("cheap", False)])
+def test_what_is_computed_again_is_not_kept(recompute, kept):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    model, outputs = tiny_model(recompute=recompute), []
+    for name, module in model.transformer.blocks.named_modules():
+        if ".norm" in name:
+            module.register_forward_hook(lambda m, args, out: outputs.append(StorageWeakRef(out.untyped_storage())))
+    out = model(tiny_batch())
+    living = sum(not output.expired() for output in outputs)
+    assert living == (len(outputs) if kept else 0)
+    out.loss.backward()
+
+
 def losses_and_gradients(model, batch):
     out = model(batch)
     out.loss.backward()
@@ -66,23 +122,25 @@ def assert_same(a, b, tolerance=1e-10):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
-    "change", [{"attention": "sdpa"}, {"activation_checkpoint_every": 1}, {"activation_checkpoint_every": 2}]
+    "change", [{"attention": "sdpa"}, {"recompute": "cheap"}, {"recompute": "blocks"}, {"recompute": 2}]
 )
 def test_kernel_and_recomputation_change_nothing(positions, change):
     batch = tiny_batch()
-    expected = losses_and_gradients(tiny_model(attention="explicit", **positions), batch)
-    found = losses_and_gradients(tiny_model(**{"attention": "explicit", **positions, **change}), batch)
+    plain = {"attention": "explicit", "recompute": "none", **positions}
+    expected = losses_and_gradients(tiny_model(**plain), batch)
+    found = losses_and_gradients(tiny_model(**{**plain, **change}), batch)
     for a, b in zip(expected, found, strict=True):
         assert_same(a, b)
 
 
 def test_recomputation_repeats_stochastic_depth():
     batch, results = tiny_batch(), []
-    for every in (0, 1):
-        model = tiny_model(drop_path_rate=0.5, activation_checkpoint_every=every)
+    for recompute in ("none", "cheap", "blocks"):
+        model = tiny_model(drop_path_rate=0.5, recompute=recompute)
         torch.manual_seed(7)
         results.append(losses_and_gradients(model, batch))
-    assert_same(results[0][1], results[1][1])
+    for other in results[1:]:
+        assert_same(results[0][1], other[1])
 
 
 def test_stochastic_depth_keeps_the_mean():
@@ -101,5 +159,7 @@ def test_mistakes_are_named():
         model({"image": batch["image"][:, :, :16, :16]}, "encode_image")
     with pytest.raises(ValueError, match="text of 30 tokens, the model takes at most 24"):
         model({"text_ids": torch.ones(1, 30, dtype=torch.long)}, "encode_text")
+    with pytest.raises(ValueError, match="without text_BLD cannot be read for its text"):
+        model.encode({"a": Stream(image_rows_B=torch.arange(2), reads="text")}, batch["image"], model.token_types()[1])
     with pytest.raises(ValueError, match="needs text_BLD or image_rows_B"):
         model.encode({"nothing": Stream()}, batch["image"], model.token_types()[1])

@@ -29,12 +29,13 @@ class BLIPModel(FamilyModel):
 
     def __init__(self, config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None):
         super().__init__(config, tasks, collector)
-        self.recomputed = Recomputed(config.activation_checkpoint_every)
+        self.recomputed = Recomputed(config.recompute)
         self.visual_encoder = VisionTransformer(config, self.recomputed)
         self.text_encoder = TextEncoder(config, self.recomputed, self.crossattention)
 
     def reset_parameters(self) -> None:
         """Truncated normal in the image tower, normal in the text stack (BERT)."""
+        self.recomputed.tell(self)
         self.visual_encoder.apply(partial(init_weights, std=self.config.init_std))
         nn.init.normal_(self.visual_encoder.pos_embed, std=self.config.position_std)
         nn.init.trunc_normal_(self.visual_encoder.cls_token, std=0.02)

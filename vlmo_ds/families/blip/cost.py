@@ -58,7 +58,7 @@ def forward_flops(config: BLIPSettings, stage: StageConfig, samples: float = 1.0
 def activations(config: BLIPSettings, stage: StageConfig, load: Load) -> dict[str, float]:
     """Estimates of what the forward pass leaves for the backward pass (8 tensors of a block's width and 1 of its hidden width a
     token, 5 more where it looks at an image), of logits, and of the queue with the teacher's float32 weights."""
-    b, every = load.bytes, config.activation_checkpoint_every
+    b, every = load.bytes, config.recompute_every
     read, looking = sequences(stage)
 
     def stack(layers: int, tokens: float, kept: float, row: float) -> float:

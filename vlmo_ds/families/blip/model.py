@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmo_ds.blocks.layers import unit, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.distributed.rows import sample_negatives
+from vlmo_ds.distributed.rows import Draw, sample_negatives
 from vlmo_ds.families.blip.base import BLIPModel, begun_with
 from vlmo_ds.families.blip.config import AVERAGED, HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, BLIPSettings
 from vlmo_ds.families.blip.text import Look, Memory, TextDecoder, TextEncoder
@@ -205,18 +205,15 @@ class BLIP(BLIPModel):
         [B, E], candidates the teacher's."""
         part, seed = int(batch.get("part", 0)), int(batch["negative_seed"])
         scale = 1 / self.temperature()
-        draw = partial(
-            sample_negatives,
-            scale=scale,
-            query_id_B=batch["sample_id"],
-            candidate_id_G=batch["keys_sample_id"][part],
-            query_image_B=batch["image_id"],
-            candidate_image_G=batch["keys_image_id"][part],
-            floor=FLOOR,
+        ids = (
+            batch["sample_id"],
+            batch["keys_sample_id"][part],
+            batch["image_id"],
+            batch["keys_image_id"][part],
         )
         return Negatives(
-            draw(text, batch["keys_image"][part], seed=2 * seed),
-            draw(image, batch["keys_text"][part], seed=2 * seed + 1),
+            sample_negatives(text, batch["keys_image"][part], scale, Draw(2 * seed, *ids), FLOOR),
+            sample_negatives(image, batch["keys_text"][part], scale, Draw(2 * seed + 1, *ids), FLOOR),
         )
 
     def wrong_texts(self, batch: Batch, negatives: Negatives) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,8 @@ class Own(NamedTuple):
 class Projections(nn.Module):
     """Queries of tokens, keys and values of the same or of others."""
 
+    cheap = True  # keys and values of an image are computed again in the backward pass
+
     def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
@@ -105,7 +107,7 @@ class SelfAttention(nn.Module):
 
 def looked(of: Projections, x_ND: Tensor, fold: Fold, image_ISD: Tensor, looks: Sequence[Look]) -> Tensor:
     """What tokens find in images, [N, D]. image_ISD: the table of images; looks: of all sequences in order. Keys and values are
-    computed once an image, and again in the backward pass: an image has more tokens than a text."""
+    computed once an image, and again in the backward pass where `cheap`: an image has more tokens than a text."""
 
     def found(q_RHLC: Tensor, image_ISD: Tensor) -> Tensor:
         """The sequences that look at an image are one sequence of queries."""
@@ -121,7 +123,7 @@ def looked(of: Projections, x_ND: Tensor, fold: Fold, image_ISD: Tensor, looks: 
         return torch.cat(parts)
 
     q_RHLC = of.heads(fold.padded(of.query(x_ND)))
-    if torch.is_grad_enabled():
+    if of.cheap and torch.is_grad_enabled():
         again = bool(of.dropout and of.training)
         return fold.folded(joined(checkpoint(found, q_RHLC, image_ISD, use_reentrant=False, preserve_rng_state=again)))
     return fold.folded(joined(found(q_RHLC, image_ISD)))

@@ -24,6 +24,8 @@ from vlmo_ds.blocks.recompute import Recomputed
 class Attention(nn.Module):
     """torch.nn.MultiheadAttention's parameters: of tokens to one another, or to a context of another width."""
 
+    cheap = True  # a context's norm, keys and values are computed again in the backward pass
+
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
@@ -57,9 +59,8 @@ class Attention(nn.Module):
         if context_BSD is None:
             out_BHLC = F.scaled_dot_product_attention(*self.of_itself(x, fold), attn_mask=mask)
         else:
-            # a context has more tokens than a caption: its norm, keys and values are computed again in the backward pass
             look = partial(self.of_context, given(norm, "norm"))
-            if torch.is_grad_enabled():
+            if self.cheap and torch.is_grad_enabled():  # a context has more tokens than a caption
                 look = partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
             out_BHLC = look(self.query(x, fold), context_BSD)
         out_BLD = joined(out_BHLC)

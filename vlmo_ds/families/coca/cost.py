@@ -68,7 +68,7 @@ def forward_flops(config: CoCaSettings, stage: StageConfig, samples: float = 1.0
 def activations(config: CoCaSettings, stage: StageConfig, load: Load) -> dict[str, float]:
     """Estimates of what the forward pass leaves for the backward pass (8 tensors of a block's width and 1 of its hidden
     width a token), of a chunk of vocabulary logits, and of contrastive features."""
-    b, every = load.bytes, config.activation_checkpoint_every
+    b, every = load.bytes, config.recompute_every
     per_sample = 0.0
     for one in stacks(config, stage):
         share = 1 - (-(-one.layers // every) / one.layers if every else 0)  # of blocks that keep everything

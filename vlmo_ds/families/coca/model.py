@@ -25,7 +25,7 @@ from vlmo_ds.families.coca.block import AttentionalPooler, Block, Transformer, b
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.objectives.captioning import chosen, learned_words, word_losses
-from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
+from vlmo_ds.objectives.itc import itc_loss, scale_of
 
 PADDING = 0  # the padding word's id: of its embedding alone, which words are valid is told by lengths
 OF_CONTRAST = [  # what the contrastive loss alone reaches
@@ -190,10 +190,11 @@ class CoCa(FamilyModel):
 
     def __init__(self, config: CoCaSettings, tasks: Mapping[str, float], collector: Collector | None = None):
         super().__init__(config, tasks, collector)
-        self.recomputed = Recomputed(config.activation_checkpoint_every)
+        self.recomputed = Recomputed(config.recompute)
         self.visual = VisionTransformer(config, self.recomputed)
         self.text = TextTransformer(config, self.recomputed)
         self.text_decoder = MultimodalTransformer(config, self.recomputed)
+        self.recomputed.tell(self)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.reset_parameters()
 
@@ -276,12 +277,12 @@ class CoCa(FamilyModel):
         """Features [B, E] before their normalisation -> what add_contrast needs."""
         return {"image": unit(image), "text": unit(text), "logit_scale": self.logit_scale.clone()}
 
-    def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> Contrast:
+    def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> None:
         """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter."""
-        main = gather_features(found["image"], found["text"], found["logit_scale"], self.collector)
-        out.values["itc/logit_scale"] = main.scale.detach()
-        self.record(out, "itc", itc_loss(main, self.collector))
-        return main
+        scale = scale_of(found["logit_scale"], found["image"])
+        out.values["itc/logit_scale"] = scale.detach()
+        loss, ratios, _ = itc_loss(found["image"], found["text"], scale, self.collector)
+        self.record(out, "itc", (loss, ratios))
 
     def idle(self) -> list[str]:
         """Patterns of what none of the tasks reaches."""

@@ -1,20 +1,23 @@
 """A MultiWay block: attention over packed tokens, then one feed-forward expert per modality.
 
 Dimensions: B sequences, L tokens of one sequence, D width, H heads, N tokens of all sequences of a wave together ("packed";
-see multiway.py).
+see multiway.py), M those of them that go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
-from vlmo_ds.blocks.layers import Mlp, drop_path, given
+from vlmo_ds.blocks.fold import Fold
+from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path, given
+from vlmo_ds.blocks.recompute import norm_again
 
 
 class QkvLinear(nn.Linear):
@@ -27,21 +30,73 @@ class QkvLinear(nn.Linear):
     def __init__(self, dim: int):
         super().__init__(dim, 3 * dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]  # a module's forward is its own
-        return F.linear(x, self.weight, bias)
+    def forward(self, x_ND: Tensor, bias: Tensor, queries_M: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # a module's forward is its own
+        """(queries [M, D] of those rows, None: of all; keys and values [N, 2D])."""
+        dim = x_ND.shape[1]
+        if queries_M is None:
+            return F.linear(x_ND, self.weight, bias).split((dim, 2 * dim), dim=1)
+        return F.linear(x_ND[queries_M], self.weight[:dim], bias[:dim]), F.linear(x_ND, self.weight[dim:], bias[dim:])
+
+
+class Run(NamedTuple):
+    """Consecutive packed rows: tokens of B sequences, `length` of each, or as many as fold says."""
+
+    start: int
+    batch: int
+    length: int
+    fold: Fold | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + (self.batch * self.length if self.fold is None else self.fold.count))
+
+    def sequences(self, rows_NC: Tensor) -> Tensor:
+        """Its rows [N, C] -> [B, length, C], zeros where there is no token."""
+        return rows_NC.view(self.batch, self.length, -1) if self.fold is None else self.fold.padded(rows_NC)
+
+    def packed(self, x_BLC: Tensor) -> Tensor:
+        """The same back."""
+        return x_BLC.reshape(-1, x_BLC.shape[-1]) if self.fold is None else self.fold.folded(x_BLC)
+
+
+def by_run(runs: Sequence[Run], x_NC: Tensor) -> dict[int, Tensor]:
+    """The rows of runs that are together all rows, by their first."""
+    runs = sorted(runs)
+    counts = [run.rows.stop - run.start for run in runs]
+    return {run.start: rows for run, rows in zip(runs, x_NC.split(counts), strict=True)}
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """[B, L, C] each -> one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @dataclass
 class AttentionGroup:
-    """Sequences of equal length that stand in the packed tokens as one or two runs (text tokens, image tokens)."""
+    """Sequences that stand in the packed tokens as one or two runs: text tokens, image tokens."""
 
-    parts: Sequence[tuple[int, int, int]]  # (first row, sequences B, tokens of the part), in sequence order
-    key_mask_BL: Tensor | None  # 1 where a token may be attended to; None: everywhere
+    tokens: Sequence[Run]
+    queries: Sequence[Run]  # those that go on, the first of each sequence, in the rows that go on
+    key_mask_BL: Tensor | None  # bool, true where there is a token; None: everywhere
     bias_index_LL: Tensor | None  # rows of the relative position table; None: absolute positions
+
+
+@dataclass
+class PackedLayout:
+    """Where things stand in the packed tokens: the sequences, the attention groups; the rows that go on behind the attention, None:
+    all, and among these the rows of each expert."""
+
+    experts: dict[str, slice]  # "text", "imag", "vl" -> rows, in row order and without gaps
+    groups: list[AttentionGroup]
+    sequence_M: Tensor
+    num_sequences: int
+    on_M: Tensor | None = None
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with a bias on queries and values but not on keys (BEiT, arXiv:2106.08254)."""
+
+    cheap = True  # probabilities are computed again in the backward pass
 
     def __init__(self, dim: int, num_heads: int, implementation: str = "auto"):
         super().__init__()
@@ -50,48 +105,42 @@ class Attention(nn.Module):
         self.qkv = QkvLinear(dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = ScaledLinear(dim, dim)
 
-    def forward(self, x_ND: Tensor, groups: Sequence[AttentionGroup], bias_table_RH: Tensor | None) -> Tensor:
-        """Packed tokens [N, D] -> [N, D]; each sequence of each group attends to itself only.
+    def forward(self, x_ND: Tensor, layout: PackedLayout, bias_table_RH: Tensor | None, gamma: Tensor | None) -> Tensor:
+        """Packed tokens [N, D] -> [M, D] of those that go on, times gamma; each sequence of each group attends to itself only.
 
         bias_table_RH: this layer's part of the relative position table, one row per distance.
         """
-        attend = attention_kernel(self.implementation, x_ND)
+        attend = attention_kernel(self.implementation, x_ND, self.cheap)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv_N3D = self.qkv(x_ND, bias)
+        q_MD, kv_NC = self.qkv(x_ND, bias, layout.on_M)
+        queries = by_run([run for group in layout.groups for run in group.queries], q_MD)
+        keys_values = by_run([run for group in layout.groups for run in group.tokens], kv_NC)
         rows: dict[int, Tensor] = {}
-        for group in groups:
-            pieces = [qkv_N3D[start : start + b * n].view(b, n, -1) for start, b, n in group.parts]
-            qkv = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-            batch, length, _ = qkv.shape
-            q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        for group in layout.groups:
+            q = self.heads(joined([run.sequences(queries[run.start]) for run in group.queries]))
+            kv_BLC = joined([run.sequences(keys_values[run.start]) for run in group.tokens])
+            k, v = (self.heads(part) for part in kv_BLC.chunk(2, dim=-1))
             bias_HLL = None
             if bias_table_RH is not None:
-                bias_HLL = (
-                    F.embedding(given(group.bias_index_LL, "bias_index_LL"), bias_table_RH)
-                    .permute(2, 0, 1)
-                    .contiguous()
-                )
-            out = attend(q, k, v, bias_HLL, group.key_mask_BL).transpose(1, 2).reshape(batch, length, -1)
-            lengths = [n for _, _, n in group.parts]
-            for (start, _, _), piece in zip(group.parts, out.split(lengths, dim=1), strict=True):
-                rows[start] = piece.reshape(-1, out.shape[-1])
-        return self.proj(torch.cat([rows[start] for start in sorted(rows)]))
+                index = given(group.bias_index_LL, "bias_index_LL")[: q.shape[2]]
+                bias_HLL = F.embedding(index, bias_table_RH).permute(2, 0, 1).contiguous()
+            out = attend(q, k, v, bias_HLL, group.key_mask_BL).transpose(1, 2).flatten(2)
+            lengths = [run.length for run in group.queries]
+            for run, piece in zip(group.queries, out.split(lengths, dim=1), strict=True):
+                rows[run.start] = run.packed(piece)
+        return self.proj(torch.cat([rows[start] for start in sorted(rows)]), gamma)
 
-
-@dataclass
-class PackedLayout:
-    """Where things stand in the packed tokens: the rows of each expert, the sequences, the attention groups."""
-
-    experts: dict[str, slice]  # "text", "imag", "vl" -> rows, in row order and without gaps
-    groups: list[AttentionGroup]
-    sequence_N: Tensor
-    num_sequences: int
+    def heads(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] -> [B, H, L, D/H]."""
+        return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):
     """A MultiWay block: shared self-attention, then one feed-forward expert per modality (VLMo, arXiv:2111.02358)."""
+
+    cheap = True  # outputs of norms are computed again in the backward pass
 
     def __init__(
         self,
@@ -122,17 +171,20 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale_init))
 
     def forward(self, x_ND: Tensor, layout: PackedLayout, bias_table_RH: Tensor | None) -> Tensor:
-        x_ND = x_ND + self.branch(self.attn(self.norm1(x_ND), layout.groups, bias_table_RH), self.gamma_1, layout)
+        """[N, D] -> [M, D]."""
+        with norm_again(self.norm1, x_ND, self.cheap) as normed:
+            attended = self.attn(normed, layout, bias_table_RH, self.gamma_1)
+        x_MD = (x_ND if layout.on_M is None else x_ND[layout.on_M]) + self.dropped(attended, layout)
         outputs = []
-        for modality, rows in layout.experts.items():
+        counts = [rows.stop - rows.start for rows in layout.experts.values()]
+        for modality, rows_D in zip(layout.experts, x_MD.split(counts), strict=True):
             norm, mlp = getattr(self, f"norm2_{modality}"), getattr(self, f"mlp_{modality}")
-            outputs.append(mlp(norm(x_ND[rows])))
+            with norm_again(norm, rows_D, self.cheap) as normed:
+                outputs.append(mlp(normed, self.gamma_2))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return x_ND + self.branch(mixed, self.gamma_2, layout)
+        return x_MD + self.dropped(mixed, layout)
 
-    def branch(self, y_ND: Tensor, gamma: Tensor | None, layout: PackedLayout) -> Tensor:
-        if gamma is not None:
-            y_ND = gamma * y_ND
+    def dropped(self, y_MD: Tensor, layout: PackedLayout) -> Tensor:
         if self.training and self.drop_path_rate > 0.0:
-            y_ND = drop_path(y_ND, self.drop_path_rate, layout.sequence_N, layout.num_sequences)
-        return y_ND
+            return drop_path(y_MD, self.drop_path_rate, layout.sequence_M, layout.num_sequences)
+        return y_MD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from vlmo_ds.config import StageConfig
 from vlmo_ds.families.cost import contrast_memory, contrast_wire
@@ -11,40 +12,52 @@ from vlmo_ds.families.vlmo.config import VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
 
 
-def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[tuple[float, float, int]]:
-    """(times below the VL experts, times from there on, length) of the sequences of one sample."""
+class Sequences(NamedTuple):
+    """Of one sample."""
+
+    low: float  # how many below the VL experts
+    high: float  # and from there on
+    length: int
+    read: int  # tokens of each that come out of the last block
+
+
+def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[Sequences]:
     text, image = config.max_text_len, config.patches + 1
     tasks = stage.tasks
-    found: list[tuple[float, float, int]] = []
-    joint = ("mlm" in tasks) + 3 * ("itm" in tasks)  # masked; matched and the two kinds of wrong pairs
-    if joint:
-        found.append((joint, joint, text + image))
+    found: list[Sequences] = []
+    if "mlm" in tasks:
+        found.append(Sequences(1, 1, text + image, text))
+    if "itm" in tasks:  # matched and the two kinds of wrong pairs
+        found.append(Sequences(3, 3, text + image, 1))
     if "itc" in tasks:  # alone, and twice from the VL experts on
-        found += [(1, 2, text), (1, 2, image)]
-    if {"textmlm", "irtr"} & tasks.keys():
-        found.append((1, 1, text))
-    if {"mim", "irtr"} & tasks.keys():
-        found.append((1, 1, image))
+        found += [Sequences(1, 2, text, 1), Sequences(1, 2, image, 1)]
+    if "textmlm" in tasks:
+        found.append(Sequences(1, 1, text, text))
+    if "irtr" in tasks:
+        found += [Sequences(1, 1, text, 1), Sequences(1, 1, image, 1)]
+    if "mim" in tasks:
+        found.append(Sequences(1, 1, image, image))
     if "vqa" in tasks:
-        found.append((stage.data.questions_per_image, stage.data.questions_per_image, text + image))
+        found.append(Sequences(stage.data.questions_per_image, stage.data.questions_per_image, text + image, 1))
     if "nlvr2" in tasks:
-        found.append((2, 2, text + image))
+        found.append(Sequences(2, 2, text + image, 1))
     return found
 
 
 def activations(config: VLMoSettings, stage: StageConfig, load: Load) -> dict[str, float]:
-    """Estimates of what the forward pass leaves for the backward pass (14 tensors of width D and the attention's
-    probabilities per token and block), of logits, contrastive features and what the exchange of negatives holds."""
+    """Estimates of what the forward pass leaves for the backward pass (10 tensors of width D per token and block; where nothing is
+    recomputed 14 and the attention's probabilities), of logits, contrastive features and what the exchange of negatives holds."""
     micro, b = load.micro, load.bytes
     d, lower = config.embed_dim, config.vlffn_start_layer_index
     upper = config.depth - lower
-    every = config.activation_checkpoint_every
+    every = config.recompute_every
     share = 1 - (math.ceil(config.depth / every) / config.depth if every else 0)  # of blocks that keep everything
     bytes_per_sample = 0.0
-    for low, high, length in sequences_of(config, stage):
+    for low, high, length, _ in sequences_of(config, stage):
         rows = (low * lower + high * upper) * length
         inputs = 0 if load.offloaded else d * b
-        bytes_per_sample += rows * (share * (14 * d + config.num_heads * length) * b + (1 - share) * inputs)
+        kept = 14 * d + config.num_heads * length if config.recompute == "none" else 10 * d
+        bytes_per_sample += rows * (share * kept * b + (1 - share) * inputs)
         bytes_per_sample += 3 * max(low, high) * length * d * b
     masked = stage.data.mlm_probability * config.max_text_len * micro
     logits = masked * config.vocab_size * (b + 8) if {"mlm", "textmlm"} & stage.tasks.keys() else 0.0
@@ -105,13 +118,17 @@ def walks(model: VLMo, stage: StageConfig) -> dict[str, int]:
 
 
 def forward_flops(config: VLMoSettings, stage: StageConfig, samples: float = 1.0) -> float:
-    """Multiply-adds times two of the forward pass: linear layers, attention products, patches, heads."""
+    """Multiply-adds times two of the forward pass: linear layers, attention products, patches, heads. Of the last block what is not read
+    does not count."""
     d, patches = config.embed_dim, config.patches
     lower, tasks = config.vlffn_start_layer_index, stage.tasks
     total = 0.0
-    for low, high, length in sequences_of(config, stage):
-        block = length * (8 + 4 * config.mlp_ratio) * d**2 + 4 * length**2 * d
+    for low, high, length, read in sequences_of(config, stage):
+        block, last = (
+            (4 * length + (4 + 4 * config.mlp_ratio) * on) * d**2 + 4 * on * length * d for on in (length, read)
+        )
         total += (low * lower + high * (config.depth - lower)) * block
+        total += (high if lower < config.depth else low) * (last - block)
     images = (tasks.keys() != {"textmlm"}) + 2 * ("itm" in tasks)  # the second walk's matched and wrong images
     images += "nlvr2" in tasks
     total += images * 2 * patches * 3 * config.patch_size**2 * d

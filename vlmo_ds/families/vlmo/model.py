@@ -18,12 +18,13 @@ from vlmo_ds.blocks.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, Tex
 from vlmo_ds.blocks.layers import given, init_weights, normalize
 from vlmo_ds.blocks.position import num_distances
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.distributed.rows import Contrasted, Draw
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.multiway import Encoded, MultiWayTransformer, Stream
-from vlmo_ds.objectives.itc import Contrast, gather_features, itc_loss
-from vlmo_ds.objectives.itm import itm_loss, mine_negatives
+from vlmo_ds.objectives.itc import itc_loss, scale_of
+from vlmo_ds.objectives.itm import Negatives, draws_of, itm_loss
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
 from vlmo_ds.objectives.mlm import mlm_loss
 from vlmo_ds.objectives.nlvr2 import nlvr2_loss
@@ -57,7 +58,7 @@ class VLMo(FamilyModel):
             drop_path_rate=config.drop_path_rate,
             with_mask_token="mim" in tasks,
             attention=config.attention,
-            checkpoint_every=config.activation_checkpoint_every,
+            recompute=config.recompute,
         )
         self.text_embeddings = TextEmbeddings(
             config.vocab_size,
@@ -144,18 +145,15 @@ class VLMo(FamilyModel):
         text = self.embed_texts(texts, types)
         mask = batch.get("text_masks")
         rows = torch.arange(len(images), device=images.device) if images is not None else None
-        joint = [name for name, task in (("masked", "mlm"), ("clean", "itm")) if task in tasks]
-        if joint:  # pairs of equal shape are one stream
-            streams["joint"] = Stream(
-                torch.cat([text[name] for name in joint]),
-                given(mask, "text_masks").repeat(len(joint), 1),
-                given(rows, "image").repeat(len(joint)),
-            )
+        if "mlm" in tasks:
+            streams["mlm"] = Stream(text["masked"], mask, rows, reads="text")
+        if "itm" in tasks:
+            streams["itm"] = Stream(text["clean"], mask, rows, reads="class")
         if "textmlm" in tasks:
             streams["textmlm"] = Stream(text["masked"], mask)
         if "itc" in tasks:
-            streams["text"] = Stream(text["clean"], mask, vl_twin=True)
-            streams["image"] = Stream(image_rows_B=rows, vl_twin=True)
+            streams["text"] = Stream(text["clean"], mask, vl_twin=True, reads="class")
+            streams["image"] = Stream(image_rows_B=rows, vl_twin=True, reads="class")
         if "mim" in tasks:
             streams["mim"] = Stream(image_rows_B=rows)
         wave1 = self.encode(streams, images, types[1], batch["image_mask"] if "mim" in tasks else None)
@@ -173,17 +171,19 @@ class VLMo(FamilyModel):
         if "textmlm" in tasks:
             labels = batch["text_labels_mlm"]
             self.record(out, "textmlm", mlm_loss(wave1["textmlm"].tokens_BLD, labels, self.mlm_score, self.collector))
-        if joint:
-            pairs = dict(zip(joint, wave1["joint"].tokens_BLD.chunk(len(joint)), strict=True))
         if "mlm" in tasks:
             labels = batch["text_labels_mlm"]
-            tokens = pairs["masked"][:, : labels.shape[1]]
-            self.record(out, "mlm", mlm_loss(tokens, labels, self.mlm_score, self.collector))
+            self.record(out, "mlm", mlm_loss(wave1["mlm"].tokens_BLD, labels, self.mlm_score, self.collector))
         if "itc" in tasks:
-            main = self.add_contrast(out, self.itc_features(wave1["image"], wave1["text"]) | self.log_scales())
+            draws: tuple[Draw | None, Draw | None] = (None, None)
+            if "itm" in tasks:
+                draws = draws_of(batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector)
+            found = self.itc_features(wave1["image"], wave1["text"]) | self.log_scales()
+            contrasted = self.add_contrast(out, found, draws)
         if "itm" in tasks:
-            mined = self.mined_pairs(batch, given(images, "image"), text["clean"], types, main)
-            cls = torch.cat((pairs["clean"][:, 0], mined))
+            negatives = self.negatives(batch, contrasted)
+            mined = self.mined_pairs(batch, given(images, "image"), text["clean"], types, negatives)
+            cls = torch.cat((wave1["itm"].tokens_BLD[:, 0], mined))
             self.record(out, "itm", itm_loss(self.itm_score(self.pooler(cls)), self.collector))
 
     # ---- image-text contrast ----
@@ -203,38 +203,44 @@ class VLMo(FamilyModel):
         types = self.token_types()
         text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
         streams = {
-            "text": Stream(text, batch["text_masks"], vl_twin=self.has_twin),
-            "image": Stream(image_rows_B=torch.arange(len(images), device=images.device), vl_twin=self.has_twin),
+            "text": Stream(text, batch["text_masks"], vl_twin=self.has_twin, reads="class"),
+            "image": Stream(None, None, torch.arange(len(images), device=images.device), self.has_twin, "class"),
         }
         encoded = self.encode(streams, images, types[1])
         scales = {name: scale.clone() for name, scale in self.log_scales().items()}
         return self.itc_features(encoded["image"], encoded["text"]) | scales
 
-    def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> Contrast:
-        """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter."""
-        main = gather_features(found["image"], found["text"], found["logit_scale"], self.collector)
-        loss, ratios = itc_loss(main, self.collector)
-        out.values["itc/logit_scale"] = main.scale.detach()
+    def add_contrast(
+        self, out: StepOutput, found: Mapping[str, Tensor], draws: tuple[Draw | None, Draw | None] = (None, None)
+    ) -> Contrasted:
+        """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter. draws: of hard
+        negatives, which come with the result."""
+        image, text = found["image"], found["text"]
+        scale = scale_of(found["logit_scale"], image)
+        loss, ratios, contrasted = itc_loss(image, text, scale, self.collector, draws)
+        out.values["itc/logit_scale"] = scale.detach()
         if self.has_twin:
-            twin = gather_features(found["vl_image"], found["vl_text"], found["logit_vl_scale"], self.collector)
-            vl_loss, vl_ratios = itc_loss(twin, self.collector)
+            vl_scale = scale_of(found["logit_vl_scale"], image)
+            vl_loss, vl_ratios, _ = itc_loss(found["vl_image"], found["vl_text"], vl_scale, self.collector)
             loss = (loss + vl_loss) / 2
             ratios |= {f"vl_{name}": ratio for name, ratio in vl_ratios.items()}
-            out.values["itc/vl_logit_scale"] = twin.scale.detach()
+            out.values["itc/vl_logit_scale"] = vl_scale.detach()
         self.record(out, "itc" if self.has_twin else "irtr", (loss, ratios))
-        return main
+        return contrasted
+
+    def negatives(self, batch: Batch, drawn: Contrasted) -> Negatives:
+        if "negative_image_index" in batch:  # recorded negatives, for parity checks
+            return Negatives(batch["negative_image_index"], batch["negative_text_index"])
+        return Negatives(given(drawn.image_B, "image_B"), given(drawn.text_B, "text_B"))
 
     @property
     def needs_image(self) -> bool:
         return not self.tasks.keys() <= {"textmlm"}
 
-    def mined_pairs(self, batch: Batch, images: Tensor, text_BLD: Tensor, types_2D: Tensor, contrast) -> Tensor:
+    def mined_pairs(
+        self, batch: Batch, images: Tensor, text_BLD: Tensor, types_2D: Tensor, negatives: Negatives
+    ) -> Tensor:
         """Wave 2: class tokens of (text, wrong image), then of (wrong text, image), [2B, D]."""
-        negatives = mine_negatives(
-            contrast, batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector
-        )
-        if "negative_image_index" in batch:  # recorded negatives, for parity checks
-            negatives.image_B, negatives.text_B = batch["negative_image_index"], batch["negative_text_index"]
         length = self.config.max_text_len  # ranks trim their text differently; rows that travel have one shape
         ids, masks = (F.pad(batch[k], (0, length - batch[k].shape[1])) for k in ("text_ids", "text_masks"))
         wrong_image, wrong_ids, wrong_masks = self.collector.exchange(
@@ -245,7 +251,10 @@ class VLMo(FamilyModel):
         wrong_text_BLD = self.embed_texts({"wrong": wrong_ids[:, :keep]}, types_2D)["wrong"]
         padded_text_BLD = F.pad(text_BLD, (0, 0, 0, keep - text_BLD.shape[1]))
         pairs = Stream(
-            torch.cat((padded_text_BLD, wrong_text_BLD)), mask, torch.arange(2 * len(ids), device=mask.device)
+            torch.cat((padded_text_BLD, wrong_text_BLD)),
+            mask,
+            torch.arange(2 * len(ids), device=mask.device),
+            reads="class",
         )
         pixels = torch.cat((normalized(wrong_image, images.dtype), images))
         return self.encode({"pairs": pairs}, pixels, types_2D[1])["pairs"].tokens_BLD[:, 0]
@@ -299,14 +308,14 @@ class VLMo(FamilyModel):
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image (and vl_image), [B, D]."""
         images = normalized(batch["image"], self.transformer.cls_token.dtype)
-        stream = Stream(image_rows_B=torch.arange(len(images), device=images.device), vl_twin=self.has_twin)
+        stream = Stream(None, None, torch.arange(len(images), device=images.device), self.has_twin, "class")
         return self.itc_features(self.encode({"image": stream}, images, self.token_types()[1])["image"], None)
 
     def encode_text(self, batch: Batch) -> dict[str, Tensor]:
         """text_ids, text_masks [B, L] -> contrastive features text (and vl_text), [B, D]."""
         types = self.token_types()
         text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
-        stream = Stream(text, batch["text_masks"], vl_twin=self.has_twin)
+        stream = Stream(text, batch["text_masks"], vl_twin=self.has_twin, reads="class")
         return self.itc_features(None, self.encode({"text": stream}, None, types[1])["text"])
 
     def match(self, batch: Batch) -> Tensor:
@@ -338,7 +347,7 @@ class VLMo(FamilyModel):
         if rows is None:
             rows = torch.arange(len(images), device=images.device)
         times = len(rows) // len(text)
-        stream = Stream(text.repeat(times, 1, 1), batch["text_masks"].repeat(times, 1), rows)
+        stream = Stream(text.repeat(times, 1, 1), batch["text_masks"].repeat(times, 1), rows, reads="class")
         encoded = self.encode({"pair": stream}, images, types[1] if image_type is None else image_type)
         return self.pooler(encoded["pair"].tokens_BLD[:, 0])
 
@@ -346,7 +355,7 @@ class VLMo(FamilyModel):
         return self.logit_scale.detach().float().exp()
 
     def offload_checkpoints(self, offloaded: bool) -> None:
-        self.transformer.offload_checkpoints = offloaded
+        self.transformer.recomputed.offload = offloaded
 
     @torch.no_grad()
     def init_vl_experts(self, source: str) -> None:

@@ -1,8 +1,9 @@
 """MultiWayTransformer: one stack of blocks, walked once for any number of streams of sequences.
 
 A stream is a set of sequences of one kind: text alone, image alone, or text followed by image. The tokens of all
-streams are packed into one matrix [N, D], ordered so that each expert's tokens are consecutive rows: linear layers,
-norms and experts run once on many rows, and only attention looks at single sequences. Below `vlffn_start_layer_index`
+streams are packed into one matrix [N, D], ordered so that each expert's tokens are consecutive rows, without the padding
+of texts: linear layers, norms and experts run once on many rows, and only attention looks at single sequences. Of the last block
+only those tokens come out that a stream is read for. Below `vlffn_start_layer_index`
 text tokens take the text expert and image tokens the image expert, whatever the stream; from there on the joint
 streams take the vision-language expert. A one-modality stream with `vl_twin` goes on twice from there: through its
 own expert and, as its twin, through the vision-language expert.
@@ -11,19 +12,19 @@ own expert and, as its twin, through the vision-language expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
+from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.blocks.layers import PatchEmbed, given
 from vlmo_ds.blocks.position import joint_position_index
-from vlmo_ds.families.vlmo.block import AttentionGroup, Block, PackedLayout
+from vlmo_ds.blocks.recompute import Recomputed
+from vlmo_ds.families.vlmo.block import AttentionGroup, Block, PackedLayout, Run, by_run, joined
 
 
 class Stream(NamedTuple):
@@ -36,12 +37,15 @@ class Stream(NamedTuple):
     text_mask_BL: Tensor | None = None  # 1 = token, 0 = padding; needed with text_BLD
     image_rows_B: Tensor | None = None  # which of the images embedded in the same call, int64
     vl_twin: bool = False
+    reads: Literal["all", "text", "class"] = "all"  # tokens that come out: all, those of the text, the first one
 
     def check(self) -> None:
         if self.text_BLD is None and self.image_rows_B is None:
             raise ValueError("a stream needs text_BLD or image_rows_B")
         if (self.text_BLD is None) != (self.text_mask_BL is None):
             raise ValueError("a stream needs text_BLD and text_mask_BL together")
+        if self.reads == "text" and self.text_BLD is None:
+            raise ValueError("a stream without text_BLD cannot be read for its text")
         if self.joint and self.vl_twin:
             raise ValueError("vl_twin is for streams of one modality; a joint stream is in the VL experts already")
 
@@ -55,26 +59,31 @@ class Stream(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A stream's tokens after the final norm, [B, L, D]; twin_BLD likewise from the VL experts, where asked for."""
+    """A stream's tokens after the final norm, those that it is read for, [B, L, D], zeros at padding; twin_BLD likewise from the VL
+    experts, where asked for."""
 
     tokens_BLD: Tensor
     twin_BLD: Tensor | None = None
 
 
-@dataclass
-class Piece:
-    """A run of packed rows: the text or the image tokens (or both, joined) of one stream, or its twin."""
+class Kind(NamedTuple):
+    """The text or the image tokens of one stream, or of its twin, and the expert that they take."""
 
     owner: int  # stream
-    part: str  # "text", "image", "joint", "twin"
+    image: bool  # else text
+    twin: bool
     expert: str
-    start: int
-    batch: int
-    length: int
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + self.batch * self.length)
+
+@dataclass
+class Piece:
+    """Such tokens as a run of packed rows."""
+
+    owner: int
+    image: bool
+    twin: bool
+    expert: str
+    run: Run
 
 
 @lru_cache(maxsize=64)
@@ -104,15 +113,14 @@ class MultiWayTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         with_mask_token: bool = False,
         attention: str = "auto",
-        checkpoint_every: int = 0,
+        recompute: str | int = "none",
     ):
         super().__init__()
         self.num_heads = num_heads
         self.vlffn_start_layer_index = vlffn_start_layer_index
         self.max_text_len_of_initckpt = max_text_len_of_initckpt
         self.window = image_size // patch_size
-        self.checkpoint_every = checkpoint_every
-        self.offload_checkpoints = False  # keep the inputs of recomputed blocks in host memory
+        self.recomputed = Recomputed(recompute)
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_mask_token else None
@@ -132,6 +140,10 @@ class MultiWayTransformer(nn.Module):
             )
             for i in range(depth)
         )
+        self.recomputed.tell(self)
+        for i, block in enumerate(self.blocks):
+            if self.recomputed.whole(i):  # what norm_again saves would stay in memory
+                block.cheap = False  # type: ignore[assignment]  # a module's attribute may be anything
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def forward(
@@ -154,35 +166,29 @@ class MultiWayTransformer(nn.Module):
         images = None
         if image_BCHW is not None:
             images = self.visual_embed(image_BCHW, mask_BP) + given(image_type, "image_type")
-        image_len = self.patch_embed.num_patches + 1
-        lower = place(streams, lower_order(streams), image_len)
-        upper = place(streams, upper_order(streams), image_len)
-        device = self.norm.weight.device
-        relative = bias_table is not None
-
-        def embedded(piece: Piece) -> Tensor:
-            stream = streams[piece.owner]
-            if piece.part == "text":
-                return given(stream.text_BLD, "text_BLD")
-            return given(images, "image_BCHW").index_select(0, given(stream.image_rows_B, "image_rows_B"))
-
-        x_ND = torch.cat([embedded(p).flatten(0, 1) for p in lower])
-        layout = self.layout(streams, lower, device, relative)
-        tables = [None] * len(self.blocks) if bias_table is None else bias_table.split(self.num_heads, dim=1)
+        relative, depth = bias_table is not None, len(self.blocks)
+        tables = [None] * depth if bias_table is None else bias_table.split(self.num_heads, dim=1)
+        folds = folds_of(streams)
+        pieces = self.place(streams, folds, lower_order(streams))
+        layout = self.layout(streams, pieces, relative)
+        x_ND = torch.cat([embedded(streams[piece.owner], piece, images) for piece in pieces])
         for i, block in enumerate(self.blocks):
             if i == self.vlffn_start_layer_index:
-                x_ND = repack(x_ND, lower, upper)
-                layout = self.layout(streams, upper, device, relative)
-            if self.checkpoint_every and self.training and i % self.checkpoint_every == 0:
-                with save_on_cpu(pin_memory=x_ND.is_cuda) if self.offload_checkpoints else nullcontext():
-                    x_ND = checkpoint(block, x_ND, layout, tables[i], use_reentrant=False)
-            else:
-                x_ND = block(x_ND, layout, tables[i])
-        if self.vlffn_start_layer_index >= len(self.blocks):
-            x_ND = repack(x_ND, lower, upper)
-        x_ND = self.norm(x_ND)
-        tokens = {(p.owner, p.part == "twin"): x_ND[p.rows].view(p.batch, p.length, -1) for p in upper}
-        return [Encoded(tokens[i, False], tokens.get((i, True))) for i in range(len(streams))]
+                lower, pieces = pieces, self.place(streams, folds, upper_order(streams))
+                x_ND, layout = repack(x_ND, lower, pieces), self.layout(streams, pieces, relative)
+            if i == depth - 1:
+                pieces, layout = leave_unread(streams, pieces, layout)
+            x_ND = self.recomputed(block, i, x_ND, layout, tables[i])
+        of_piece = by_run([piece.run for piece in pieces], self.norm(x_ND))
+        tokens: dict[tuple[int, bool], list[Tensor]] = {}
+        for piece in pieces:
+            tokens.setdefault((piece.owner, piece.twin), []).append(piece.run.sequences(of_piece[piece.run.start]))
+        out = {key: joined(parts) for key, parts in tokens.items()}
+        # without layers of VL experts a twin is what it is a twin of
+        return [
+            Encoded(out[i, False], out.get((i, True), out[i, False]) if s.vl_twin else None)
+            for i, s in enumerate(streams)
+        ]
 
     def visual_embed(self, image_BCHW: Tensor, mask_BP: Tensor | None) -> Tensor:
         """[B, 3, S, S] -> [B, 1 + P, D]: class token, then patches."""
@@ -192,35 +198,37 @@ class MultiWayTransformer(nn.Module):
         x_BLD = torch.cat((self.cls_token.expand(len(x_BLD), -1, -1), x_BLD), dim=1)
         return x_BLD if self.pos_embed is None else x_BLD + self.pos_embed
 
-    def layout(
-        self, streams: Sequence[Stream], pieces: list[Piece], device: torch.device, relative: bool
-    ) -> PackedLayout:
-        experts: dict[str, slice] = {}
+    def place(self, streams: Sequence[Stream], folds: Sequence[Fold | None], order: Sequence[Kind]) -> list[Piece]:
+        """Gives each kind of tokens its rows, in the order given. folds: of the streams' texts."""
+        pieces: list[Piece] = []
+        start = 0
+        for kind in order:
+            fold = None if kind.image else given(folds[kind.owner], "text_mask_BL")
+            length = self.patch_embed.num_patches + 1 if fold is None else fold.length
+            pieces.append(Piece(*kind, Run(start, streams[kind.owner].batch, length, fold)))
+            start = pieces[-1].run.rows.stop
+        return pieces
+
+    def layout(self, streams: Sequence[Stream], pieces: Sequence[Piece], relative: bool) -> PackedLayout:
+        device = self.norm.weight.device
         by_sequences: dict[tuple[int, bool], list[Piece]] = {}
         for piece in pieces:
-            first = experts[piece.expert].start if piece.expert in experts else piece.start
-            experts[piece.expert] = slice(first, piece.rows.stop)
-            by_sequences.setdefault((piece.owner, piece.part == "twin"), []).append(piece)
+            by_sequences.setdefault((piece.owner, piece.twin), []).append(piece)
         groups, sequence, first = [], {}, 0
         for (owner, _), parts in by_sequences.items():
             stream = streams[owner]
-            length = sum(p.length for p in parts)
-            key_mask_BL = stream.text_mask_BL
-            if stream.joint:
-                text_mask_BL = given(key_mask_BL, "text_mask_BL")
-                key_mask_BL = nn.functional.pad(text_mask_BL, (0, length - text_mask_BL.shape[1]), value=1)
-            groups.append(
-                AttentionGroup(
-                    parts=[(p.start, p.batch, p.length) for p in parts],
-                    key_mask_BL=key_mask_BL,
-                    bias_index_LL=self.bias_index(stream, device) if relative else None,
-                )
-            )
-            ids = torch.arange(first, first + stream.batch, device=device)
-            for piece in parts:
-                sequence[piece.start] = ids.repeat_interleave(piece.length)
+            runs = [piece.run for piece in parts]
+            key_mask_BL = None
+            if (fold := runs[0].fold) is not None:  # text comes first
+                key_mask_BL = F.pad(fold.valid_BL, (0, sum(run.length for run in runs[1:])), value=True)
+            index_LL = self.bias_index(stream, device) if relative else None
+            groups.append(AttentionGroup(runs, runs, key_mask_BL, index_LL))
+            ids_B1 = torch.arange(first, first + stream.batch, device=device)[:, None]
+            for run in runs:
+                sequence[run.start] = run.packed(ids_B1.expand(-1, run.length)[:, :, None])[:, 0]
             first += stream.batch
-        return PackedLayout(experts, groups, torch.cat([sequence[start] for start in sorted(sequence)]), first)
+        sequence_N = torch.cat([sequence[start] for start in sorted(sequence)])
+        return PackedLayout(rows_of_experts(pieces), groups, sequence_N, first)
 
     def bias_index(self, stream: Stream, device: torch.device) -> Tensor:
         """The stream's square of the joint index, whose diagonal blocks serve text alone and image alone."""
@@ -231,43 +239,77 @@ class MultiWayTransformer(nn.Module):
         return index if stream.joint else index[text_len:, text_len:]
 
 
-def lower_order(streams: Sequence[Stream]) -> list[tuple[int, str, str]]:
-    """(stream, part, expert) below the VL experts: all text tokens, then all image tokens."""
-    order = [(i, "text", "text") for i, s in enumerate(streams) if s.text_BLD is not None]
-    return order + [(i, "image", "imag") for i, s in enumerate(streams) if s.image_rows_B is not None]
+def folds_of(streams: Sequence[Stream]) -> list[Fold | None]:
+    return [None if stream.text_mask_BL is None else Fold.of_mask(stream.text_mask_BL) for stream in streams]
 
 
-def upper_order(streams: Sequence[Stream]) -> list[tuple[int, str, str]]:
-    """The same in the layers with VL experts: text alone, image alone, then everything that takes the VL expert."""
-    single = [(i, s) for i, s in enumerate(streams) if not s.joint]
-    order = [(i, "text", "text") for i, s in single if s.text_BLD is not None]
-    order += [(i, "image", "imag") for i, s in single if s.image_rows_B is not None]
-    order += [(i, "joint", "vl") for i, s in enumerate(streams) if s.joint]
-    return order + [(i, "twin", "vl") for i, s in single if s.vl_twin]
+def embedded(stream: Stream, piece: Piece, images_BLD: Tensor | None) -> Tensor:
+    """The packed tokens of a piece, [n, D]."""
+    if piece.image:
+        rows = given(stream.image_rows_B, "image_rows_B")
+        return given(images_BLD, "image_BCHW").index_select(0, rows).flatten(0, 1)
+    return piece.run.packed(given(stream.text_BLD, "text_BLD"))
 
 
-def place(streams: Sequence[Stream], order: list[tuple[int, str, str]], image_len: int) -> list[Piece]:
-    """Gives each (stream, part, expert) its rows, in the order given."""
-    pieces, start = [], 0
-    for owner, part, expert in order:
-        stream = streams[owner]
-        length = stream.text_BLD.shape[1] if stream.text_BLD is not None and part != "image" else 0
-        if stream.image_rows_B is not None and part != "text":
-            length += image_len
-        pieces.append(Piece(owner, part, expert, start, stream.batch, length))
-        start += stream.batch * length
-    return pieces
+def lower_order(streams: Sequence[Stream]) -> list[Kind]:
+    """Below the VL experts: all text tokens, then all image tokens."""
+    order = [Kind(i, False, False, "text") for i, s in enumerate(streams) if s.text_BLD is not None]
+    return order + [Kind(i, True, False, "imag") for i, s in enumerate(streams) if s.image_rows_B is not None]
 
 
-def repack(x_ND: Tensor, lower: list[Piece], upper: list[Piece]) -> Tensor:
+def upper_order(streams: Sequence[Stream]) -> list[Kind]:
+    """In the layers with VL experts: text alone, image alone, then everything that takes the VL expert."""
+    lower = lower_order(streams)
+    order = [kind for kind in lower if not streams[kind.owner].joint]
+    order += [kind._replace(expert="vl") for kind in lower if streams[kind.owner].joint]
+    return order + [kind._replace(twin=True, expert="vl") for kind in lower if streams[kind.owner].vl_twin]
+
+
+def rows_of_experts(pieces: Sequence[Piece]) -> dict[str, slice]:
+    experts: dict[str, slice] = {}
+    for piece in pieces:
+        first = experts[piece.expert].start if piece.expert in experts else piece.run.start
+        experts[piece.expert] = slice(first, piece.run.rows.stop)
+    return experts
+
+
+def repack(x_ND: Tensor, lower: Sequence[Piece], upper: Sequence[Piece]) -> Tensor:
     """Reorders the packed tokens from the lower to the upper order, and copies what goes on as a twin."""
-    rows = {(p.owner, p.part): x_ND[p.rows].view(p.batch, p.length, -1) for p in lower}
+    rows = by_run([piece.run for piece in lower], x_ND)
+    found = {(piece.owner, piece.image): rows[piece.run.start] for piece in lower}
+    return torch.cat([found[piece.owner, piece.image] for piece in upper])
 
-    def tokens(piece: Piece) -> Tensor:
-        if piece.part == "joint":
-            return torch.cat((rows[piece.owner, "text"], rows[piece.owner, "image"]), dim=1)
-        if piece.part == "twin":
-            return rows[piece.owner, "text" if (piece.owner, "text") in rows else "image"]
-        return rows[piece.owner, piece.part]
 
-    return torch.cat([tokens(p).flatten(0, 1) for p in upper])
+def leave_unread(
+    streams: Sequence[Stream], pieces: list[Piece], layout: PackedLayout
+) -> tuple[list[Piece], PackedLayout]:
+    """Pieces and layout of the last block, of which only those tokens go on that the streams are read for."""
+    if all(stream.reads == "all" for stream in streams):
+        return pieces, layout
+    left: list[Piece] = []
+    on: list[Tensor] = []
+    queries: dict[tuple[int, bool], list[Run]] = {}
+    start = 0
+    for piece in pieces:
+        run, reads, device = piece.run, streams[piece.owner].reads, layout.sequence_M.device
+        rows = torch.arange(run.rows.start, run.rows.stop, device=device)
+        if reads != "all" and piece.image and streams[piece.owner].joint:
+            rows, run = rows[:0], Run(start, 0, run.length)
+        elif reads == "class":
+            rows, run = run.sequences(rows[:, None])[:, 0, 0], Run(start, run.batch, 1)
+        else:
+            run = run._replace(start=start)
+        left.append(replace(piece, run=run))
+        if run.batch:
+            queries.setdefault((piece.owner, piece.twin), []).append(run)
+        on.append(rows)
+        start = run.rows.stop
+    on_M = torch.cat(on)
+    last = PackedLayout(
+        experts=rows_of_experts(left),
+        groups=[replace(group, queries=of) for group, of in zip(layout.groups, queries.values(), strict=True)],
+        sequence_M=layout.sequence_M[on_M],
+        num_sequences=layout.num_sequences,
+        on_M=on_M,
+    )
+    return [piece for piece in left if piece.run.batch], last

@@ -11,12 +11,13 @@ from torch import Tensor
 from vlmo_ds.families.comparing import BARS, relative_difference
 from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import Check
+from vlmo_ds.families.vlmo.block import by_run
 from vlmo_ds.families.vlmo.config import TASKS as KNOWN
 from vlmo_ds.families.vlmo.config import VLMoInit, VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
-from vlmo_ds.families.vlmo.multiway import Stream, place, upper_order
+from vlmo_ds.families.vlmo.multiway import Stream, folds_of, upper_order
 from vlmo_ds.families.vlmo.weights import TEXT_POSITION_IDS
-from vlmo_ds.objectives.itc import gather_features
+from vlmo_ds.objectives.itc import scale_of
 
 JOINT = {"mlm": 0.25, "itc": 1.0, "itm": 1.0}
 TASKS = {"mlm": JOINT, "itc": JOINT, "itm": JOINT} | {task: {task: 1.0} for task in ("textmlm", "irtr", "vqa", "nlvr2")}
@@ -55,10 +56,12 @@ def features(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     encoded = model.encode(streams, batch["image"], model.token_types()[1])
     hook.remove()
     raw = {}  # the reference records one-modality class tokens before the final norm
-    pieces = place(list(streams.values()), upper_order(list(streams.values())), model.transformer.window**2 + 1)
+    of = list(streams.values())
+    pieces = model.transformer.place(of, folds_of(of), upper_order(of))
+    packed = by_run([piece.run for piece in pieces], before_norm[0])
     for piece in pieces:
-        if piece.part != "twin":
-            raw[list(streams)[piece.owner]] = before_norm[0][piece.rows].view(piece.batch, piece.length, -1)[:, 0]
+        if not piece.twin:
+            raw[list(streams)[piece.owner]] = piece.run.sequences(packed[piece.run.start])[:, 0]
     out = {}
     for name, stream in encoded.items():
         tokens = stream.tokens_BLD
@@ -72,9 +75,9 @@ def features(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     contrast = model.itc_features(encoded["infer_image"], encoded["infer_text"])
     out["infer_image.cls_feats"], out["infer_image.cls_vlffn_feats"] = contrast["image"], contrast["vl_image"]
     out["infer_text.cls_feats"], out["infer_text.cls_vlffn_feats"] = contrast["text"], contrast["vl_text"]
-    main = gather_features(contrast["image"], contrast["text"], model.logit_scale, model.collector)
-    out["itc.itc_i2t_logits"] = main.scale * main.image_BD @ main.text_BD.t()
-    out["itc.itc_logit_scale"] = main.scale
+    scale = scale_of(model.logit_scale, contrast["image"])
+    out["itc.itc_i2t_logits"] = scale * contrast["image"] @ contrast["text"].t()
+    out["itc.itc_logit_scale"] = scale
     out["itc.itc_logit_vl_scale"] = model.logit_vl_scale.exp()
     return out
 
