@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmo_ds.blocks.layers import GeluLinear
+from vlmo_ds.blocks.layers import GeluLinear, ScaledLinear
 
 
 def kept_bytes(function, parameters) -> tuple[torch.Tensor, int]:
@@ -48,3 +48,26 @@ def test_gelu_linear_without_gradients_keeps_nothing():
     with torch.no_grad():
         out, kept = kept_bytes(lambda: layer(torch.ones(3, 6)), [])
     assert kept == 0 and not out.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [(), ("gamma",), ("weight", "bias"), ("weight", "bias", "gamma")])
+@pytest.mark.parametrize("kind", [ScaledLinear, GeluLinear])
+def test_gamma_is_multiplied_without_keeping_what_it_is_multiplied_with(kind, frozen):
+    torch.manual_seed(0)
+    layer, gamma = kind(6, 4).double(), torch.tensor([0.5, -2.0, 0.0, 1.0], dtype=torch.float64).requires_grad_()
+    parameters = {"weight": layer.weight, "bias": layer.bias, "gamma": gamma}
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    results, memory = [], []
+    for cheap in (True, False):
+        layer.cheap = cheap
+        before = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = before * 1.5
+        out, kept = kept_bytes(lambda x=x: layer(x, gamma), parameters.values())
+        wanted = [before, *(p for p in parameters.values() if p.requires_grad)]
+        results.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+        memory.append(kept)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert memory[0] == 5 * 6 * 8
+    if not frozen:
+        assert memory[1] > memory[0]

@@ -38,8 +38,11 @@ def probabilities(q: Tensor, k: Tensor, bias_HLS: Tensor | None, key_mask_BS: Te
     """[B, H, L, S], scores and softmax in float32 at least. q is scaled."""
     scores = torch.matmul(q, k.transpose(-2, -1))
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    mask = additive_mask(bias_HLS, key_mask_BS, scores.dtype)
-    return (scores if mask is None else scores + mask).softmax(-1)
+    if bias_HLS is not None:
+        scores.add_(bias_HLS)
+    if key_mask_BS is not None:
+        scores.masked_fill_(key_mask_BS[:, None, None] == 0, float("-inf"))
+    return scores.softmax(-1)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:

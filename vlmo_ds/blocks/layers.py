@@ -49,46 +49,55 @@ class PatchEmbed(nn.Module):
         return self.proj(image_BCHW).flatten(2).transpose(1, 2)
 
 
-class GeluThenLinear(torch.autograd.Function):
-    """F.linear(F.gelu(x), weight, bias), which keeps x for the backward pass and not what GELU makes of it."""
+class EndOfBranch(torch.autograd.Function):
+    """gamma * F.linear(F.gelu(x), weight, bias), without GELU where `gelu` is false and without gamma where it is None. Keeps x for the
+    backward pass, and neither what GELU makes of it nor the product that gamma's gradient is of: that comes from the weight's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, gelu: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, gamma)
+        ctx.gelu = gelu
+        out = F.linear(F.gelu(x) if gelu else x, weight, bias)
+        return out if gamma is None else out.mul_(gamma)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (
-            torch.ops.aten.gelu_backward(grad @ weight, x) if of_x else None,
-            rows.t() @ F.gelu(x).flatten(0, -2) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, gamma = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_gamma, _ = ctx.needs_input_grad
+        scaled = grad if gamma is None else grad * gamma
+        found: dict[str, Tensor | None] = dict.fromkeys(("x", "weight", "bias", "gamma"))
+        if of_x:
+            found["x"] = torch.ops.aten.gelu_backward(scaled @ weight, x) if ctx.gelu else scaled @ weight
+        if of_bias:
+            found["bias"] = scaled.flatten(0, -2).sum(0)
+        if of_weight or of_gamma:
+            rows = grad.flatten(0, -2)
+            product = rows.t() @ (F.gelu(x) if ctx.gelu else x).flatten(0, -2)
+            if of_gamma:
+                found["gamma"] = torch.linalg.vecdot(weight, product) + bias * rows.sum(0)
+            if of_weight:
+                found["weight"] = product if gamma is None else product.mul_(gamma[:, None])
+        return *found.values(), None
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer at the end of a residual branch. Its output times LayerScale's gamma (CaiT, arXiv:2103.17239) is computed by scaling
-    the weight, so that the output need not be kept for gamma's gradient."""
+    """A linear layer at the end of a residual branch, whose output is multiplied with LayerScale's gamma (CaiT, arXiv:2103.17239)."""
+
+    cheap = True  # what can be computed again is not kept for the backward pass
+    gelu = False
 
     def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
-        return F.linear(x, *self.scaled(gamma))
-
-    def scaled(self, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (self.weight, self.bias) if gamma is None else (gamma[:, None] * self.weight, gamma * self.bias)
+        if self.cheap and (self.gelu or gamma is not None):
+            return EndOfBranch.apply(x, self.weight, self.bias, gamma, self.gelu)
+        out = F.linear(F.gelu(x) if self.gelu else x, self.weight, self.bias)
+        return out if gamma is None else gamma * out
 
 
 class GeluLinear(ScaledLinear):
-    """GELU and a linear layer: the second half of a feed-forward network, as one layer so that GELU's output need not be kept."""
+    """GELU before it: the second half of a feed-forward network."""
 
-    cheap = True  # it is computed again in the backward pass
-
-    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
-        weight, bias = self.scaled(gamma)
-        return GeluThenLinear.apply(x, weight, bias) if self.cheap else F.linear(F.gelu(x), weight, bias)
+    gelu = True
 
 
 class Mlp(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
 from vlmo_ds.blocks.fold import Fold
-from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path, given
+from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path
 from vlmo_ds.blocks.recompute import norm_again
 
 
@@ -78,7 +78,7 @@ class AttentionGroup:
     tokens: Sequence[Run]
     queries: Sequence[Run]  # those that go on, the first of each sequence, in the rows that go on
     key_mask_BL: Tensor | None  # bool, true where there is a token; None: everywhere
-    bias_index_LL: Tensor | None  # rows of the relative position table; None: absolute positions
+    biases_HLL: Sequence[Tensor | None]  # of each layer; None: absolute positions
 
 
 @dataclass
@@ -107,11 +107,8 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = ScaledLinear(dim, dim)
 
-    def forward(self, x_ND: Tensor, layout: PackedLayout, bias_table_RH: Tensor | None, gamma: Tensor | None) -> Tensor:
-        """Packed tokens [N, D] -> [M, D] of those that go on, times gamma; each sequence of each group attends to itself only.
-
-        bias_table_RH: this layer's part of the relative position table, one row per distance.
-        """
+    def forward(self, x_ND: Tensor, layout: PackedLayout, layer: int, gamma: Tensor | None) -> Tensor:
+        """Packed tokens [N, D] -> [M, D] of those that go on, times gamma; each sequence of each group attends to itself only."""
         attend = attention_kernel(self.implementation, x_ND, self.cheap)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         q_MD, kv_NC = self.qkv(x_ND, bias, layout.on_M)
@@ -122,10 +119,9 @@ class Attention(nn.Module):
             q = self.heads(joined([run.sequences(queries[run.start]) for run in group.queries]))
             kv_BLC = joined([run.sequences(keys_values[run.start]) for run in group.tokens])
             k, v = (self.heads(part) for part in kv_BLC.chunk(2, dim=-1))
-            bias_HLL = None
-            if bias_table_RH is not None:
-                index = given(group.bias_index_LL, "bias_index_LL")[: q.shape[2]]
-                bias_HLL = F.embedding(index, bias_table_RH).permute(2, 0, 1).contiguous()
+            bias_HLL = group.biases_HLL[layer]
+            if bias_HLL is not None:
+                bias_HLL = bias_HLL[:, : q.shape[2]]
             out = attend(q, k, v, bias_HLL, group.key_mask_BL).transpose(1, 2).flatten(2)
             lengths = [run.length for run in group.queries]
             for run, piece in zip(group.queries, out.split(lengths, dim=1), strict=True):
@@ -170,10 +166,10 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale_init))
             self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale_init))
 
-    def forward(self, x_ND: Tensor, layout: PackedLayout, bias_table_RH: Tensor | None) -> Tensor:
-        """[N, D] -> [M, D]."""
+    def forward(self, x_ND: Tensor, layout: PackedLayout, layer: int) -> Tensor:
+        """[N, D] -> [M, D]. layer: the number of this block."""
         with norm_again(self.norm1, x_ND, self.cheap) as normed:
-            attended = self.attn(normed, layout, bias_table_RH, self.gamma_1)
+            attended = self.attn(normed, layout, layer, self.gamma_1)
         x_MD = (x_ND if layout.on_M is None else x_ND[layout.on_M]) + self.dropped(attended, layout)
         outputs = []
         counts = [rows.stop - rows.start for rows in layout.experts.values()]

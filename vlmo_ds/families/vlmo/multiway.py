@@ -166,19 +166,18 @@ class MultiWayTransformer(nn.Module):
         images = None
         if image_BCHW is not None:
             images = self.visual_embed(image_BCHW, mask_BP) + given(image_type, "image_type")
-        relative, depth = bias_table is not None, len(self.blocks)
-        tables = [None] * depth if bias_table is None else bias_table.split(self.num_heads, dim=1)
         folds = folds_of(streams)
+        biases = self.biases(streams, bias_table)
         pieces = self.place(streams, folds, lower_order(streams))
-        layout = self.layout(streams, pieces, relative)
+        layout = self.layout(streams, pieces, biases)
         x_ND = torch.cat([embedded(streams[piece.owner], piece, images) for piece in pieces])
         for i, block in enumerate(self.blocks):
             if i == self.vlffn_start_layer_index:
                 lower, pieces = pieces, self.place(streams, folds, upper_order(streams))
-                x_ND, layout = repack(x_ND, lower, pieces), self.layout(streams, pieces, relative)
-            if i == depth - 1:
+                x_ND, layout = repack(x_ND, lower, pieces), self.layout(streams, pieces, biases)
+            if i == len(self.blocks) - 1:
                 pieces, layout = leave_unread(streams, pieces, layout)
-            x_ND = self.recomputed(block, i, x_ND, layout, tables[i])
+            x_ND = self.recomputed(block, i, x_ND, layout, i)
         of_piece = by_run([piece.run for piece in pieces], self.norm(x_ND))
         tokens: dict[tuple[int, bool], list[Tensor]] = {}
         for piece in pieces:
@@ -209,7 +208,22 @@ class MultiWayTransformer(nn.Module):
             start = pieces[-1].run.rows.stop
         return pieces
 
-    def layout(self, streams: Sequence[Stream], pieces: Sequence[Piece], relative: bool) -> PackedLayout:
+    def biases(self, streams: Sequence[Stream], bias_table: Tensor | None) -> list[Sequence[Tensor | None]]:
+        """Of each stream, the position bias of each layer, [H, L, L]: read from the table at once for all layers, and for all streams of
+        the same lengths."""
+        if bias_table is None:
+            return [[None] * len(self.blocks) for _ in streams]
+        found: dict[tuple[int, bool], Sequence[Tensor | None]] = {}
+        keys = [(0 if s.text_BLD is None else s.text_BLD.shape[1], s.image_rows_B is None) for s in streams]
+        for key, stream in zip(keys, streams, strict=True):
+            if key not in found:
+                every = F.embedding(self.bias_index(stream, bias_table.device), bias_table).permute(2, 0, 1)
+                found[key] = every.contiguous().split(self.num_heads)
+        return [found[key] for key in keys]
+
+    def layout(
+        self, streams: Sequence[Stream], pieces: Sequence[Piece], biases: Sequence[Sequence[Tensor | None]]
+    ) -> PackedLayout:
         device = self.norm.weight.device
         by_sequences: dict[tuple[int, bool], list[Piece]] = {}
         for piece in pieces:
@@ -221,8 +235,7 @@ class MultiWayTransformer(nn.Module):
             key_mask_BL = None
             if (fold := runs[0].fold) is not None:  # text comes first
                 key_mask_BL = F.pad(fold.valid_BL, (0, sum(run.length for run in runs[1:])), value=True)
-            index_LL = self.bias_index(stream, device) if relative else None
-            groups.append(AttentionGroup(runs, runs, key_mask_BL, index_LL))
+            groups.append(AttentionGroup(runs, runs, key_mask_BL, biases[owner]))
             ids_B1 = torch.arange(first, first + stream.batch, device=device)[:, None]
             for run in runs:
                 sequence[run.start] = run.packed(ids_B1.expand(-1, run.length)[:, :, None])[:, 0]
