@@ -37,7 +37,8 @@ def run(folder: Path, data: Path, ranks: int, stage: int) -> tuple[list[dict], l
         settings["steps"] = 5
     recipe_file = write_yaml(folder / "recipe.yaml", recipe)
     ds_config = folder / "ds.json"
-    ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
+    spread = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})  # small ones as well
+    ds_config.write_text(json.dumps({"zero_optimization": spread, "steps_per_print": 10**9}))
     arguments = [
         "--recipe",
         str(recipe_file),

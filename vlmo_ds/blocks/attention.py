@@ -58,33 +58,41 @@ class Recomputing(torch.autograd.Function):
     def forward(  # type: ignore[override]  # a function's forward is its own
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
     ) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        q, k, v = torch.mul(q, scale, out=q.new_empty(q.shape)), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v, bias_HLS, key_mask_BS)
-        out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+        ctx.scale = scale
+        out = torch.empty_like(q)
         for part in chunks(q, k):
             mask = None if key_mask_BS is None else key_mask_BS[part]
-            chances = probabilities(q[part] * scale, k[part], bias_HLS, mask)
-            torch.matmul(chances.to(v.dtype), v[part], out=out[part])
+            chances = probabilities(q[part], k[part], bias_HLS, mask)
+            product(chances.to(v.dtype), v[part], out[part])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias_HLS, key_mask_BS = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
+        q, k, v, bias_HLS, key_mask_BS = ctx.saved_tensors  # q is scaled
+        grad = grad.contiguous()
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         of_bias = None
         for part in chunks(q, k):
-            scaled, mask = q[part] * scale, None if key_mask_BS is None else key_mask_BS[part]
-            chances = probabilities(scaled, k[part], bias_HLS, mask)
-            torch.matmul(chances.to(v.dtype).transpose(-2, -1), grad[part], out=of_v[part])
+            mask = None if key_mask_BS is None else key_mask_BS[part]
+            chances = probabilities(q[part], k[part], bias_HLS, mask)
+            product(chances.to(v.dtype).transpose(-2, -1), grad[part], of_v[part])
             of_chances = torch.matmul(grad[part], v[part].transpose(-2, -1)).to(chances.dtype)
             of_scores = torch.ops.aten._softmax_backward_data(of_chances, chances, -1, chances.dtype)
             if ctx.needs_input_grad[3]:
                 of_bias = of_scores.sum(0) if of_bias is None else of_bias.add_(of_scores.sum(0))
             of_scores = of_scores.to(q.dtype)
-            torch.matmul(of_scores, k[part], out=of_q[part]).mul_(scale)
-            torch.matmul(of_scores.transpose(-2, -1), scaled, out=of_k[part])
+            product(of_scores, k[part], of_q[part]).mul_(ctx.scale)
+            product(of_scores.transpose(-2, -1), q[part], of_k[part])
         return of_q, of_k, of_v, None if of_bias is None else of_bias.to(bias_HLS.dtype), None
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Of matrices [B, H, ...], written in place."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
 
 
 def chunks(q: Tensor, k: Tensor) -> list[slice]:

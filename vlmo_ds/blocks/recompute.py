@@ -40,24 +40,29 @@ class Recomputed:
                 module.cheap = self.cheap  # type: ignore[assignment]  # a module's attribute may be anything
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, which can give copies of its parameters: under ZeRO-3 they are there in its own forward alone."""
+
+    def forward(self, x: Tensor, copies: bool = False) -> Any:
+        """norm(x), with copies (norm(x), weight, bias)."""
+        normed = super().forward(x)
+        return (normed, self.weight.detach().clone(), self.bias.detach().clone()) if copies else normed
+
+
 @contextmanager
-def norm_again(norm: nn.LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
+def norm_again(norm: LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
     """Gives norm(x), which is not kept for the backward pass by what is computed from it in the context, but computed again from x."""
-    normed = norm(x)
     if not (cheap and torch.is_grad_enabled()):
-        yield normed
+        yield norm(x)
         return
+    normed, weight, bias = norm(x, copies=True)
     address, shape = normed.data_ptr(), normed.shape
-    # under ZeRO-3 the norm's own parameters are there in its forward alone
-    weight, bias = (parameter.detach().clone() for parameter in (norm.weight, norm.bias))
 
     def pack(tensor: Tensor) -> Tensor | None:
         return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
 
     def unpack(packed: Tensor | None) -> Tensor:
-        if packed is not None:
-            return packed
-        return F.layer_norm(x.detach(), norm.normalized_shape, weight, bias, norm.eps)
+        return F.layer_norm(x.detach(), shape[-1:], weight, bias, norm.eps) if packed is None else packed
 
     with saved_tensors_hooks(pack, unpack):
         yield normed

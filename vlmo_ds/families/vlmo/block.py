@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmo_ds.blocks.attention import attention_kernel
 from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path
-from vlmo_ds.blocks.recompute import norm_again
+from vlmo_ds.blocks.recompute import LayerNorm, norm_again
 
 
 class QkvLinear(nn.Linear):
@@ -151,14 +151,14 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, attention)
-        self.norm2_text = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2_imag = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2_text = LayerNorm(dim, eps=1e-6)
+        self.norm2_imag = LayerNorm(dim, eps=1e-6)
         self.mlp_text = Mlp(dim, hidden)
         self.mlp_imag = Mlp(dim, hidden)
         if with_vl_expert:
-            self.norm2_vl = nn.LayerNorm(dim, eps=1e-6)
+            self.norm2_vl = LayerNorm(dim, eps=1e-6)
             self.mlp_vl = Mlp(dim, hidden)
         if layer_scale_init is None:
             self.gamma_1 = self.gamma_2 = None
