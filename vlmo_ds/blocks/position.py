@@ -1,4 +1,4 @@
-"""Relative position bias: which row of the table belongs to a pair of tokens.
+"""Positions. Relative position bias: which row of the table belongs to a pair of tokens; initial absolute positions of images.
 
 One parameter [distances, layers x heads] serves all layers and all three kinds of sequence (VLMo, section 3;
 BEiT, arXiv:2106.08254). With w patches per side, R = (2w-1)^2 + 3 and T = 2 * max_text_len_of_initckpt:
@@ -10,6 +10,8 @@ BEiT, arXiv:2106.08254). With w patches per side, R = (2w-1)^2 + 3 and T = 2 * m
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -59,3 +61,25 @@ def joint_position_index(window: int, text_len: int, max_text_len_of_initckpt: i
     text_to_image = text.new_full((len(text), len(image)), num_image_distances(window))
     image_to_text = text.new_full((len(image), len(text)), num_image_distances(window) + 1)
     return torch.cat((torch.cat((text, text_to_image), 1), torch.cat((image_to_text, image), 1)), 0)
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """[side * side, width] float32 with a mean square of 1: sines and cosines of the row in one half, of the column in the other, of wavelengths
+    from 2 pi to 10,000 * 2 pi (arXiv:2205.01580). width: a multiple of 4."""
+    frequency = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
+    angle_SF = torch.arange(side)[:, None] * frequency
+    along_SW = torch.cat((angle_SF.sin(), angle_SF.cos()), dim=1) * 2**0.5
+    rows, columns = along_SW[:, None].expand(-1, side, -1), along_SW[None].expand(side, -1, -1)
+    return torch.cat((rows, columns), dim=2).flatten(0, 1)
+
+
+@torch.no_grad()
+def begin_positions(positions: Tensor, kind: str, std: float) -> None:
+    """Initial positions of a class token, then of the patches of a square, [..., 1 + P, D], in place. kind: "normal", or "sincos" for
+    sincos_positions times std (the class token's are zero)."""
+    if kind == "normal":
+        torch.nn.init.normal_(positions, std=std)
+        return
+    table = positions.view(positions.shape[-2:])
+    table[0] = 0
+    table[1:] = std * sincos_positions(math.isqrt(len(table) - 1), table.shape[1])

@@ -281,6 +281,7 @@ def test_second_names_have_to_agree(tmp_path):
     ({"alpha": 1.5}, "alpha"),
     ({"momentum": -0.1}, "momentum"),
     ({"text_heads": 5}, "text_heads is 5, which does not divide text_width 32"),
+    ({"position_init": "sincos", "vision_width": 30, "vision_heads": 2}, "vision_width 30 is not a multiple of 4"),
     ({"max_text_len": 60}, "max_text_len is 60, above the 48 rows of positions"),
 ])  # fmt: skip
 def test_bad_settings(change, message):

@@ -176,6 +176,7 @@ def test_recomputation_changes_nothing():
     ({"text_width": 96}, "text_width is 96 and embed_dim 192"),
     ({"vision_head_width": 50}, "vision_head_width is 50, which does not divide vision_width 192"),
     ({"pooler_queries": 1}, "pooler_queries is 1"),
+    ({"position_init": "sincos", "vision_width": 50, "vision_head_width": 25}, "vision_width 50 is not a multiple of 4"),
     ({"decoder_heads": 5}, "decoder_heads is 5, which does not divide text_width 192"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_told(changes, message):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.layers import init_weights, normalize
+from vlmo_ds.blocks.position import begin_positions
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.blip import FAMILY
@@ -37,7 +38,7 @@ class BLIPModel(FamilyModel):
         """Truncated normal in the image tower, normal in the text stack (BERT)."""
         self.recomputed.tell(self)
         self.visual_encoder.apply(partial(init_weights, std=self.config.init_std))
-        nn.init.normal_(self.visual_encoder.pos_embed, std=self.config.position_std)
+        begin_positions(self.visual_encoder.pos_embed, self.config.position_init, self.config.position_std)
         nn.init.trunc_normal_(self.visual_encoder.cls_token, std=0.02)
         for name, parameter in self.named_parameters():
             if name.startswith(("text_", *self.heads)) and parameter.dim() == 2:

@@ -94,6 +94,11 @@ class BLIPSettings(ModelConfig):
         description="std of the image tower's initial positions; pictures of flat colour drown small ones: there a small model "
         "that is to say where things are wants about 1",
     )
+    position_init: Literal["normal", "sincos"] = Field(
+        "normal",
+        description="initial positions of the image tower: random, or sines and cosines of row and column, by which a small model sees "
+        "from the start which patches are near (arXiv:2205.01580)",
+    )
     init_std: float = Field(
         0.02,
         gt=0,
@@ -131,6 +136,8 @@ class BLIPSettings(ModelConfig):
                 raise ValueError(
                     f"{heads} is {getattr(self, heads)}, which does not divide {width} {getattr(self, width)}"
                 )
+        if self.position_init == "sincos" and self.vision_width % 4:
+            raise ValueError(f"position_init is sincos, and vision_width {self.vision_width} is not a multiple of 4")
         if self.max_text_len > self.positions:
             raise ValueError(f"max_text_len is {self.max_text_len}, above the {self.positions} rows of positions")
         return self

@@ -125,6 +125,11 @@ class CoCaSettings(ModelConfig):
         description="std of the image tower's initial positions; null: vision_width ** -0.5 (CLIP), which pictures of flat "
         "colour drown: there a small model that is to say where things are wants about 1",
     )
+    position_init: Literal["normal", "sincos"] = Field(
+        "normal",
+        description="initial positions of the image tower: random, or sines and cosines of row and column, by which a small model sees "
+        "from the start which patches are near (arXiv:2205.01580)",
+    )
     attentional_pool: Literal["single", "cascade", "parallel", "none"] = Field(
         "single",
         description="single: query 0 is the image's feature, the others are caption tokens (released models); cascade: a "
@@ -160,6 +165,8 @@ class CoCaSettings(ModelConfig):
                 continue
             if not heads or width % heads or (what == "vision_head_width" and width % self.vision_head_width):
                 raise ValueError(f"{what} is {getattr(self, what)}, which does not divide {of} {width} into heads")
+        if self.position_init == "sincos" and self.vision_width % 4:
+            raise ValueError(f"position_init is sincos, and vision_width {self.vision_width} is not a multiple of 4")
         if self.token_width != self.text_width:
             of = "vision_width" if self.attentional_pool == "none" else "embed_dim"
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmo_ds.blocks.cache import Cache
 from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.blocks.layers import given, normalize, unit, wide
+from vlmo_ds.blocks.position import begin_positions
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.coca import FAMILY
@@ -202,7 +203,8 @@ class CoCa(FamilyModel):
         """CLIP's scheme (arXiv:2103.00020, section 2.4) in all three towers, vocabulary head and poolers included."""
         config = self.config
         nn.init.normal_(self.visual.class_embedding, std=config.vision_width**-0.5)
-        nn.init.normal_(self.visual.positional_embedding, std=config.position_std or config.vision_width**-0.5)
+        std = config.position_std or config.vision_width**-0.5
+        begin_positions(self.visual.positional_embedding, config.position_init, std)
         nn.init.normal_(self.visual.proj, std=config.token_width**-0.5)
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text.positional_embedding, std=0.01)
