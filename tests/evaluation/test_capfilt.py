@@ -207,3 +207,15 @@ def test_the_truth_of_the_world():
         "human": {"right before": 100.0, "right after": 100.0},
     }
     assert Caption("a", "web").entry() == {"caption": "a", "source": "web"}
+
+
+def test_what_a_filter_left_out_counts_as_left_out_when_captions_are_added(trained, made, tmp_path):
+    """Also where the set that is captioned has been filtered."""
+    _, filtered, _ = made
+    call(MODULE, *words("caption", trained, filtered, tmp_path / "again"))
+    before, after = (json.loads((f / "capfilt.json").read_text()) for f in (filtered, tmp_path / "again"))
+    entries = [c for raw in read(filtered) for c in captions_of(raw, "web") if c.source == "web"]
+    dropped = sum(not c.kept for c in entries)
+    assert dropped > 0 and after["kept"]["web"] == before["kept"]["web"] == len(entries) - dropped
+    judged = after["judged"]
+    assert judged.get("web right dropped", 0) + judged.get("web wrong dropped", 0) == dropped

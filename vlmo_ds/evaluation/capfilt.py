@@ -58,14 +58,18 @@ BINS = 20  # of the histograms of scores
 
 @dataclass
 class Caption:
-    """A text of an image; score: of its matching, None: not yet; kept: whether it is trained on; fits: whether the filter finds so,
-    which is as good as kept but for written ones that are not needed."""
+    """A text of an image; score: of its matching, None: not yet; kept: whether it is trained on; spare: it would be, but another caption
+    of its image is."""
 
     text: str
     source: str
     score: float | None = None
     kept: bool = True
-    fits: bool = True
+    spare: bool = False
+
+    @property
+    def fits(self) -> bool:
+        return self.kept or self.spare
 
     def entry(self) -> dict[str, Any]:
         found: dict[str, Any] = {"caption": self.text, "source": self.source}
@@ -123,7 +127,7 @@ class Tally:
                 bins = self.scores.setdefault(caption.source, [0] * BINS)
                 bins[min(int(caption.score * BINS), BINS - 1)] += 1
                 shown = self.examples["kept" if caption.fits else "dropped"]
-                if caption.kept == caption.fits and len(shown) < SHOWN:
+                if not caption.spare and len(shown) < SHOWN:
                     shown.append(Example(shard, row, caption.text, caption.source, caption.score))
 
     def record(self) -> dict[str, Any]:
@@ -274,12 +278,12 @@ class Filter(Work):
             for i, chance in zip(part.tolist(), self.model(batch, "match").sigmoid().tolist(), strict=True):
                 caption = judged[i][1]
                 caption.score = round(chance, 4)
-                caption.kept = caption.fits = caption.score >= self.threshold
-        if self.synthetic == INSTEAD:
-            for of_image in captions:
-                others = any(c.kept for c in of_image if c.source != SYNTHETIC)
+                caption.kept = caption.score >= self.threshold
+        for of_image in captions if self.synthetic == INSTEAD else ():
+            if any(c.kept for c in of_image if c.source != SYNTHETIC):
                 for caption in of_image:
-                    caption.kept &= caption.source != SYNTHETIC or not others
+                    caption.spare = caption.kept and caption.source == SYNTHETIC
+                    caption.kept &= not caption.spare
 
 
 def changed(raw: RawSample, captions: Sequence[Caption]) -> Sample:
