@@ -25,6 +25,7 @@ from common import measured, memory, write_results
 from torch import Tensor
 
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.distributed.measuring import OneOfMany, count_collectives
 from vlmo_ds.distributed.rows import Draw, contrast, gumbel_noise, sample_negatives
 from vlmo_ds.families.cost import contrast_wire
 from vlmo_ds.families.interface import Load
@@ -32,20 +33,6 @@ from vlmo_ds.objectives.itm import draws_of
 from vlmo_ds.training.host import prepare_cpu
 
 ROWS_OF_A_RANK = 64
-
-
-class OneOfMany(Collector):
-    """A rank whose others' features are in memory."""
-
-    def __init__(self, others: Tensor):
-        super().__init__()
-        self.others = others
-
-    def gather(self, local: Tensor) -> Tensor:
-        return torch.cat((local, self.others))
-
-    def sum_to_owners(self, table: Tensor) -> Tensor:
-        return table[: len(table) - len(self.others)]
 
 
 def unit(rows: int, width: int, seed: int, device: str) -> Tensor:
@@ -85,7 +72,7 @@ def one_of_many(rows: int, columns: int, width: int, version: str, drawn: bool) 
         if version == "plain":
             plain(image, text, scale, others, draws).backward()
         else:
-            contrast(image, text, scale, OneOfMany(others), draws or (None, None)).loss.backward()
+            contrast(image, text, scale, OneOfMany(others), draws).loss.backward()
 
     product = seconds_of_product(rows, columns, width, device)
     noise = measured(lambda: gumbel_noise(0, ids[:rows], ids[:1024]), 5, 2) * columns / 1024
@@ -113,7 +100,7 @@ def real_rank(width: int) -> None:
     dist.init_process_group("gloo")
     collector = Collector()
     prepare_cpu()
-    crossed = count_bytes()
+    crossed = count_collectives()
     image, text = (unit(ROWS_OF_A_RANK, width, 2 * collector.rank + of, "cpu").requires_grad_() for of in (0, 1))
     ids = collector.first_row(ROWS_OF_A_RANK) + torch.arange(ROWS_OF_A_RANK)
     scale = torch.tensor(14.0, requires_grad=True)
@@ -128,25 +115,6 @@ def real_rank(width: int) -> None:
         features = {name: counted.get(name, 0.0) for name in ("all-gather", "reduce-scatter")}
         print(json.dumps({"ranks": collector.world_size, "seconds": round(seconds, 4), **features}))
     dist.destroy_process_group()
-
-
-def count_bytes() -> dict[str, float]:
-    """Wraps the collectives of contrast: bytes that this rank receives from others, by kind."""
-    crossed: dict[str, float] = {}
-    away = (dist.get_world_size() - 1) / dist.get_world_size()
-
-    def wrapped(name: str, kind: str, which: int) -> None:
-        call = getattr(dist, name)
-
-        def counting(*args, **more):
-            crossed[kind] = crossed.get(kind, 0.0) + args[which].nbytes * away
-            return call(*args, **more)
-
-        setattr(dist, name, counting)
-
-    wrapped("all_gather_into_tensor", "all-gather", 0)
-    wrapped("reduce_scatter_tensor", "reduce-scatter", 1)
-    return crossed
 
 
 def main() -> None:

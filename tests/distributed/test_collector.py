@@ -9,6 +9,7 @@ from conftest import run_ranks
 from families.vlmo.tiny import tiny_batch, tiny_model
 
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.distributed.measuring import OneOfMany
 from vlmo_ds.distributed.rows import Draw, contrast, gumbel_noise, sample_negatives
 from vlmo_ds.objectives.itm import draws_of
 
@@ -102,20 +103,6 @@ def test_negatives_of_the_contrast_are_those_of_a_pass_of_their_own():
     assert found.text_B.tolist() == sample_negatives(image, text, scale, draws[0]).tolist()
     assert found.image_B.tolist() == sample_negatives(text, image, scale, draws[1]).tolist()
     assert all(images[i] != images[j] for i, j in enumerate(found.text_B.tolist()))
-
-
-class OneOfMany(Collector):
-    """Stands for a rank among others whose rows are given: a test of sizes alone, the real ranks are above."""
-
-    def __init__(self, others: torch.Tensor):
-        super().__init__()
-        self.others = others
-
-    def gather(self, local):
-        return torch.cat((local, self.others))
-
-    def sum_to_owners(self, table):
-        return table[: len(table) - len(self.others)]
 
 
 def test_contrast_never_holds_the_whole_square():
