@@ -104,6 +104,8 @@ def test_every_recipe_that_is_shipped_is_found_by_name():
         ("model.arch=[1]", r"model.arch: Input should be 'custom', .*\(found \[1\]\)"),
         ("model.arch={a: 1}", "model.arch: Input should be 'custom'"),
         ("model=3", "model: "),
+        ("model.activation_checkpoint_every=[1]", r"model.recompute: accepted: none, cheap, .*\(found \[1\]\)"),
+        ("model.activation_checkpoint_every=true", r"model.recompute: "),
         ("model.recompute=0", r"model.recompute: accepted: none, cheap, blocks, or a whole number .*\(found 0\)"),
     ],
 )

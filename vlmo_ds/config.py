@@ -64,8 +64,9 @@ class ModelConfig(Settings):
     vqav2_label_size: int = Field(0, ge=0, description="answers that questions choose among; 0: those of their data")
     recompute: Literal["none", "cheap", "blocks"] | int = Field(
         "cheap",
-        description="what the backward pass computes again in place of keeping it. none: nothing; cheap: attention's probabilities, "
-        "outputs of norms and of GELU; blocks: every block; n: every n-th block, the others as cheap",
+        description="what the backward pass computes again in place of keeping it. none: nothing; cheap: what costs little beside its size "
+        "(outputs of GELU and, by the family, of norms, attention's probabilities, keys and values of images that texts look at); "
+        "blocks: every block; n: every n-th block, the others as cheap",
     )
 
     @model_validator(mode="before")
@@ -75,7 +76,8 @@ class ModelConfig(Settings):
             if "activation_checkpoint_every" in data:  # the name that the setting had, and its values
                 data = dict(data)
                 every = data.pop("activation_checkpoint_every")
-                data.setdefault("recompute", {0: "cheap", 1: "blocks"}.get(every, every))
+                former = {0: "cheap", 1: "blocks"}
+                data.setdefault("recompute", former.get(every, every) if type(every) is int else every)
             return {**cls.architectures.get(str(data.get("arch")), {}), **data}
         return data
 
@@ -108,6 +110,24 @@ class ModelConfig(Settings):
     def patches(self) -> int:
         """Of one image."""
         return (self.image_size // self.patch_size) ** 2
+
+
+class ImageTowerConfig(ModelConfig):
+    """Of families whose image tower has absolute positions."""
+
+    vision_width: int = Field(192, gt=0, description="width of the image tower")
+    vision_layers: int = Field(6, gt=0, description="blocks of the image tower")
+    position_init: Literal["normal", "sincos"] = Field(
+        "normal",
+        description="initial positions of the image tower: random, or sines and cosines of row and column, by which a small model sees "
+        "from the start which patches are near (arXiv:2205.01580)",
+    )
+
+    @model_validator(mode="after")
+    def check_positions(self) -> ImageTowerConfig:
+        if self.position_init == "sincos" and self.vision_width % 4:
+            raise ValueError(f"position_init is sincos, and vision_width {self.vision_width} is not a multiple of 4")
+        return self
 
 
 class TokenizerConfig(Settings):

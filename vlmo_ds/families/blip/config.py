@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ModelConfig, StageConfig
+from vlmo_ds.config import ImageTowerConfig, StageConfig
 from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
 
 BERT = {
@@ -72,7 +72,7 @@ WORDS = (
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.001, 0.5
 
 
-class BLIPSettings(ModelConfig):
+class BLIPSettings(ImageTowerConfig):
     """BLIP's architecture (arXiv:2201.12086), its teacher and its queue. `arch` fills in the sizes of a published model; single
     settings may still differ."""
 
@@ -84,8 +84,6 @@ class BLIPSettings(ModelConfig):
     )
     family: Literal["blip"] = Field("blip", description="the family of models that a custom architecture is of")
     embed_dim: int = Field(64, gt=0, description="width of contrastive features")
-    vision_width: int = Field(192, gt=0, description="width of the image tower")
-    vision_layers: int = Field(6, gt=0, description="blocks of the image tower")
     vision_heads: int = Field(3, gt=0, description="attention heads of the image tower")
     position_std: float = Field(
         0.02,
@@ -93,11 +91,6 @@ class BLIPSettings(ModelConfig):
         le=10,
         description="std of the image tower's initial positions; pictures of flat colour drown small ones: there a small model "
         "that is to say where things are wants about 1",
-    )
-    position_init: Literal["normal", "sincos"] = Field(
-        "normal",
-        description="initial positions of the image tower: random, or sines and cosines of row and column, by which a small model sees "
-        "from the start which patches are near (arXiv:2205.01580)",
     )
     init_std: float = Field(
         0.02,
@@ -136,8 +129,6 @@ class BLIPSettings(ModelConfig):
                 raise ValueError(
                     f"{heads} is {getattr(self, heads)}, which does not divide {width} {getattr(self, width)}"
                 )
-        if self.position_init == "sincos" and self.vision_width % 4:
-            raise ValueError(f"position_init is sincos, and vision_width {self.vision_width} is not a multiple of 4")
         if self.max_text_len > self.positions:
             raise ValueError(f"max_text_len is {self.max_text_len}, above the {self.positions} rows of positions")
         return self

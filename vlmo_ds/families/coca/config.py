@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ModelConfig
+from vlmo_ds.config import ImageTowerConfig
 from vlmo_ds.families.interface import Pixels, Task
 
 
@@ -95,7 +95,7 @@ PIXELS = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.
 WORDS = ("text.token_embedding.weight", "text_decoder.text_projection")
 
 
-class CoCaSettings(ModelConfig):
+class CoCaSettings(ImageTowerConfig):
     """CoCa's architecture (arXiv:2205.01917) as open_clip names it. `arch` fills in the sizes of a published model; single
     settings may still differ."""
 
@@ -112,8 +112,6 @@ class CoCaSettings(ModelConfig):
     ] = Field("custom", description="a published architecture, or custom")
     family: Literal["coca"] = Field("coca", description="the family of models that a custom architecture is of")
     embed_dim: int = Field(192, gt=0, description="width of contrastive features, and of what the poolers give")
-    vision_width: int = Field(192, gt=0, description="width of the image tower")
-    vision_layers: int = Field(6, gt=0, description="blocks of the image tower")
     vision_head_width: int = Field(64, gt=0, description="width of one attention head of the image tower")
     vision_mlp_ratio: float = Field(
         4.0, gt=0, description="hidden width of the image tower's feed-forward layers over its width"
@@ -124,11 +122,6 @@ class CoCaSettings(ModelConfig):
         le=10,
         description="std of the image tower's initial positions; null: vision_width ** -0.5 (CLIP), which pictures of flat "
         "colour drown: there a small model that is to say where things are wants about 1",
-    )
-    position_init: Literal["normal", "sincos"] = Field(
-        "normal",
-        description="initial positions of the image tower: random, or sines and cosines of row and column, by which a small model sees "
-        "from the start which patches are near (arXiv:2205.01580)",
     )
     attentional_pool: Literal["single", "cascade", "parallel", "none"] = Field(
         "single",
@@ -165,8 +158,6 @@ class CoCaSettings(ModelConfig):
                 continue
             if not heads or width % heads or (what == "vision_head_width" and width % self.vision_head_width):
                 raise ValueError(f"{what} is {getattr(self, what)}, which does not divide {of} {width} into heads")
-        if self.position_init == "sincos" and self.vision_width % 4:
-            raise ValueError(f"position_init is sincos, and vision_width {self.vision_width} is not a multiple of 4")
         if self.token_width != self.text_width:
             of = "vision_width" if self.attentional_pool == "none" else "embed_dim"
             raise ValueError(
