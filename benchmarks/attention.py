@@ -1,4 +1,4 @@
-"""The two ways of computing attention with a trainable position bias, forward and backward, on this machine.
+"""The ways of computing attention with a trainable position bias, forward and backward, on this machine.
 
     python benchmarks/attention.py [--output FILE]
 

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import COCO_LENGTHS, PARITY, compare_with_plain, computed_by, difference, pairs_of, step_cost
+from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, pairs_of
 from torch import Tensor
 
 from vlmo_ds.blocks.attention import explicit_attention
-from vlmo_ds.blocks.layers import drop_path
 from vlmo_ds.config import DataConfig
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added
@@ -33,7 +32,6 @@ from vlmo_ds.families.vlmo.model import VLMo, normalized
 from vlmo_ds.families.vlmo.multiway import Stream
 from vlmo_ds.families.vlmo.parity import JOINT, build, step_inputs
 from vlmo_ds.objectives.itm import draws_of, itm_loss
-from vlmo_ds.training.host import prepare_cpu
 
 
 class PlainBlock(Block):
@@ -55,11 +53,7 @@ class PlainBlock(Block):
         return x_BLD + self.scaled(torch.cat(parts, dim=1), self.gamma_2)
 
     def scaled(self, y_BLD: Tensor, gamma: Tensor | None) -> Tensor:
-        y_BLD = y_BLD if gamma is None else gamma * y_BLD
-        if not (self.training and self.drop_path_rate):
-            return y_BLD
-        sequence = torch.arange(len(y_BLD)).repeat_interleave(y_BLD.shape[1])
-        return drop_path(y_BLD.flatten(0, 1), self.drop_path_rate, sequence, len(y_BLD)).view_as(y_BLD)
+        return y_BLD if gamma is None else gamma * y_BLD
 
 
 class Plain(VLMo):
@@ -179,31 +173,17 @@ def check_parity(golden: Path | None) -> float:
     return worst
 
 
-def one(settings: dict, version: str, dtype_name: str, captions: str) -> dict:
-    """One setting, in this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        prepare_cpu()
-    arch, pairs, full = settings["arch"], settings["batch"], captions == "full"
-    config = VLMoSettings(arch=arch, vocab_size=30522, max_text_len=40)
-    model = (Plain if version == "plain" else VLMo)(config, JOINT)
-    model = model.to(device=device, dtype=getattr(torch, dtype_name)).train()
-    lengths = [config.max_text_len if full else COCO_LENGTHS[i % len(COCO_LENGTHS)] for i in range(pairs)]
+def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, device: torch.device) -> Step:
+    pairs = settings["batch"]
+    config = VLMoSettings(arch=settings["arch"], vocab_size=30522, max_text_len=40)
+    model = (Plain if version == "plain" else VLMo)(config, JOINT).to(device=device, dtype=dtype).train()
+    lengths = lengths_of(pairs, config.max_text_len, captions)
     data = DataConfig(shards=["-"], mlm_probability=1 / 7)
     stage = FAMILY.stage(name="a", tasks=JOINT, data=data, global_batch_size=pairs, steps=1)
-    shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
-    forward = forward_flops(shortened, stage)
+    forward = forward_flops(config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)}), stage)
     batch, short = (batch_of(config, of, device) for of in (lengths, [5, 6]))
-    return {
-        "version": version,
-        "arch": arch,
-        "batch": pairs,
-        "dtype": dtype_name,
-        "captions": "full" if full else "COCO's lengths",
-        "gflop_forward_a_pair": round(forward / 1e9, 1),
-        **step_cost(model, batch, short, settings["repeats"], 3 * forward * pairs),
-    }
+    return Step(model, batch, short, 3 * forward, {"gflop_forward_a_pair": round(forward / 1e9, 1)})
 
 
 if __name__ == "__main__":
-    compare_with_plain(__doc__, __file__, {"arch": "vlmo_base_patch16", "batch": 4}, check_parity, one)
+    compare_with_plain(__doc__, __file__, {"arch": "vlmo_base_patch16", "batch": 4}, check_parity, step_of)

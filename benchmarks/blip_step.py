@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import COCO_LENGTHS, PARITY, compare_with_plain, computed_by, difference, pairs_of, step_cost
+from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, pairs_of
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import joined
@@ -34,7 +34,6 @@ from vlmo_ds.families.blip.vision import Block
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.objectives.itm import Negatives, itm_loss
-from vlmo_ds.training.host import prepare_cpu
 
 TASKS = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
 
@@ -148,34 +147,20 @@ def check_parity(golden: Path | None) -> float:
     return worst
 
 
-def one(settings: dict, version: str, dtype_name: str, captions: str) -> dict:
-    """One setting, in this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        prepare_cpu()
-    arch, pairs, queue, full = settings["arch"], settings["batch"], settings["queue"], captions == "full"
-    config = BLIPSettings(arch=arch, vocab_size=30524, queue_size=queue)
+def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, device: torch.device) -> Step:
+    pairs = settings["batch"]
+    config = BLIPSettings(arch=settings["arch"], vocab_size=30524, queue_size=settings["queue"])
     model = (Plain if version == "plain" else BLIP)(config, TASKS).to(device)
     for parameter in model.parameters():  # the queue stays in float32
-        parameter.data = parameter.data.to(getattr(torch, dtype_name))
+        parameter.data = parameter.data.to(dtype)
     model.train()
-    lengths = [config.max_text_len if full else COCO_LENGTHS[i % len(COCO_LENGTHS)] for i in range(pairs)]
+    lengths = lengths_of(pairs, config.max_text_len, captions)
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
-    shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
-    of_pair = 3 * forward_flops(shortened, stage)
+    of_pair = 3 * forward_flops(config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)}), stage)
     batch, short = batch_of(config, lengths, device), batch_of(config, [5, 6], device)
     model.push(model.keys_of_step([model.keys(batch)]))
-    return {
-        "version": version,
-        "arch": arch,
-        "batch": pairs,
-        "queue": queue,
-        "dtype": dtype_name,
-        "captions": "full" if full else "COCO's lengths",
-        "gflop_a_pair, backward included": round(of_pair / 1e9, 1),
-        **step_cost(model, batch, short, settings["repeats"], of_pair * pairs),
-    }
+    return Step(model, batch, short, of_pair, {"gflop_a_pair, backward included": round(of_pair / 1e9, 1)})
 
 
 if __name__ == "__main__":
-    compare_with_plain(__doc__, __file__, {"arch": "blip_ViT-B-16", "batch": 4, "queue": 57600}, check_parity, one)
+    compare_with_plain(__doc__, __file__, {"arch": "blip_ViT-B-16", "batch": 4, "queue": 57600}, check_parity, step_of)

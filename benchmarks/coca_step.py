@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import PARITY, compare_with_plain, computed_by, difference, pairs_of, step_cost
+from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, pairs_of
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import Fold, joined
@@ -30,7 +30,6 @@ from vlmo_ds.families.coca.model import CoCa
 from vlmo_ds.families.coca.weights import from_open_clip
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added
-from vlmo_ds.training.host import prepare_cpu
 
 TASKS = {"itc": 1.0, "caption": 2.0}
 COCO_LENGTHS = (11, 12, 12, 13, 14, 14, 16, 18)  # eighths of 1,676 captions in CLIP's tokens, start and end included
@@ -130,30 +129,16 @@ def check_parity(golden: Path | None) -> float:
     return worst
 
 
-def one(settings: dict, version: str, dtype_name: str, captions: str) -> dict:
-    """One setting, in this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        prepare_cpu()
-    arch, pairs, full = settings["arch"], settings["batch"], captions == "full"
-    config = CoCaSettings(arch=arch, vocab_size=49408)
-    model = (Plain if version == "plain" else CoCa)(config, TASKS)
-    model = model.to(device=device, dtype=getattr(torch, dtype_name)).train()
-    lengths = [config.max_text_len if full else COCO_LENGTHS[i % len(COCO_LENGTHS)] for i in range(pairs)]
+def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, device: torch.device) -> Step:
+    pairs = settings["batch"]
+    config = CoCaSettings(arch=settings["arch"], vocab_size=49408)
+    model = (Plain if version == "plain" else CoCa)(config, TASKS).to(device=device, dtype=dtype).train()
+    lengths = lengths_of(pairs, config.max_text_len, captions, COCO_LENGTHS)
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)
-    shortened = config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)})
-    forward = forward_flops(shortened, stage)
+    forward = forward_flops(config.model_copy(update={"max_text_len": round(sum(lengths) / pairs)}), stage)
     batch, short = (pairs_of(config, of, config.vocab_size, device) for of in (lengths, [5]))
-    return {
-        "version": version,
-        "arch": arch,
-        "batch": pairs,
-        "dtype": dtype_name,
-        "captions": "full" if full else "COCO's lengths",
-        "gflop_forward_a_pair": round(forward / 1e9, 1),
-        **step_cost(model, batch, short, settings["repeats"], 3 * forward * pairs),
-    }
+    return Step(model, batch, short, 3 * forward, {"gflop_forward_a_pair": round(forward / 1e9, 1)})
 
 
 if __name__ == "__main__":
-    compare_with_plain(__doc__, __file__, {"arch": "coca_ViT-B-32", "batch": 8}, check_parity, one)
+    compare_with_plain(__doc__, __file__, {"arch": "coca_ViT-B-32", "batch": 8}, check_parity, step_of)

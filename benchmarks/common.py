@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.families.comparing import relative_difference
+from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.precision import cpu_flags, cpu_name
 
 INSTRUCTIONS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what the speed of matrix products hangs on
@@ -106,6 +107,22 @@ def step_cost(model: nn.Module, batch: dict, short: dict, repeats: int, flops: f
     }
 
 
+class Step(NamedTuple):
+    """What one version of a step is timed on. short: as of step_cost; flops: useful ones of a pair, forward
+    and backward; record: what is told beside."""
+
+    model: nn.Module
+    batch: dict
+    short: dict
+    flops: float
+    record: dict[str, Any]
+
+
+def lengths_of(pairs: int, longest: int, captions: str, lengths: Sequence[int] = COCO_LENGTHS) -> list[int]:
+    """Of so many texts. captions: "full" for the longest, or "COCO" for these lengths in turn."""
+    return [longest if captions == "full" else lengths[i % len(lengths)] for i in range(pairs)]
+
+
 def computed_by(model: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> None:
     """Modules of a kind compute as a subclass of it does, which has the same parameters."""
     for module in model.modules():
@@ -142,17 +159,33 @@ def pairs_of(config: Any, lengths: Sequence[int], words: int, device: torch.devi
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def one(settings: dict, version: str, dtype: str, captions: str, build: Callable[..., Step]) -> dict:
+    """What one version costs, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        prepare_cpu()
+    step = build(settings, version, getattr(torch, dtype), captions, device)
+    return {
+        "version": version,
+        **{name: value for name, value in settings.items() if name != "repeats"},
+        "dtype": dtype,
+        "captions": "full" if captions == "full" else "COCO's lengths",
+        **step.record,
+        **step_cost(step.model, step.batch, step.short, settings["repeats"], step.flops * settings["batch"]),
+    }
+
+
 def compare_with_plain(
     about: str,
     script: str,
     settings: dict[str, str | int],
     check_parity: Callable[[Path | None], float],
-    one: Callable[[dict, str, str, str], dict],
+    build: Callable[[dict, str, torch.dtype, str, torch.device], Step],
 ) -> None:
     """The command line of a benchmark that sets a step beside a plain version of it, each in a process of its own.
 
-    settings: further options with their defaults; check_parity(golden): the largest difference of the versions; one(settings,
-    version, dtype, captions): what it costs, with captions of lengths "COCO" or "full".
+    settings: further options with their defaults; check_parity(golden): the largest difference of the versions; build(settings,
+    version, dtype, captions, device): the step of one version, "plain" or "ours", with captions as of lengths_of.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in settings.items():
@@ -168,7 +201,7 @@ def compare_with_plain(
     args = parser.parse_args()
     chosen = {name: getattr(args, name) for name in (*settings, "repeats")}
     if args.one:
-        print(json.dumps(one(chosen, *args.one)))
+        print(json.dumps(one(chosen, *args.one, build)))
         return
     worst = check_parity(args.golden)
     print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)

@@ -102,13 +102,11 @@ def chunks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, batch, size)]
 
 
-def recomputing_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
-) -> Tensor:
-    return Recomputing.apply(q, k, v, bias_HLS, key_mask_BS)
-
-
-ATTENTION = {"sdpa": sdpa_attention, "explicit": explicit_attention, "recomputing": recomputing_attention}
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "sdpa": sdpa_attention,
+    "explicit": explicit_attention,
+    "recomputing": Recomputing.apply,
+}
 
 
 def attention_kernel(name: str, x: Tensor, cheap: bool) -> Callable[..., Tensor]:

@@ -46,6 +46,11 @@ class Fold:
         return out.index_copy(0, self.places_N, x_ND).view(self.batch, self.length, -1)
 
 
+def heads(x_BLD: Tensor, count: int) -> Tensor:
+    """[B, L, D] -> [B, H, L, D/H]."""
+    return x_BLD.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
 def joined(out_BHLC: Tensor) -> Tensor:
     """[B, H, L, D/H] -> [B, L, D]."""
     return out_BHLC.transpose(1, 2).flatten(2)

@@ -14,13 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed:
-    """How the blocks of a stack keep their activations (the setting model.recompute): "none" keeps all; "cheap" computes again what costs
-    little beside its size (attention's probabilities, outputs of norms and of GELU); "blocks" every block; a number n every n-th
-    block, the others as "cheap"."""
+    """How the blocks of a stack keep their activations (the setting model.recompute). cheap: what costs little beside its size is computed
+    again (attention's probabilities, outputs of norms and of GELU); every: n for every n-th block as a whole, 0 for none."""
 
-    def __init__(self, setting: str | int):
-        self.cheap = setting != "none"
-        self.every = setting if isinstance(setting, int) else int(setting == "blocks")
+    def __init__(self, cheap: bool = True, every: int = 0):
+        self.cheap, self.every = cheap, every
         self.offload = False  # keep the inputs of recomputed blocks in host memory
 
     def __call__(self, block: nn.Module, index: int, x: Tensor, *args: Any) -> Tensor:

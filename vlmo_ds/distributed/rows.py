@@ -69,7 +69,7 @@ class _Contrast(torch.autograd.Function):
         label_B = collector.first_row(len(image_BD)) + torch.arange(len(image_BD), device=image_BD.device)
         found = [
             rows_of(q_BD, both_G2D[:, other], scale, label_B, draw, chunk)
-            for q_BD, other, draw in ((image_BD, 1, draws[0]), (text_BD, 0, draws[1]))
+            for q_BD, other, draw in ((image_BD, 1, draws and draws[0]), (text_BD, 0, draws and draws[1]))
         ]
         own_B = (image_BD * text_BD).sum(1)
         ctx.save_for_backward(image_BD, text_BD, both_G2D, scale, label_B, own_B, *(rows.lse_B for rows in found))
@@ -119,7 +119,7 @@ def contrast(
     text_BD: Tensor,
     scale: Tensor,
     collector: Collector,
-    draws: tuple[Draw | None, Draw | None] = (None, None),
+    draws: tuple[Draw, Draw] | None = None,
     chunk: int = CHUNK,
 ) -> Contrasted:
     """Cross-entropy of this rank's images against the texts of all ranks, and of its texts against all images (InfoNCE; CLIP,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.config import ModelConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.interface import Family
@@ -56,6 +57,7 @@ class FamilyModel(nn.Module):
         self.config = config
         self.tasks = dict(tasks)
         self.collector = collector or Collector()
+        self.recomputed = Recomputed(config.recompute != "none", config.recompute_every)  # of all its stacks
 
     def forward(self, batch: Batch, call: str = "step") -> Any:
         """One of the model's calls. Every family has step (all tasks, gives StepOutput); with tasks whose features are
@@ -94,7 +96,7 @@ class FamilyModel(nn.Module):
 
     def offload_checkpoints(self, offloaded: bool) -> None:
         """Whether the inputs of recomputed blocks wait in host memory."""
-        raise NotImplementedError
+        self.recomputed.offload = offloaded
 
     def contrast_scale(self) -> Tensor:
         """What cosines of image and text features are multiplied with, 0-d float32."""

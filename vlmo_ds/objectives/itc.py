@@ -23,7 +23,7 @@ def itc_loss(
     text_BD: Tensor,
     scale: Tensor,
     collector: Collector,
-    draws: tuple[Draw | None, Draw | None] = (None, None),
+    draws: tuple[Draw, Draw] | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Contrasted]:
     """Mean of the image-to-text and text-to-image cross-entropies (CLIP, arXiv:2103.00020; VLMo, section 3.2).
 

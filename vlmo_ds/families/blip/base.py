@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vlmo_ds.blocks.layers import init_weights, normalize
 from vlmo_ds.blocks.position import begin_positions
-from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.blip import FAMILY
 from vlmo_ds.families.blip.config import PIXELS, BLIPSettings
@@ -30,7 +29,6 @@ class BLIPModel(FamilyModel):
 
     def __init__(self, config: BLIPSettings, tasks: Mapping[str, float], collector: Collector | None = None):
         super().__init__(config, tasks, collector)
-        self.recomputed = Recomputed(config.recompute)
         self.visual_encoder = VisionTransformer(config, self.recomputed)
         self.text_encoder = TextEncoder(config, self.recomputed, self.crossattention)
 
@@ -68,9 +66,6 @@ class BLIPModel(FamilyModel):
         whatever its first word."""
         ids_RL = batch["text_ids"]
         return begun_with(self.config.decode_word, ids_RL) if batch["first"] == 0 else ids_RL
-
-    def offload_checkpoints(self, offloaded: bool) -> None:
-        self.recomputed.offload = offloaded
 
 
 def begun_with(word: int, ids_BL: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class BLIP(BLIPModel):
     def add_teacher(self) -> None:
         """The teacher begins as the student; the queue empty, or with random features."""
         config = self.config
-        never = Recomputed(0)  # it has no backward pass
+        never = Recomputed()  # it has no backward pass
         self.visual_encoder_m = VisionTransformer(config, never)
         self.text_encoder_m = TextEncoder(config, never)
         self.vision_proj_m = nn.Linear(config.vision_width, config.embed_dim)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
-from vlmo_ds.blocks.fold import Fold, joined
+from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.layers import GeluLinear, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.families.blip.config import BLIPSettings
@@ -62,7 +62,7 @@ class Projections(nn.Module):
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, D/H]."""
-        return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads(x_BLD, self.num_heads)
 
     def memory(self, image_ISD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [I, H, S, D/H] of images."""
@@ -206,10 +206,10 @@ class Layer(nn.Module):
         self, x_ND: Tensor, own: Sequence[Own], looking: Fold, image_ISD: Tensor | None, looks: Sequence[Look]
     ) -> Tensor:
         """looking: the fold of those that look at an image, which come last."""
-        pieces = x_ND.split([len(part.fold.places_N) for part in own])
+        pieces = x_ND.split([part.fold.count for part in own])
         x_ND = torch.cat([of.attention(piece, of.fold, of.mask) for piece, of in zip(pieces, own, strict=True)])
         if image_ISD is not None:
-            alone_MD, x_ND = x_ND.tensor_split([len(x_ND) - len(looking.places_N)])
+            alone_MD, x_ND = x_ND.tensor_split([len(x_ND) - looking.count])
             x_ND = torch.cat((alone_MD, self.crossattention(x_ND, looking, image_ISD, looks)))
         return self.output(self.intermediate(x_ND), x_ND)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
-from vlmo_ds.blocks.fold import Fold, joined
+from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.layers import GeluLinear, given
 from vlmo_ds.blocks.recompute import Recomputed
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, D/H]."""
-        return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads(x_BLD, self.num_heads)
 
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
         """The L newest tokens of R texts, whose keys and values join those of the tokens before them in the cache."""

@@ -191,7 +191,6 @@ class CoCa(FamilyModel):
 
     def __init__(self, config: CoCaSettings, tasks: Mapping[str, float], collector: Collector | None = None):
         super().__init__(config, tasks, collector)
-        self.recomputed = Recomputed(config.recompute)
         self.visual = VisionTransformer(config, self.recomputed)
         self.text = TextTransformer(config, self.recomputed)
         self.text_decoder = MultimodalTransformer(config, self.recomputed)
@@ -324,9 +323,6 @@ class CoCa(FamilyModel):
 
     def contrast_scale(self) -> Tensor:
         return self.logit_scale.detach().float().exp()
-
-    def offload_checkpoints(self, offloaded: bool) -> None:
-        self.recomputed.offload = offloaded
 
 
 def next_words(ids_BL: Tensor, lengths_B: Tensor, text: EncodedText) -> tuple[Tensor, Fold, Tensor]:

@@ -6,7 +6,7 @@ see multiway.py), M those of them that go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
-from vlmo_ds.blocks.fold import Fold
+from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path
 from vlmo_ds.blocks.recompute import LayerNorm, norm_again
 
@@ -47,8 +47,9 @@ class Run(NamedTuple):
     fold: Fold | None = None
 
     @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + (self.batch * self.length if self.fold is None else self.fold.count))
+    def size(self) -> int:
+        """Rows."""
+        return self.batch * self.length if self.fold is None else self.fold.count
 
     def sequences(self, rows_NC: Tensor) -> Tensor:
         """Its rows [N, C] -> [B, length, C], zeros where there is no token."""
@@ -62,11 +63,10 @@ class Run(NamedTuple):
 def by_run(runs: Sequence[Run], x_NC: Tensor) -> dict[int, Tensor]:
     """The rows of runs that are together all rows, by their first."""
     runs = sorted(runs)
-    counts = [run.rows.stop - run.start for run in runs]
-    return {run.start: rows for run, rows in zip(runs, x_NC.split(counts), strict=True)}
+    return {run.start: rows for run, rows in zip(runs, x_NC.split([run.size for run in runs]), strict=True)}
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def in_sequence(parts: list[Tensor]) -> Tensor:
     """[B, L, C] each -> one behind the other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -84,9 +84,9 @@ class AttentionGroup:
 @dataclass
 class PackedLayout:
     """Where things stand in the packed tokens: the sequences, the attention groups; the rows that go on behind the attention, None:
-    all, and among these the rows of each expert."""
+    all, and how these are shared among the experts."""
 
-    experts: dict[str, slice]  # "text", "imag", "vl" -> rows, in row order and without gaps
+    experts: Mapping[str, int]  # "text", "imag", "vl" -> how many rows, in row order
     groups: list[AttentionGroup]
     sequence_M: Tensor
     num_sequences: int
@@ -116,21 +116,17 @@ class Attention(nn.Module):
         keys_values = by_run([run for group in layout.groups for run in group.tokens], kv_NC)
         rows: dict[int, Tensor] = {}
         for group in layout.groups:
-            q = self.heads(joined([run.sequences(queries[run.start]) for run in group.queries]))
-            kv_BLC = joined([run.sequences(keys_values[run.start]) for run in group.tokens])
-            k, v = (self.heads(part) for part in kv_BLC.chunk(2, dim=-1))
+            q = heads(in_sequence([run.sequences(queries[run.start]) for run in group.queries]), self.num_heads)
+            kv_BLC = in_sequence([run.sequences(keys_values[run.start]) for run in group.tokens])
+            k, v = (heads(part, self.num_heads) for part in kv_BLC.chunk(2, dim=-1))
             bias_HLL = group.biases_HLL[layer]
             if bias_HLL is not None:
                 bias_HLL = bias_HLL[:, : q.shape[2]]
-            out = attend(q, k, v, bias_HLL, group.key_mask_BL).transpose(1, 2).flatten(2)
+            out = joined(attend(q, k, v, bias_HLL, group.key_mask_BL))
             lengths = [run.length for run in group.queries]
             for run, piece in zip(group.queries, out.split(lengths, dim=1), strict=True):
                 rows[run.start] = run.packed(piece)
         return self.proj(torch.cat([rows[start] for start in sorted(rows)]), gamma)
-
-    def heads(self, x_BLD: Tensor) -> Tensor:
-        """[B, L, D] -> [B, H, L, D/H]."""
-        return x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -172,8 +168,7 @@ class Block(nn.Module):
             attended = self.attn(normed, layout, layer, self.gamma_1)
         x_MD = (x_ND if layout.on_M is None else x_ND[layout.on_M]) + self.dropped(attended, layout)
         outputs = []
-        counts = [rows.stop - rows.start for rows in layout.experts.values()]
-        for modality, rows_D in zip(layout.experts, x_MD.split(counts), strict=True):
+        for modality, rows_D in zip(layout.experts, x_MD.split(list(layout.experts.values())), strict=True):
             norm, mlp = getattr(self, f"norm2_{modality}"), getattr(self, f"mlp_{modality}")
             with norm_again(norm, rows_D, self.cheap) as normed:
                 outputs.append(mlp(normed, self.gamma_2))

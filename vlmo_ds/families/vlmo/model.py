@@ -58,7 +58,7 @@ class VLMo(FamilyModel):
             drop_path_rate=config.drop_path_rate,
             with_mask_token="mim" in tasks,
             attention=config.attention,
-            recompute=config.recompute,
+            recomputed=self.recomputed,
         )
         self.text_embeddings = TextEmbeddings(
             config.vocab_size,
@@ -175,7 +175,7 @@ class VLMo(FamilyModel):
             labels = batch["text_labels_mlm"]
             self.record(out, "mlm", mlm_loss(wave1["mlm"].tokens_BLD, labels, self.mlm_score, self.collector))
         if "itc" in tasks:
-            draws: tuple[Draw | None, Draw | None] = (None, None)
+            draws: tuple[Draw, Draw] | None = None
             if "itm" in tasks:
                 draws = draws_of(batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector)
             found = self.itc_features(wave1["image"], wave1["text"]) | self.log_scales()
@@ -211,7 +211,7 @@ class VLMo(FamilyModel):
         return self.itc_features(encoded["image"], encoded["text"]) | scales
 
     def add_contrast(
-        self, out: StepOutput, found: Mapping[str, Tensor], draws: tuple[Draw | None, Draw | None] = (None, None)
+        self, out: StepOutput, found: Mapping[str, Tensor], draws: tuple[Draw, Draw] | None = None
     ) -> Contrasted:
         """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter. draws: of hard
         negatives, which come with the result."""
@@ -353,9 +353,6 @@ class VLMo(FamilyModel):
 
     def contrast_scale(self) -> Tensor:
         return self.logit_scale.detach().float().exp()
-
-    def offload_checkpoints(self, offloaded: bool) -> None:
-        self.transformer.recomputed.offload = offloaded
 
     @torch.no_grad()
     def init_vl_experts(self, source: str) -> None:

@@ -11,8 +11,9 @@ own expert and, as its twin, through the vision-language expert.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.blocks.layers import PatchEmbed, given
 from vlmo_ds.blocks.position import joint_position_index
 from vlmo_ds.blocks.recompute import Recomputed
-from vlmo_ds.families.vlmo.block import AttentionGroup, Block, PackedLayout, Run, by_run, joined
+from vlmo_ds.families.vlmo.block import AttentionGroup, Block, PackedLayout, Run, by_run, in_sequence
 
 
 class Stream(NamedTuple):
@@ -70,19 +71,20 @@ class Kind(NamedTuple):
     """The text or the image tokens of one stream, or of its twin, and the expert that they take."""
 
     owner: int  # stream
-    image: bool  # else text
     twin: bool
+    image: bool  # else text
     expert: str
 
+    @property
+    def sequences(self) -> tuple[int, bool]:
+        """Of which these are a part: the stream's, or its twin's."""
+        return self.owner, self.twin
 
-@dataclass
-class Piece:
+
+class Piece(NamedTuple):
     """Such tokens as a run of packed rows."""
 
-    owner: int
-    image: bool
-    twin: bool
-    expert: str
+    kind: Kind
     run: Run
 
 
@@ -113,14 +115,14 @@ class MultiWayTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         with_mask_token: bool = False,
         attention: str = "auto",
-        recompute: str | int = "none",
+        recomputed: Recomputed | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.vlffn_start_layer_index = vlffn_start_layer_index
         self.max_text_len_of_initckpt = max_text_len_of_initckpt
         self.window = image_size // patch_size
-        self.recomputed = Recomputed(recompute)
+        self.recomputed = recomputed or Recomputed()
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_mask_token else None
@@ -170,7 +172,7 @@ class MultiWayTransformer(nn.Module):
         biases = self.biases(streams, bias_table)
         pieces = self.place(streams, folds, lower_order(streams))
         layout = self.layout(streams, pieces, biases)
-        x_ND = torch.cat([embedded(streams[piece.owner], piece, images) for piece in pieces])
+        x_ND = torch.cat([embedded(streams[piece.kind.owner], piece, images) for piece in pieces])
         for i, block in enumerate(self.blocks):
             if i == self.vlffn_start_layer_index:
                 lower, pieces = pieces, self.place(streams, folds, upper_order(streams))
@@ -181,8 +183,8 @@ class MultiWayTransformer(nn.Module):
         of_piece = by_run([piece.run for piece in pieces], self.norm(x_ND))
         tokens: dict[tuple[int, bool], list[Tensor]] = {}
         for piece in pieces:
-            tokens.setdefault((piece.owner, piece.twin), []).append(piece.run.sequences(of_piece[piece.run.start]))
-        out = {key: joined(parts) for key, parts in tokens.items()}
+            tokens.setdefault(piece.kind.sequences, []).append(piece.run.sequences(of_piece[piece.run.start]))
+        out = {key: in_sequence(parts) for key, parts in tokens.items()}
         # without layers of VL experts a twin is what it is a twin of
         return [
             Encoded(out[i, False], out.get((i, True), out[i, False]) if s.vl_twin else None)
@@ -204,8 +206,8 @@ class MultiWayTransformer(nn.Module):
         for kind in order:
             fold = None if kind.image else given(folds[kind.owner], "text_mask_BL")
             length = self.patch_embed.num_patches + 1 if fold is None else fold.length
-            pieces.append(Piece(*kind, Run(start, streams[kind.owner].batch, length, fold)))
-            start = pieces[-1].run.rows.stop
+            pieces.append(Piece(kind, Run(start, streams[kind.owner].batch, length, fold)))
+            start += pieces[-1].run.size
         return pieces
 
     def biases(self, streams: Sequence[Stream], bias_table: Tensor | None) -> list[Sequence[Tensor | None]]:
@@ -227,7 +229,7 @@ class MultiWayTransformer(nn.Module):
         device = self.norm.weight.device
         by_sequences: dict[tuple[int, bool], list[Piece]] = {}
         for piece in pieces:
-            by_sequences.setdefault((piece.owner, piece.twin), []).append(piece)
+            by_sequences.setdefault(piece.kind.sequences, []).append(piece)
         groups, sequence, first = [], {}, 0
         for (owner, _), parts in by_sequences.items():
             stream = streams[owner]
@@ -258,7 +260,7 @@ def folds_of(streams: Sequence[Stream]) -> list[Fold | None]:
 
 def embedded(stream: Stream, piece: Piece, images_BLD: Tensor | None) -> Tensor:
     """The packed tokens of a piece, [n, D]."""
-    if piece.image:
+    if piece.kind.image:
         rows = given(stream.image_rows_B, "image_rows_B")
         return given(images_BLD, "image_BCHW").index_select(0, rows).flatten(0, 1)
     return piece.run.packed(given(stream.text_BLD, "text_BLD"))
@@ -267,7 +269,7 @@ def embedded(stream: Stream, piece: Piece, images_BLD: Tensor | None) -> Tensor:
 def lower_order(streams: Sequence[Stream]) -> list[Kind]:
     """Below the VL experts: all text tokens, then all image tokens."""
     order = [Kind(i, False, False, "text") for i, s in enumerate(streams) if s.text_BLD is not None]
-    return order + [Kind(i, True, False, "imag") for i, s in enumerate(streams) if s.image_rows_B is not None]
+    return order + [Kind(i, False, True, "imag") for i, s in enumerate(streams) if s.image_rows_B is not None]
 
 
 def upper_order(streams: Sequence[Stream]) -> list[Kind]:
@@ -278,19 +280,18 @@ def upper_order(streams: Sequence[Stream]) -> list[Kind]:
     return order + [kind._replace(twin=True, expert="vl") for kind in lower if streams[kind.owner].vl_twin]
 
 
-def rows_of_experts(pieces: Sequence[Piece]) -> dict[str, slice]:
-    experts: dict[str, slice] = {}
-    for piece in pieces:
-        first = experts[piece.expert].start if piece.expert in experts else piece.run.start
-        experts[piece.expert] = slice(first, piece.run.rows.stop)
-    return experts
+def rows_of_experts(pieces: Sequence[Piece]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for kind, run in pieces:
+        counts[kind.expert] += run.size
+    return counts
 
 
 def repack(x_ND: Tensor, lower: Sequence[Piece], upper: Sequence[Piece]) -> Tensor:
     """Reorders the packed tokens from the lower to the upper order, and copies what goes on as a twin."""
     rows = by_run([piece.run for piece in lower], x_ND)
-    found = {(piece.owner, piece.image): rows[piece.run.start] for piece in lower}
-    return torch.cat([found[piece.owner, piece.image] for piece in upper])
+    found = {(kind.owner, kind.image): rows[run.start] for kind, run in lower}
+    return torch.cat([found[kind.owner, kind.image] for kind, _ in upper])
 
 
 def leave_unread(
@@ -303,20 +304,20 @@ def leave_unread(
     on: list[Tensor] = []
     queries: dict[tuple[int, bool], list[Run]] = {}
     start = 0
-    for piece in pieces:
-        run, reads, device = piece.run, streams[piece.owner].reads, layout.sequence_M.device
-        rows = torch.arange(run.rows.start, run.rows.stop, device=device)
-        if reads != "all" and piece.image and streams[piece.owner].joint:
+    for kind, run in pieces:
+        stream = streams[kind.owner]
+        rows = torch.arange(run.start, run.start + run.size, device=layout.sequence_M.device)
+        if stream.reads != "all" and kind.image and stream.joint:
             rows, run = rows[:0], Run(start, 0, run.length)
-        elif reads == "class":
+        elif stream.reads == "class":
             rows, run = run.sequences(rows[:, None])[:, 0, 0], Run(start, run.batch, 1)
         else:
             run = run._replace(start=start)
-        left.append(replace(piece, run=run))
+        left.append(Piece(kind, run))
         if run.batch:
-            queries.setdefault((piece.owner, piece.twin), []).append(run)
+            queries.setdefault(kind.sequences, []).append(run)
         on.append(rows)
-        start = run.rows.stop
+        start += run.size
     on_M = torch.cat(on)
     last = PackedLayout(
         experts=rows_of_experts(left),

@@ -58,10 +58,10 @@ def features(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     raw = {}  # the reference records one-modality class tokens before the final norm
     of = list(streams.values())
     pieces = model.transformer.place(of, folds_of(of), upper_order(of))
-    packed = by_run([piece.run for piece in pieces], before_norm[0])
-    for piece in pieces:
-        if not piece.twin:
-            raw[list(streams)[piece.owner]] = piece.run.sequences(packed[piece.run.start])[:, 0]
+    packed = by_run([run for _, run in pieces], before_norm[0])
+    for kind, run in pieces:
+        if not kind.twin:
+            raw[list(streams)[kind.owner]] = run.sequences(packed[run.start])[:, 0]
     out = {}
     for name, stream in encoded.items():
         tokens = stream.tokens_BLD
