@@ -113,13 +113,14 @@ class Mlp(nn.Module):
         return self.fc2(self.fc1(x), gamma)
 
 
-def drop_path(x_ND: Tensor, rate: float, sequence_N: Tensor, num_sequences: int) -> Tensor:
-    """Stochastic depth (arXiv:1603.09382): drops the residual branch of whole sequences, scales the others up.
+def kept(sequences: int, rate: float, device: torch.device) -> Tensor:
+    """bool [sequences]: those whose residual branch stochastic depth (arXiv:1603.09382) does not leave out."""
+    return torch.rand(sequences, device=device) >= rate
 
-    sequence_N: the sequence that each packed token belongs to.
-    """
-    keep = torch.rand(num_sequences, device=x_ND.device) >= rate
-    return x_ND * (keep.to(x_ND.dtype) / (1.0 - rate))[sequence_N, None]
+
+def drop_path(x_ND: Tensor, rate: float, keep_N: Tensor) -> Tensor:
+    """A residual branch with zeros where it is left out, and scaled up elsewhere. keep_N: for each row what `kept` says of its sequence."""
+    return x_ND * (keep_N.to(x_ND.dtype) / (1.0 - rate))[:, None]
 
 
 def init_weights(module: nn.Module, std: float) -> None:

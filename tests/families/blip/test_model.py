@@ -15,6 +15,7 @@ from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.blip.model import EMPTY
 from vlmo_ds.families.blip.parity import build, compare
+from vlmo_ds.families.blip.vision import Block
 from vlmo_ds.families.blip.weights import official
 from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import matches
@@ -67,6 +68,26 @@ def test_texts_of_a_batch_do_not_see_each_other_nor_padding():
             (words, together["words"][ends[row] : ends[row + 1]]),
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_what_stochastic_depth_leaves_out_of_the_image_tower_is_not_computed(monkeypatch):
+    images, found, computed = tiny_batch(batch=12)["image"], [], []
+
+    def with_zeros(self, x_BLD, branch):
+        keep_B = torch.rand(len(x_BLD)) >= self.drop_path_rate if self.drop_path_rate else torch.ones(len(x_BLD))
+        return x_BLD + keep_B[:, None, None] / (1 - self.drop_path_rate) * branch(x_BLD)
+
+    for added in (Block.added, with_zeros):
+        monkeypatch.setattr(Block, "added", added)
+        tower = tiny_model(drop_path_rate=0.5).visual_encoder.train()
+        tower.blocks[1].attn.register_forward_hook(lambda module, args, out: computed.append(len(args[0])))
+        torch.manual_seed(7)
+        out = tower(images)
+        out.square().sum().backward()
+        found.append({"out": out} | {name: p.grad for name, p in tower.named_parameters()})
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-10, atol=1e-10)
+    assert computed[0] < computed[1] == 12
 
 
 def test_one_walk_is_as_good_as_four():

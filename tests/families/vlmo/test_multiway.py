@@ -4,6 +4,8 @@ import pytest
 import torch
 from families.vlmo.tiny import tiny_batch, tiny_model
 
+from vlmo_ds.blocks.layers import drop_path, kept
+from vlmo_ds.families.vlmo.block import Block
 from vlmo_ds.families.vlmo.multiway import Stream
 
 POSITIONS = [{}, {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None}]
@@ -149,13 +151,41 @@ def test_recomputation_repeats_stochastic_depth():
 
 
 def test_stochastic_depth_keeps_the_mean():
-    from vlmo_ds.blocks.layers import drop_path
-
     x, sequence = torch.ones(4000, 1), torch.arange(2000).repeat_interleave(2)
-    dropped = drop_path(x, 0.25, sequence, 2000)
+    dropped = drop_path(x, 0.25, kept(2000, 0.25, x.device)[sequence])
     assert torch.equal(dropped[::2], dropped[1::2])  # whole sequences
     assert abs(float(dropped.mean()) - 1.0) < 0.06
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(
+    "rate", [0.4, 0.97]
+)  # with the second one whole experts, and whole walks, have no sequence left
+def test_what_stochastic_depth_leaves_out_is_not_computed(monkeypatch, positions, rate):
+    batch, results, rows = tiny_batch(), [], []
+
+    def with_zeros(self, x_MD, branch, x_ND, layout):
+        drop = self.drop_path_rate
+        if not drop:
+            return x_MD + branch(x_ND, layout)
+        keep_S = kept(layout.num_sequences, drop, x_ND.device)
+        return x_MD + drop_path(branch(x_ND, layout), drop, keep_S[layout.sequence_M])
+
+    def count(module, args, out):
+        rows[-1] += len(args[0])
+
+    for added in (Block.added, with_zeros):
+        monkeypatch.setattr(Block, "added", added)
+        model = tiny_model(drop_path_rate=rate, **positions).train()
+        rows.append(0)
+        for block in model.transformer.blocks:
+            block.norm1.register_forward_hook(count)
+        torch.manual_seed(7)
+        results.append(losses_and_gradients(model, batch))
+    for found, expected in zip(*results, strict=True):
+        assert_same(found, expected)
+    assert rows[0] < rows[1]
 
 
 def test_mistakes_are_named():

@@ -5,12 +5,14 @@ Dimensions: B images, L tokens of one (the class token first), D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.fold import joined
-from vlmo_ds.blocks.layers import Mlp, PatchEmbed, drop_path
+from vlmo_ds.blocks.layers import Mlp, PatchEmbed, kept
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.families.blip.config import BLIPSettings
 
@@ -41,15 +43,19 @@ class Block(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.dropped(self.attn(self.norm1(x_BLD)))
-        return x_BLD + self.dropped(self.mlp(self.norm2(x_BLD)))
+        x_BLD = self.added(x_BLD, lambda x_BLD: self.attn(self.norm1(x_BLD)))
+        return self.added(x_BLD, lambda x_BLD: self.mlp(self.norm2(x_BLD)))
 
-    def dropped(self, x_BLD: Tensor) -> Tensor:
-        if not (self.training and self.drop_path_rate):
-            return x_BLD
-        images, tokens, _ = x_BLD.shape
-        sequence = torch.arange(images, device=x_BLD.device).repeat_interleave(tokens)
-        return drop_path(x_BLD.flatten(0, 1), self.drop_path_rate, sequence, images).view_as(x_BLD)
+    def added(self, x_BLD: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x_BLD and a branch of it, which is left out, and not computed, for the images that stochastic depth says."""
+        rate = self.drop_path_rate if self.training else 0.0
+        if not rate:
+            return x_BLD + branch(x_BLD)
+        keep_B = kept(len(x_BLD), rate, x_BLD.device)
+        if not keep_B.any():  # its weights have a gradient on every rank, of zeros
+            return x_BLD + 0 * branch(x_BLD)
+        which_K = keep_B.nonzero()[:, 0]
+        return x_BLD.index_add(0, which_K, branch(x_BLD[which_K]), alpha=1 / (1 - rate))
 
 
 class VisionTransformer(nn.Module):

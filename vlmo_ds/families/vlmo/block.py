@@ -6,8 +6,10 @@ see multiway.py), M those of them that go on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
 from vlmo_ds.blocks.fold import Fold, heads, joined
-from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path
+from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path, kept
 from vlmo_ds.blocks.recompute import LayerNorm, norm_again
 
 
@@ -59,6 +61,11 @@ class Run(NamedTuple):
         """The same back."""
         return x_BLC.reshape(-1, x_BLC.shape[-1]) if self.fold is None else self.fold.folded(x_BLC)
 
+    def of(self, which_K: Tensor, start: int) -> Run:
+        """Some of its sequences, by their numbers, from row `start` on."""
+        fold = None if self.fold is None else Fold.of_mask(self.fold.valid_BL[which_K])
+        return Run(start, len(which_K), self.length, fold)
+
 
 def by_run(runs: Sequence[Run], x_NC: Tensor) -> dict[int, Tensor]:
     """The rows of runs that are together all rows, by their first."""
@@ -91,6 +98,25 @@ class PackedLayout:
     sequence_M: Tensor
     num_sequences: int
     on_M: Tensor | None = None
+
+    def of(self, keep_S: Tensor) -> tuple[PackedLayout, Tensor]:
+        """The layout of some sequences alone, bool [S], for a walk in which all rows go on; and which rows theirs are here, [K]."""
+        which = [part.nonzero()[:, 0] for part in keep_S.split([group.tokens[0].batch for group in self.groups])]
+        whose = {run.start: (run, one) for group, one in zip(self.groups, which, strict=True) for run in group.tokens}
+        ends = list(accumulate(self.experts.values()))
+        experts, runs, start = dict.fromkeys(self.experts, 0), {}, 0
+        for first, (run, one) in sorted(whose.items()):
+            runs[first] = run.of(one, start)
+            start += runs[first].size
+            experts[next(name for name, end in zip(experts, ends, strict=True) if first < end)] += runs[first].size
+        groups = []
+        for group, one in zip(self.groups, which, strict=True):
+            if len(one):
+                tokens = [runs[run.start] for run in group.tokens]
+                mask_KL = None if group.key_mask_BL is None else group.key_mask_BL[one]
+                groups.append(AttentionGroup(tokens, tokens, mask_KL, group.biases_HLL))
+        rows_K = keep_S[self.sequence_M].nonzero()[:, 0]
+        return PackedLayout(experts, groups, self.sequence_M[rows_K], self.num_sequences), rows_K
 
 
 class Attention(nn.Module):
@@ -164,18 +190,33 @@ class Block(nn.Module):
 
     def forward(self, x_ND: Tensor, layout: PackedLayout, layer: int) -> Tensor:
         """[N, D] -> [M, D]. layer: the number of this block."""
+        attended = partial(self.attended, layer=layer)
+        x_MD = self.added(x_ND if layout.on_M is None else x_ND[layout.on_M], attended, x_ND, layout)
+        return self.added(x_MD, self.fed, x_MD, layout)
+
+    def attended(self, x_ND: Tensor, layout: PackedLayout, layer: int) -> Tensor:
+        """The branch of the attention, [N, D] -> [M, D]."""
         with norm_again(self.norm1, x_ND, self.cheap) as normed:
-            attended = self.attn(normed, layout, layer, self.gamma_1)
-        x_MD = (x_ND if layout.on_M is None else x_ND[layout.on_M]) + self.dropped(attended, layout)
+            return self.attn(normed, layout, layer, self.gamma_1)
+
+    def fed(self, x_MD: Tensor, layout: PackedLayout) -> Tensor:
+        """The branch of the experts, [M, D] -> [M, D]."""
         outputs = []
         for modality, rows_D in zip(layout.experts, x_MD.split(list(layout.experts.values())), strict=True):
             norm, mlp = getattr(self, f"norm2_{modality}"), getattr(self, f"mlp_{modality}")
             with norm_again(norm, rows_D, self.cheap) as normed:
                 outputs.append(mlp(normed, self.gamma_2))
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return x_MD + self.dropped(mixed, layout)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def dropped(self, y_MD: Tensor, layout: PackedLayout) -> Tensor:
-        if self.training and self.drop_path_rate > 0.0:
-            return drop_path(y_MD, self.drop_path_rate, layout.sequence_M, layout.num_sequences)
-        return y_MD
+    def added(
+        self, x_MD: Tensor, branch: Callable[[Tensor, PackedLayout], Tensor], x_ND: Tensor, layout: PackedLayout
+    ) -> Tensor:
+        """x_MD and a branch of x_ND, which is left out, and not computed, for the sequences that stochastic depth says."""
+        rate = self.drop_path_rate if self.training else 0.0
+        if not rate:
+            return x_MD + branch(x_ND, layout)
+        keep_S = kept(layout.num_sequences, rate, x_ND.device)
+        if layout.on_M is not None or not keep_S.any():
+            return x_MD + drop_path(branch(x_ND, layout), rate, keep_S[layout.sequence_M])
+        part, rows_K = layout.of(keep_S)
+        return x_MD.index_add(0, rows_K, branch(x_ND[rows_K], part), alpha=1 / (1 - rate))
