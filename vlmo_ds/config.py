@@ -69,6 +69,10 @@ class ModelConfig(Settings):
         "blocks: every block; n: every n-th block, the others as cheap",
     )
 
+    kernels: Literal["auto", "torch", "apex"] = Field(
+        "auto", description="layer norms by PyTorch or NVIDIA Apex; auto: Apex on a GPU where it is installed"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def fill_architecture(cls, data: Any) -> Any:

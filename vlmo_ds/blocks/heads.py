@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import unit
 
 
@@ -23,7 +24,7 @@ class TextEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
         self.position_embeddings = nn.Embedding(max_text_len, embed_dim)
         self.token_type_embeddings = nn.Embedding(2, embed_dim)
-        self.LayerNorm = nn.LayerNorm(embed_dim, eps=1e-12)
+        self.LayerNorm = LayerNorm(embed_dim, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("position_ids", torch.arange(max_text_len)[None])
 
@@ -74,7 +75,7 @@ class MLMTransform(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
+        self.LayerNorm = LayerNorm(dim, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.LayerNorm(F.gelu(self.dense(x)))
@@ -106,4 +107,4 @@ class MIMHead(nn.Module):
 
 def classifier(dim: int, hidden: int, classes: int) -> nn.Sequential:
     """The heads of VQA and NLVR2: [B, dim] pooled -> [B, classes] logits; members 0, 1 and 3 have weights."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
+    return nn.Sequential(nn.Linear(dim, hidden), LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))

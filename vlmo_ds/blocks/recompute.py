@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+from vlmo_ds.blocks.kernels import LayerNorm
 
 
 class Recomputed:
@@ -38,15 +39,6 @@ class Recomputed:
                 module.cheap = self.cheap  # type: ignore[assignment]  # a module's attribute may be anything
 
 
-class LayerNorm(nn.LayerNorm):
-    """torch's, which can give copies of its parameters: under ZeRO-3 they are there in its own forward alone."""
-
-    def forward(self, x: Tensor, copies: bool = False) -> Any:
-        """norm(x), with copies (norm(x), weight, bias)."""
-        normed = super().forward(x)
-        return (normed, self.weight.detach().clone(), self.bias.detach().clone()) if copies else normed
-
-
 @contextmanager
 def norm_again(norm: LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
     """Gives norm(x), which is not kept for the backward pass by what is computed from it in the context, but computed again from x."""
@@ -60,7 +52,7 @@ def norm_again(norm: LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
         return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
 
     def unpack(packed: Tensor | None) -> Tensor:
-        return F.layer_norm(x.detach(), shape[-1:], weight, bias, norm.eps) if packed is None else packed
+        return norm.kernel(x.detach(), weight, bias, norm.eps) if packed is None else packed
 
     with saved_tensors_hooks(pack, unpack):
         yield normed

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vlmo_ds.blocks.kernels import use_kernels
 from vlmo_ds.config import Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
 from vlmo_ds.data.tokenizer import vocabulary_digest
@@ -133,6 +134,10 @@ def build_model(
             print(f"{stage.name}: weights from {origin}: {counts}", flush=True)
             for change in report["converted"]:
                 print(f"{stage.name}:   {change}", flush=True)
+    try:
+        use_kernels(model, recipe.model.kernels)
+    except ValueError as error:
+        raise RecipeError(f"model.{error}") from None
     trained = set_trainable(model, stage)
     if collector.rank == 0:
         total, learnt = parameter_counts(model)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, heads, joined
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import GeluLinear, wide
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.families.blip.config import BLIPSettings
@@ -79,7 +80,7 @@ class Output(nn.Module):
     def __init__(self, linear: nn.Linear, dropout: float):
         super().__init__()
         self.dense = linear
-        self.LayerNorm = nn.LayerNorm(linear.out_features, eps=EPS)
+        self.LayerNorm = LayerNorm(linear.out_features, eps=EPS)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class TwinOutput(nn.Module):
         self.dense0 = nn.Linear(dim, dim)
         self.dense1 = nn.Linear(dim, dim)
         self.merge_layer = nn.Linear(2 * dim, dim) if merged else None
-        self.LayerNorm = nn.LayerNorm(dim, eps=EPS)
+        self.LayerNorm = LayerNorm(dim, eps=EPS)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, first: Tensor, second: Tensor, before: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = WordTable(config.vocab_size, config.text_width)
         self.position_embeddings = nn.Embedding(config.positions, config.text_width)
-        self.LayerNorm = nn.LayerNorm(config.text_width, eps=EPS)
+        self.LayerNorm = LayerNorm(config.text_width, eps=EPS)
         self.dropout = nn.Dropout(config.text_dropout)
 
     def forward(self, ids: Tensor, places: Tensor) -> Tensor:
@@ -359,7 +360,7 @@ class Transform(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.LayerNorm = nn.LayerNorm(dim, eps=EPS)
+        self.LayerNorm = LayerNorm(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.LayerNorm(F.gelu(self.dense(x)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.fold import joined
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import Mlp, PatchEmbed, kept
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.families.blip.config import BLIPSettings
@@ -36,9 +37,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, drop_path_rate: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = LayerNorm(dim, eps=EPS)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path_rate = drop_path_rate
 
@@ -67,7 +68,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.image_size, config.patch_size, dim)
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, config.vision_heads, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = LayerNorm(dim, eps=EPS)
         self.recomputed = recomputed
 
     def forward(self, image_BCHW: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, heads, joined
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import GeluLinear, given
 from vlmo_ds.blocks.recompute import Recomputed
 
@@ -108,11 +109,11 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross: bool = False):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(dim)
+        self.ln_1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
         if cross:
-            self.ln_1_kv = nn.LayerNorm(dim)
-        self.ln_2 = nn.LayerNorm(dim)
+            self.ln_1_kv = LayerNorm(dim)
+        self.ln_2 = LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, hidden), c_proj=GeluLinear(hidden, dim)))
 
@@ -173,8 +174,8 @@ class AttentionalPooler(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(queries, dim))
         self.attn = Attention(dim, num_heads, context_dim)
-        self.ln_q = nn.LayerNorm(dim)
-        self.ln_k = nn.LayerNorm(context_dim)
+        self.ln_q = LayerNorm(dim)
+        self.ln_k = LayerNorm(context_dim)
 
     def reset_parameters(self) -> None:
         for weight in (*self.attn.projections, self.attn.out_proj.weight):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmo_ds.blocks.cache import Cache
 from vlmo_ds.blocks.fold import Fold
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import given, normalize, unit, wide
 from vlmo_ds.blocks.position import begin_positions
 from vlmo_ds.blocks.recompute import Recomputed
@@ -49,7 +50,7 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.patches + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = LayerNorm(width)
         heads, ratio = width // config.vision_head_width, config.vision_mlp_ratio
         self.transformer = Transformer(width, config.vision_layers, heads, ratio, recomputed)
         if self.pool != "none":
@@ -57,7 +58,7 @@ class VisionTransformer(nn.Module):
         if self.pool in ("cascade", "parallel"):
             context = dim if self.pool == "cascade" else width
             self.attn_pool_contrastive = AttentionalPooler(dim, context, config.pooler_heads, 1)
-        self.ln_post = nn.LayerNorm(config.token_width)
+        self.ln_post = LayerNorm(config.token_width)
         self.proj = nn.Parameter(torch.empty(config.token_width, dim))
 
     def forward(self, image_BCHW: Tensor, feature: bool = True) -> tuple[Tensor | None, Tensor]:
@@ -99,7 +100,7 @@ class TextTransformer(nn.Module):
         self.cls_emb = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.max_text_len + 1, width))
         self.transformer = Transformer(width, config.text_layers, config.text_heads, config.mlp_ratio, recomputed)
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def forward(self, ids_BL: Tensor, lengths_B: Tensor, feature: bool = True) -> EncodedText:
@@ -152,7 +153,7 @@ class MultimodalTransformer(nn.Module):
         width, heads, ratio = config.text_width, config.decoder_heads, config.mlp_ratio
         self.resblocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(config.decoder_layers))
         self.cross_attn = nn.ModuleList(Block(width, heads, ratio, cross=True) for _ in range(config.decoder_layers))
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.vocab_size))
         self.recomputed = recomputed
 

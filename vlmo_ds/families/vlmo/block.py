@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
 from vlmo_ds.blocks.fold import Fold, heads, joined
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path, kept
-from vlmo_ds.blocks.recompute import LayerNorm, norm_again
+from vlmo_ds.blocks.recompute import norm_again
 
 
 class QkvLinear(nn.Linear):

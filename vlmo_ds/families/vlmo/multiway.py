@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.fold import Fold
+from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import PatchEmbed, given
 from vlmo_ds.blocks.position import joint_position_index
 from vlmo_ds.blocks.recompute import Recomputed
@@ -146,7 +147,7 @@ class MultiWayTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recomputed.whole(i):  # what norm_again saves would stay in memory
                 block.cheap = False  # type: ignore[assignment]  # a module's attribute may be anything
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = LayerNorm(embed_dim, eps=1e-6)
 
     def forward(
         self,
