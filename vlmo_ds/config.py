@@ -70,7 +70,8 @@ class ModelConfig(Settings):
     )
 
     kernels: Literal["auto", "torch", "apex"] = Field(
-        "auto", description="layer norms by PyTorch or NVIDIA Apex; auto: Apex on a GPU where it is installed"
+        "auto",
+        description="layer norms in training: PyTorch's or NVIDIA Apex's; auto: Apex's on a GPU where it is installed",
     )
 
     @model_validator(mode="before")

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmo_ds.blocks.layers import GeluLinear, ScaledLinear
+from vlmo_ds.blocks.layers import AddRows, GeluLinear, ScaledLinear
 
 
 def kept_bytes(function, parameters) -> tuple[torch.Tensor, int]:
@@ -71,3 +71,14 @@ def test_gamma_is_multiplied_without_keeping_what_it_is_multiplied_with(kind, fr
     assert memory[0] == 5 * 6 * 8
     if not frozen:
         assert memory[1] > memory[0]
+
+
+def test_rows_are_added_without_keeping_them():
+    x, branch = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (5, 2))
+    rows = torch.tensor([4, 1])
+    out, kept = kept_bytes(lambda: AddRows.apply(x, rows, branch, 2.0), (x, branch))
+    assert kept == rows.nbytes
+    expected = x.index_add(0, rows, branch, alpha=2.0)
+    assert torch.equal(out, expected)
+    for found, wanted in zip(*(torch.autograd.grad(y.pow(3).sum(), (x, branch)) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, without waiting for what that has to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Fold:
     """Which places of a padded [B, L] hold tokens. Linear layers and norms work on those alone, [N, D]."""
 
@@ -29,6 +34,17 @@ class Fold:
         self.valid_BL = valid_BL
         self.places_N = valid_BL.flatten().nonzero().squeeze(1)
         self.count = len(self.places_N)
+
+    @cached_property
+    def host_BL(self) -> Tensor:
+        """valid_BL on the CPU."""
+        return self.valid_BL.cpu()
+
+    def subset(self, which_K: Tensor) -> Fold:
+        """That of some sequences, by their numbers, int64 on the CPU."""
+        fold, device = Fold.of_mask(self.host_BL[which_K]), self.valid_BL.device
+        fold.valid_BL, fold.places_N = sent(fold.valid_BL, device), sent(fold.places_N, device)
+        return fold
 
     @cached_property
     def causal(self) -> Tensor:

@@ -18,6 +18,10 @@ def torch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def apex_norm() -> Norm:
     """Apex's fused layer norm, forward and backward. ValueError, with what is missing, where it is not there."""
     if not torch.cuda.is_available():
@@ -31,10 +35,19 @@ def apex_norm() -> Norm:
             "the package apex that is installed is not NVIDIA's, or an old one without its fused layer norm (that of the Python "
             "index is something else entirely: pip uninstall apex)"
         ) from None
-    if find_spec("fused_layer_norm_cuda") is None:
-        raise ValueError("NVIDIA Apex is installed without its CUDA extensions (APEX_CUDA_EXT=1 when it is built)")
+    try:
+        importlib.import_module("fused_layer_norm_cuda")
+    except ImportError as error:
+        raise ValueError(
+            f"NVIDIA Apex has no CUDA extensions, or they are for another PyTorch: {error} (build it anew with APEX_CUDA_EXT=1)"
+        ) from None
 
-    return lambda x, weight, bias, eps: fused(x, weight, bias, weight.shape, eps)
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        if not on_gpu(x) or not x.numel():  # Apex's kernels are not for these
+            return torch_norm(x, weight, bias, eps)
+        return fused(x, weight, bias, weight.shape, eps)
+
+    return norm
 
 
 def chosen_norm(setting: str) -> Norm:

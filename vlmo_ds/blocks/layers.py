@@ -113,14 +113,30 @@ class Mlp(nn.Module):
         return self.fc2(self.fc1(x), gamma)
 
 
-def kept(sequences: int, rate: float, device: torch.device) -> Tensor:
-    """bool [sequences]: those whose residual branch stochastic depth (arXiv:1603.09382) does not leave out."""
-    return torch.rand(sequences, device=device) >= rate
+def kept(sequences: int, rate: float) -> Tensor:
+    """bool [sequences] on the CPU: those whose residual branch stochastic depth (arXiv:1603.09382) does not leave out."""
+    return torch.rand(sequences, device="cpu") >= rate
 
 
-def drop_path(x_ND: Tensor, rate: float, keep_N: Tensor) -> Tensor:
+def drop_path(branch_ND: Tensor, rate: float, keep_N: Tensor) -> Tensor:
     """A residual branch with zeros where it is left out, and scaled up elsewhere. keep_N: for each row what `kept` says of its sequence."""
-    return x_ND * (keep_N.to(x_ND.dtype) / (1.0 - rate))[:, None]
+    return branch_ND * (keep_N.to(branch_ND.dtype) / (1.0 - rate))[:, None]
+
+
+class AddRows(torch.autograd.Function):
+    """x [N, ...] with scale * branch [K, ...] added to K of its rows, each named once. torch's index_add keeps the branch for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows_K: Tensor, branch: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(rows_K)
+        ctx.scale = scale
+        return x.index_add(0, rows_K, branch, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows_K,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, rows_K).mul_(ctx.scale), None
 
 
 def init_weights(module: nn.Module, std: float) -> None:

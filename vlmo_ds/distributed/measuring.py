@@ -1,4 +1,4 @@
-"""What the collectives cost, counted in them: what `plan` is held against, and benchmarks/collector.py."""
+"""Counts the bytes that collectives receive, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def count_collectives() -> collections.Counter:
 
 
 class OneOfMany(Collector):
-    """A rank whose others' rows are in memory: for what one rank holds and computes beside so many that no machine has them."""
+    """A stand-in for one rank of many: the rows of the others are given as a tensor."""
 
     def __init__(self, others: Tensor):
         super().__init__()

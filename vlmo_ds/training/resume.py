@@ -41,6 +41,7 @@ FREE_OF_STAGE = (
 )
 FREE = (
     *EVALUATIONS,
+    "model.kernels",
     "keep_checkpoints",
     "checkpoint_failures",
     "background_checkpoints",

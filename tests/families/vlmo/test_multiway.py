@@ -152,7 +152,7 @@ def test_recomputation_repeats_stochastic_depth():
 
 def test_stochastic_depth_keeps_the_mean():
     x, sequence = torch.ones(4000, 1), torch.arange(2000).repeat_interleave(2)
-    dropped = drop_path(x, 0.25, kept(2000, 0.25, x.device)[sequence])
+    dropped = drop_path(x, 0.25, kept(2000, 0.25)[sequence])
     assert torch.equal(dropped[::2], dropped[1::2])  # whole sequences
     assert abs(float(dropped.mean()) - 1.0) < 0.06
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
@@ -169,7 +169,7 @@ def test_what_stochastic_depth_leaves_out_is_not_computed(monkeypatch, positions
         drop = self.drop_path_rate
         if not drop:
             return x_MD + branch(x_ND, layout)
-        keep_S = kept(layout.num_sequences, drop, x_ND.device)
+        keep_S = kept(layout.num_sequences, drop)
         return x_MD + drop_path(branch(x_ND, layout), drop, keep_S[layout.sequence_M])
 
     def count(module, args, out):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo_ds.blocks.fold import joined
+from vlmo_ds.blocks.fold import joined, sent
 from vlmo_ds.blocks.kernels import LayerNorm
-from vlmo_ds.blocks.layers import Mlp, PatchEmbed, kept
+from vlmo_ds.blocks.layers import AddRows, Mlp, PatchEmbed, kept
 from vlmo_ds.blocks.recompute import Recomputed
 from vlmo_ds.families.blip.config import BLIPSettings
 
@@ -48,15 +48,16 @@ class Block(nn.Module):
         return self.added(x_BLD, lambda x_BLD: self.mlp(self.norm2(x_BLD)))
 
     def added(self, x_BLD: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x_BLD and a branch of it, which is left out, and not computed, for the images that stochastic depth says."""
+        """x_BLD and a branch of it, which stochastic depth leaves out for some images. It is not computed for these, but where there are no
+        others: its weights have a gradient on every rank."""
         rate = self.drop_path_rate if self.training else 0.0
         if not rate:
             return x_BLD + branch(x_BLD)
-        keep_B = kept(len(x_BLD), rate, x_BLD.device)
-        if not keep_B.any():  # its weights have a gradient on every rank, of zeros
+        keep_B = kept(len(x_BLD), rate)
+        if not keep_B.any():
             return x_BLD + 0 * branch(x_BLD)
-        which_K = keep_B.nonzero()[:, 0]
-        return x_BLD.index_add(0, which_K, branch(x_BLD[which_K]), alpha=1 / (1 - rate))
+        which_K = sent(keep_B.nonzero()[:, 0], x_BLD.device)
+        return AddRows.apply(x_BLD, which_K, branch(x_BLD.index_select(0, which_K)), 1 / (1 - rate))
 
 
 class VisionTransformer(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
-from vlmo_ds.blocks.fold import Fold, heads, joined
+from vlmo_ds.blocks.fold import Fold, heads, joined, sent
 from vlmo_ds.blocks.kernels import LayerNorm
-from vlmo_ds.blocks.layers import Mlp, ScaledLinear, drop_path, kept
+from vlmo_ds.blocks.layers import AddRows, Mlp, ScaledLinear, drop_path, kept
 from vlmo_ds.blocks.recompute import norm_again
 
 
@@ -62,9 +62,9 @@ class Run(NamedTuple):
         """The same back."""
         return x_BLC.reshape(-1, x_BLC.shape[-1]) if self.fold is None else self.fold.folded(x_BLC)
 
-    def of(self, which_K: Tensor, start: int) -> Run:
-        """Some of its sequences, by their numbers, from row `start` on."""
-        fold = None if self.fold is None else Fold.of_mask(self.fold.valid_BL[which_K])
+    def subset(self, which_K: Tensor, start: int) -> Run:
+        """Some of its sequences, by their numbers, int64 on the CPU; from row `start` on."""
+        fold = None if self.fold is None else self.fold.subset(which_K)
         return Run(start, len(which_K), self.length, fold)
 
 
@@ -100,23 +100,29 @@ class PackedLayout:
     num_sequences: int
     on_M: Tensor | None = None
 
-    def of(self, keep_S: Tensor) -> tuple[PackedLayout, Tensor]:
-        """The layout of some sequences alone, bool [S], for a walk in which all rows go on; and which rows theirs are here, [K]."""
+    @cached_property
+    def host_M(self) -> Tensor:
+        """sequence_M on the CPU."""
+        return self.sequence_M.cpu()
+
+    def subset(self, keep_S: Tensor) -> tuple[PackedLayout, Tensor]:
+        """The layout of some sequences alone, bool [S] on the CPU; and which rows theirs are here, [K]. All rows have to go on."""
+        device = self.sequence_M.device
         which = [part.nonzero()[:, 0] for part in keep_S.split([group.tokens[0].batch for group in self.groups])]
         whose = {run.start: (run, one) for group, one in zip(self.groups, which, strict=True) for run in group.tokens}
         ends = list(accumulate(self.experts.values()))
         experts, runs, start = dict.fromkeys(self.experts, 0), {}, 0
         for first, (run, one) in sorted(whose.items()):
-            runs[first] = run.of(one, start)
+            runs[first] = run.subset(one, start)
             start += runs[first].size
             experts[next(name for name, end in zip(experts, ends, strict=True) if first < end)] += runs[first].size
         groups = []
         for group, one in zip(self.groups, which, strict=True):
             if len(one):
                 tokens = [runs[run.start] for run in group.tokens]
-                mask_KL = None if group.key_mask_BL is None else group.key_mask_BL[one]
+                mask_KL = None if group.key_mask_BL is None else group.key_mask_BL[sent(one, device)]
                 groups.append(AttentionGroup(tokens, tokens, mask_KL, group.biases_HLL))
-        rows_K = keep_S[self.sequence_M].nonzero()[:, 0]
+        rows_K = sent(keep_S[self.host_M].nonzero()[:, 0], device)
         return PackedLayout(experts, groups, self.sequence_M[rows_K], self.num_sequences), rows_K
 
 
@@ -212,12 +218,13 @@ class Block(nn.Module):
     def added(
         self, x_MD: Tensor, branch: Callable[[Tensor, PackedLayout], Tensor], x_ND: Tensor, layout: PackedLayout
     ) -> Tensor:
-        """x_MD and a branch of x_ND, which is left out, and not computed, for the sequences that stochastic depth says."""
+        """x_MD and a branch of x_ND, which stochastic depth leaves out for some sequences. It is not computed for these, but in the last block
+        and where there are no others: its weights have a gradient on every rank."""
         rate = self.drop_path_rate if self.training else 0.0
         if not rate:
             return x_MD + branch(x_ND, layout)
-        keep_S = kept(layout.num_sequences, rate, x_ND.device)
+        keep_S = kept(layout.num_sequences, rate)
         if layout.on_M is not None or not keep_S.any():
-            return x_MD + drop_path(branch(x_ND, layout), rate, keep_S[layout.sequence_M])
-        part, rows_K = layout.of(keep_S)
-        return x_MD.index_add(0, rows_K, branch(x_ND[rows_K], part), alpha=1 / (1 - rate))
+            return x_MD + drop_path(branch(x_ND, layout), rate, sent(keep_S, x_ND.device)[layout.sequence_M])
+        part, rows_K = layout.subset(keep_S)
+        return AddRows.apply(x_MD, rows_K, branch(x_ND.index_select(0, rows_K), part), 1 / (1 - rate))
