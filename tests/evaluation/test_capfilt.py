@@ -109,6 +109,7 @@ def test_written_captions_instead_of_the_webs_where_those_do_not_fit(trained, ma
         own = [c.text for c in captions if c.kept and c.source != "synthetic"]
         written = [c.text for c in captions if c.kept and c.source == "synthetic"]
         assert [c.text for c in instead[key] if c.kept] == (own or written)
+        assert [c.text for c in instead[key] if c.fits] == [c.text for c in captions if c.kept]  # also those to spare
     counted = [json.loads((folder / "capfilt.json").read_text()) for folder in (filtered, tmp_path / "U")]
     assert counted[0]["truth"] == counted[1]["truth"] and counted[0]["kept"]["web"] == counted[1]["kept"]["web"]
     assert counted[0]["kept"]["synthetic"] > counted[1]["kept"]["synthetic"] > 0

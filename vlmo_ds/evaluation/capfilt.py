@@ -75,7 +75,7 @@ class Caption:
         found: dict[str, Any] = {"caption": self.text, "source": self.source}
         if self.score is not None:
             found |= {"score": self.score, "kept": self.kept}
-        return found
+        return found | ({"spare": True} if self.spare else {})
 
 
 def captions_of(raw: RawSample, source: str) -> list[Caption]:
@@ -87,7 +87,10 @@ def captions_of(raw: RawSample, source: str) -> list[Caption]:
 
     if raw.meta.get("caption_entries"):
         entries = raw.entries("caption_entries", ("caption",))
-        return [Caption(e["caption"], told(e.get("source")), e.get("score"), e.get("kept", True)) for e in entries]
+        return [
+            Caption(e["caption"], told(e.get("source")), e.get("score"), e.get("kept", True), e.get("spare") is True)
+            for e in entries
+        ]
     return [Caption(text, told(raw.meta.get("source"))) for text in raw.captions]
 
 
@@ -278,7 +281,7 @@ class Filter(Work):
             for i, chance in zip(part.tolist(), self.model(batch, "match").sigmoid().tolist(), strict=True):
                 caption = judged[i][1]
                 caption.score = round(chance, 4)
-                caption.kept = caption.score >= self.threshold
+                caption.kept, caption.spare = caption.score >= self.threshold, False
         for of_image in captions if self.synthetic == INSTEAD else ():
             if any(c.kept for c in of_image if c.source != SYNTHETIC):
                 for caption in of_image:
