@@ -363,6 +363,21 @@ def test_easy_vqa_counts_images_that_are_missing(tmp_path):
     assert "1 samples, 1 captions" in done.stdout and "rejected 1: image file missing" in done.stdout
 
 
+def test_some_questions_alone(tmp_path):
+    write_tar(tmp_path / "test_images.tar", {f"test/images/{i}.png": png() for i in range(2)})
+    triples = [["What colour?", "red", 0], ["what shape?", "box", 0], ["what colour?", "red", 1]]
+    (tmp_path / "test_questions.json").write_text(json.dumps(triples))
+    (tmp_path / "answers.txt").write_text("red\nbox\n")
+    command = ["easy_vqa", "--root", tmp_path, "--split", "test", "--output"]
+    prepare(*command, tmp_path / "shapes", "--questions", "SHAPE")
+    (found,) = samples(tmp_path / "shapes")
+    assert [(q["question"], q["labels"]) for q in found.meta["questions"]] == [("what shape?", [1])]  # as among all
+    refused = prepare(*command, tmp_path / "none", "--questions", "^how many", code=2)
+    assert "--questions: '^how many' is in none of the questions" in refused.stderr
+    refused = prepare(*command, tmp_path / "none", "--questions", "(", code=2)
+    assert "'(' is not a regular expression" in refused.stderr
+
+
 def test_soft_scores():
     assert [soft_score(n) for n in (0, 1, 2, 3, 4, 10)] == [0.0, 0.3, 0.6, 0.9, 1.0, 1.0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +47,14 @@ def parser() -> argparse.ArgumentParser:
     def splits(sub: argparse.ArgumentParser, about: str, default: str | None = None) -> argparse.ArgumentParser:
         sub.add_argument("--split", required=default is None, default=default, help=about)
         return sub
+
+    def some_questions(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--questions",
+            type=pattern,
+            metavar="PATTERN",
+            help="those alone in which this regular expression is found, in any case, such as '^how many'; default: all",
+        )
 
     sub = with_images(
         dataset(
@@ -97,21 +106,23 @@ def parser() -> argparse.ArgumentParser:
         dataset(
             "vqav2",
             "VQAv2: questions with soft scores over the answers that occur often",
-            lambda a: sources.vqav2(a.root, a.split, a.least, a.resize),
+            lambda a: sources.vqav2(a.root, a.split, a.least, a.resize, a.questions),
             "the downloads: train2014/, val2014/, test2015/, v2_OpenEnded_*_questions.json, v2_mscoco_*_annotations.json",
         )
     )
     splits(sub, "train, val, test or test-dev")
     sub.add_argument("--least", type=positive, default=9, help="times an answer occurs to count (9: 3,129 answers)")
+    some_questions(sub)
     sub = with_images(
         dataset(
             "easy_vqa",
             "easy-VQA: rendered shapes with questions",
-            lambda a: sources.easy_vqa(a.root, a.split, a.resize),
+            lambda a: sources.easy_vqa(a.root, a.split, a.resize, a.questions),
             "<split>_questions.json, <split>_images.tar or <split>/images/, answers.txt",
         )
     )
     splits(sub, "train or test")
+    some_questions(sub)
     sub = with_images(
         dataset(
             "nlvr1",
@@ -257,6 +268,13 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
     return int(text)
+
+
+def pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a regular expression: {error}") from None
 
 
 def share(text: str) -> float:

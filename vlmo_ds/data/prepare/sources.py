@@ -280,7 +280,21 @@ VQA_FILES = {  # split -> images, questions, annotations
 }
 
 
-def vqav2(root: Path, split: str, least: int, resize: int) -> Plan:
+Questions = dict[Any, list[dict]]  # by image
+
+
+def asked(of_image: Questions, wanted: re.Pattern | None) -> Questions:
+    """The questions in which the pattern is found, all without one. DataError where it is in none."""
+    if wanted is None:
+        return of_image
+    found = {image: [q for q in entries if wanted.search(str(q["question"]))] for image, entries in of_image.items()}
+    found = {image: entries for image, entries in found.items() if entries}
+    if not found:
+        raise DataError(f"--questions: '{wanted.pattern}' is in none of the questions")
+    return found
+
+
+def vqav2(root: Path, split: str, least: int, resize: int, wanted: re.Pattern | None = None) -> Plan:
     """VQAv2: one sample per image with its questions.
 
     Answers that the annotators of train and val agreed on at least `least` times form the vocabulary (9: 3,129
@@ -303,7 +317,10 @@ def vqav2(root: Path, split: str, least: int, resize: int) -> Plan:
             if annotations:
                 entry |= {"answers": answers[q["question_id"]], **soft_scores(answers[q["question_id"]], labels)}
             of_image[int(q["image_id"])].append(entry)
-    items = [(f"{folder}/COCO_{folder}_{image_id:012d}.jpg", image_id, found) for image_id, found in of_image.items()]
+    items = [
+        (f"{folder}/COCO_{folder}_{image_id:012d}.jpg", image_id, found)
+        for image_id, found in asked(of_image, wanted).items()
+    ]
     extra = {"answers.json": json.dumps(vocabulary, ensure_ascii=False).encode()} if annotations else {}
     return Plan(f"vqav2-{split}", items, partial(make_questions, root=root, resize=resize), extra)
 
@@ -327,7 +344,7 @@ def make_questions(item: tuple, root: Path, resize: int) -> Made:
     yield Sample({image[0]: image[1], "json": sample_json(image_id=image_id, questions=kept)}, len(kept))
 
 
-def easy_vqa(root: Path, split: str, resize: int) -> Plan:
+def easy_vqa(root: Path, split: str, resize: int, wanted: re.Pattern | None = None) -> Plan:
     """easy-VQA: [question, answer, image] triples, <split>_images.tar or <split>/images/, and answers.txt."""
     choice(split, ("train", "test"), "easy-VQA")
     vocabulary = need(root / "answers.txt", "the list of answers").read_text().split()
@@ -345,7 +362,9 @@ def easy_vqa(root: Path, split: str, resize: int) -> Plan:
         }
     else:
         places = {image: f"{split}/images/{image}.png" for image in of_image}
-    items = [(places.get(image), f"easy_vqa:{split}:{image}", found) for image, found in of_image.items()]
+    items = [
+        (places.get(image), f"easy_vqa:{split}:{image}", found) for image, found in asked(of_image, wanted).items()
+    ]
     extra = {"answers.json": json.dumps(vocabulary).encode()}
     return Plan(f"easy_vqa-{split}", items, partial(make_questions, root=root, resize=resize), extra)
 
