@@ -1,17 +1,21 @@
-"""CPU time until a command line is answered: help, mistakes, checks; and until PyTorch and DeepSpeed are imported.
+"""CPU time until a command line is answered: help, mistakes, checks; and until PyTorch and DeepSpeed are imported. Seconds until a run's first step.
 
     python benchmarks/startup.py [--output FILE]
 
-Each command is a process of its own; the figure is user and system time, the least of several runs.
+Each command is a process of its own; the figure is user and system time, the least of several runs. The first step is that of the quickstart,
+with data and tokenizer there, by 1 and 2 ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from common import write_results
@@ -36,6 +40,31 @@ def cpu_seconds(arguments: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def seconds_to_first_step(folder: Path, ranks: int, tokenizer: str) -> float:
+    """From the command to the first line of metrics.jsonl."""
+    run = folder / "runs" / f"of_{ranks}_{time.monotonic_ns()}"
+    recipe = [
+        "--recipe",
+        str(ROOT / "launch/recipes/quickstart.yaml"),
+        f"name={run.name}",
+        f"tokenizer.name={tokenizer}",
+    ]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(ROOT / "train_ds.py"), *recipe]
+    start = time.perf_counter()
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *launcher], cwd=folder, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+        )
+        while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+            if process.poll() is not None:
+                sys.exit(f"error: training ended before its first step: {(folder / 'log').read_text()}")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -50,6 +79,16 @@ def main() -> None:
             seconds = min(cpu_seconds(arguments) for _ in range(args.repeats))
             results.append({"what": name, "cpu_seconds": round(seconds, 3)})
             print(f"{name:40} {seconds:.2f} s", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare = ["-m", "vlmo_ds.data.prepare", "synthetic", "--output", "data/synthetic"]
+        subprocess.run([sys.executable, *prepare], cwd=folder, check=True, capture_output=True)
+        seconds_to_first_step(folder, 1, "train")
+        (tokenizer,) = folder.glob("runs/*/tokenizer")
+        for ranks in (1, 2):
+            seconds = min(seconds_to_first_step(folder, ranks, str(tokenizer)) for _ in range(args.repeats))
+            results.append({"what": "first step", "ranks": ranks, "seconds": round(seconds, 2)})
+            print(f"{f'first step, {ranks} ranks':40} {seconds:.2f} s", flush=True)
     if args.output:
         write_results(args.output, results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import os
@@ -109,18 +110,34 @@ def build_engine(model: FamilyModel, stage: StageConfig, merged: dict[str, Any])
     if offloaded or not torch.cuda.is_available():  # whether DeepSpeed insists on its compiled CPU Adam
         merged.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
     exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if is_half(merged) else {}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=lambda optimizer: learning_rate(optimizer, stage),
-        config=copy.deepcopy(merged),
-        dist_init_required=False,
-    )
+    with nothing_compiled():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lambda optimizer: learning_rate(optimizer, stage),
+            config=copy.deepcopy(merged),
+            dist_init_required=False,
+        )
     # DeepSpeed makes its float32 weights from the half-precision ones: give them back the bits they lost, so that a
     # hand-over changes nothing.
     set_weights(engine, exact)
     layout_of(engine).create_moments(0)
     return engine
+
+
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """DeepSpeed 0.19 imports the optimiser Muon to see whether it was chosen, and that one asks for torch.compile, whose back end takes a
+    second to import."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def compile_ops(merged: dict[str, Any]) -> None:
