@@ -3,6 +3,8 @@
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 
@@ -112,3 +114,8 @@ def test_nothing_outside_its_folder_names_a_family_or_its_tasks(family):
                 named += [name for name in task.findall(word) if name not in OTHER_MEANINGS.get(file, ())]
             found += [f"{file}:{line}: {name}" for name in named]
     assert not found
+
+
+def test_tables_of_the_performance_page_are_what_their_files_say():
+    done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
