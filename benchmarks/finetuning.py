@@ -1,6 +1,6 @@
 """The fine-tuning commands of docs/finetuning.md on easy-VQA and NLVR v1, and what they reach.
 
-    python benchmarks/finetuning.py --root FOLDER [--only easy_vqa|nlvr1] [--output FILE]
+    python benchmarks/finetuning.py --root FOLDER [--only easy_vqa|blip_easy_vqa|nlvr1] [--output FILE]
 
 FOLDER holds the downloads easy_vqa and nlvr1. Runs that are there already go on, or are evaluated as they are. An
 accuracy's 95% interval is a percentile bootstrap over what was drawn independently: easy-VQA's images, NLVR's sentences
@@ -26,6 +26,7 @@ from vlmo_ds.evaluation.nlvr2 import scores
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-m"]
 RECIPES = "launch/recipes"
+SHAPES = r"what shape|the \w+ shape|(a|no) (circle|rectangle|triangle)"  # what blip_easy_vqa asks about at first
 
 
 def run(*command: object) -> None:
@@ -62,21 +63,37 @@ def summary(right: Mapping[str, bool], group: Callable[[str], str]) -> dict:
     }
 
 
-def vqa_answers(name: str, shards: str) -> dict[str, str]:
+def vqa_answers(name: str, shards: str, *options: str) -> dict[str, str]:
     """question_id -> answer, as the submission file has them."""
     out = ROOT / "runs" / name / "submission.json"
-    run(*PYTHON, "vlmo_ds.evaluation.vqa", f"runs/{name}", "--shards", shards, "--submission", out)
+    run(*PYTHON, "vlmo_ds.evaluation.vqa", f"runs/{name}", "--shards", shards, "--submission", out, *options)
     return {str(row["question_id"]): row["answer"] for row in json.loads(out.read_text())}
+
+
+def easy_vqa_answered(root: Path, name: str, *options: str) -> dict:
+    triples = json.loads((root / "easy_vqa" / "test_questions.json").read_text())
+    answers = vqa_answers(name, "data/easy_vqa/test", *options)
+    right = {str(number): answers[str(number)] == answer for number, (_, answer, _) in enumerate(triples)}
+    return {"run": name, **summary(right, lambda number: str(triples[int(number)][2]))}
 
 
 def easy_vqa(root: Path) -> list[dict]:
     for split in ("train", "test"):
         prepare("easy_vqa", root, split, f"data/easy_vqa/{split}")
     train("finetune/easy_vqa")
-    triples = json.loads((root / "easy_vqa" / "test_questions.json").read_text())
-    answers = vqa_answers("easy_vqa", "data/easy_vqa/test")
-    right = {str(number): answers[str(number)] == answer for number, (_, answer, _) in enumerate(triples)}
-    return [{"run": "easy_vqa", **summary(right, lambda number: str(triples[int(number)][2]))}]
+    return [easy_vqa_answered(root, "easy_vqa")]
+
+
+def blip_easy_vqa(root: Path) -> list[dict]:
+    for split in ("train", "test"):
+        prepare("easy_vqa", root, split, f"data/easy_vqa/{split}")
+    prepare("easy_vqa", root, "train", "data/easy_vqa/train_shapes", "--questions", SHAPES)
+    train("finetune/blip_easy_vqa")
+    noted = json.loads((ROOT / "runs/blip_easy_vqa/stages.json").read_text())
+    training = {"seconds_of_training": round(sum(stage["seconds"] for stage in noted.values()), 1)}
+    methods = ("list", "generate")
+    every = [easy_vqa_answered(root, "blip_easy_vqa", "--method", method) for method in methods]
+    return [{**found, "method": method, **training} for method, found in zip(methods, every, strict=True)]
 
 
 def nlvr1(root: Path) -> list[dict]:
@@ -121,14 +138,16 @@ def nlvr1(root: Path) -> list[dict]:
     return [*rows, row({i: labels[example(i)] == "true" for i in right}, run="always true")]
 
 
+PARTS = {"easy_vqa": easy_vqa, "blip_easy_vqa": blip_easy_vqa, "nlvr1": nlvr1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder of the downloads easy_vqa and nlvr1")
-    parser.add_argument("--only", choices=["easy_vqa", "nlvr1"], help="one of them (default: both)")
+    parser.add_argument("--only", choices=PARTS, help="one of them (default: all)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     args = parser.parse_args()
-    parts = {"easy_vqa": easy_vqa, "nlvr1": nlvr1}
-    results = [row for name in ([args.only] if args.only else parts) for row in parts[name](args.root.resolve())]
+    results = [row for name in ([args.only] if args.only else PARTS) for row in PARTS[name](args.root.resolve())]
     for row in results:
         print(json.dumps(row))
     if args.output:
