@@ -49,10 +49,10 @@ class WordLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, head, labels_N, bias_V, normaliser_N, weight_N = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        of_head = (
-            torch.zeros_like(wide(head)) if ctx.needs_input_grad[1] else None
-        )  # 16 bits would round at every chunk
-        of_bias = torch.zeros_like(wide(bias_V)) if ctx.needs_input_grad[3] else None
+        # of several chunks the sum is in float32: 16 bits would round at each
+        summed = head.dtype if len(hidden_ND) <= CHUNK else torch.promote_types(head.dtype, torch.float32)
+        of_head = torch.zeros_like(head, dtype=summed) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias_V, dtype=normaliser_N.dtype) if ctx.needs_input_grad[3] else None
         for start in range(0, len(hidden_ND), CHUNK):
             rows = slice(start, start + CHUNK)
             chance = (logits_of(hidden_ND[rows], head, bias_V, ctx.table) - normaliser_N[rows, None]).exp_()
