@@ -68,7 +68,6 @@ class ModelConfig(Settings):
         "(outputs of GELU and, by the family, of norms, attention's probabilities, keys and values of images that texts look at); "
         "blocks: every block; n: every n-th block, the others as cheap",
     )
-
     kernels: Literal["auto", "torch", "apex"] = Field(
         "auto",
         description="layer norms in training: PyTorch's or NVIDIA Apex's; auto: Apex's on a GPU where it is installed",

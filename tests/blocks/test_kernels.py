@@ -61,7 +61,7 @@ def vlmo_without_some_experts():
     [(vlmo, vlmo_batch), (vlmo_without_some_experts, vlmo_batch), (coca, coca_batch), (blip, blip_batch)],
 )
 @pytest.mark.parametrize("setting", ["auto", "apex"])
-def test_every_norm_is_apexs_and_nothing_changes(installed, monkeypatch, model, batch, setting):
+def test_every_norm_is_apexs_and_nothing_changes(installed, model, batch, setting):
     nvidias(installed)
     results = []
     for kernels in ("torch", setting):
@@ -77,7 +77,7 @@ def test_every_norm_is_apexs_and_nothing_changes(installed, monkeypatch, model, 
     assert sys.modules["apex.normalization.fused_layer_norm"].calls > 10
 
 
-def test_what_is_missing_is_said(installed, monkeypatch):
+def test_what_is_missing_is_said(installed):
     with pytest.raises(ValueError, match="kernels is apex: NVIDIA Apex is not installed; accepted: torch, auto"):
         chosen_norm("apex")
     installed(**{"apex.__init__": "import pyramid_of_somebody_else"})
