@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vlmo_ds.blocks.fold import Fold
 from vlmo_ds.blocks.layers import AddRows, GeluLinear, ScaledLinear
 
 
@@ -82,3 +83,13 @@ def test_rows_are_added_without_keeping_them():
     assert torch.equal(out, expected)
     for found, wanted in zip(*(torch.autograd.grad(y.pow(3).sum(), (x, branch)) for y in (out, expected)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_are_put_in_their_places_without_keeping_them():
+    fold = Fold(torch.tensor([2, 0, 3]), 4)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    padded, kept = kept_bytes(lambda: fold.padded(x * 1.0), [])
+    assert kept == fold.places_N.nbytes
+    assert torch.equal(fold.folded(padded), x)
+    assert padded.shape == (3, 4, 3) and padded[~fold.valid_BL].eq(0).all()
+    torch.testing.assert_close(*torch.autograd.grad(padded.square().sum(), x), 2 * x)

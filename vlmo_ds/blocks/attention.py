@@ -34,51 +34,55 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def probabilities(q: Tensor, k: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
-    """[B, H, L, S], scores and softmax in float32 at least. q is scaled."""
+def probabilities(q: Tensor, k: Tensor, bias_HLS: Tensor | None, mask: Tensor | None) -> Tensor:
+    """[B, H, L, S], scores and softmax in float32 at least. q is scaled; mask: bool, which keys there are, broadcastable to the same."""
     scores = torch.matmul(q, k.transpose(-2, -1))
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     if bias_HLS is not None:
         scores.add_(bias_HLS)
-    if key_mask_BS is not None:
-        scores.masked_fill_(key_mask_BS[:, None, None] == 0, float("-inf"))
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1)
+
+
+def of_scores(key_mask_BS: Tensor | None) -> Tensor | None:
+    """The mask of keys as one of scores, [B, 1, 1, S] bool."""
+    return None if key_mask_BS is None else (key_mask_BS != 0)[:, None, None]
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
     """The same written out: what the tests compare against."""
-    return torch.matmul(probabilities(q * q.shape[-1] ** -0.5, k, bias_HLS, key_mask_BS).to(v.dtype), v)
+    return torch.matmul(probabilities(q * q.shape[-1] ** -0.5, k, bias_HLS, of_scores(key_mask_BS)).to(v.dtype), v)
 
 
 class Recomputing(torch.autograd.Function):
     """explicit_attention, which keeps queries, keys and values, and computes probabilities again in the backward pass; a few sequences
-    at a time, so that scores stay in the processor's cache. The gradient of the bias is summed over sequences as it comes."""
+    at a time, so that scores stay in the processor's cache. The gradient of the bias is summed over sequences as it comes.
+    mask: as of probabilities."""
 
     @staticmethod
     def forward(  # type: ignore[override]  # a function's forward is its own
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5
         q, k, v = torch.mul(q, scale, out=q.new_empty(q.shape)), k.contiguous(), v.contiguous()
-        ctx.save_for_backward(q, k, v, bias_HLS, key_mask_BS)
+        ctx.save_for_backward(q, k, v, bias_HLS, mask)
         ctx.scale = scale
         out = torch.empty_like(q)
         for part in chunks(q, k):
-            mask = None if key_mask_BS is None else key_mask_BS[part]
-            chances = probabilities(q[part], k[part], bias_HLS, mask)
+            chances = probabilities(q[part], k[part], bias_HLS, rows_of(mask, part))
             product(chances.to(v.dtype), v[part], out[part])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias_HLS, key_mask_BS = ctx.saved_tensors  # q is scaled
+        q, k, v, bias_HLS, mask = ctx.saved_tensors  # q is scaled
         grad = grad.contiguous()
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         of_bias = None
         for part in chunks(q, k):
-            mask = None if key_mask_BS is None else key_mask_BS[part]
-            chances = probabilities(q[part], k[part], bias_HLS, mask)
+            chances = probabilities(q[part], k[part], bias_HLS, rows_of(mask, part))
             product(chances.to(v.dtype).transpose(-2, -1), grad[part], of_v[part])
             of_chances = torch.matmul(grad[part], v[part].transpose(-2, -1)).to(chances.dtype)
             of_scores = torch.ops.aten._softmax_backward_data(of_chances, chances, -1, chances.dtype)
@@ -102,10 +106,31 @@ def chunks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, batch, size)]
 
 
+def rows_of(mask: Tensor | None, part: slice) -> Tensor | None:
+    """The mask of some sequences; where it has one for all, that."""
+    return mask if mask is None or len(mask) == 1 else mask[part]
+
+
+def recomputing_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
+) -> Tensor:
+    """As explicit_attention, with less memory."""
+    return Recomputing.apply(q, k, v, bias_HLS, of_scores(key_mask_BS))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Attention without a bias. q: [B, H, L, K]; k, v: [B, H, S, K] -> [B, H, L, K]. mask: bool, where a query may look, [B or 1, 1, 1 or
+    L, S]; dropout: of the probabilities. By torch's kernel, but where that has a slow backward pass: on a CPU in 16 bits it takes
+    two to four times as long as products of matrices (`benchmarks/attention.py`)."""
+    if q.device.type == "cpu" and q.element_size() < 4 and not dropout:
+        return Recomputing.apply(q, k, v, None, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
 ATTENTION: dict[str, Callable[..., Tensor]] = {
     "sdpa": sdpa_attention,
     "explicit": explicit_attention,
-    "recomputing": Recomputing.apply,
+    "recomputing": recomputing_attention,
 }
 
 

@@ -6,14 +6,31 @@ Dimensions: B sequences, L tokens of the longest, N tokens of all together, D wi
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """From the CPU to a device, without waiting for what that has to do."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Placed(torch.autograd.Function):
+    """[N, D] as rows of [rows, D], whose others are zeros. torch's index_copy keeps x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, places_N: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(places_N)
+        return x_ND.new_zeros(rows, x_ND.shape[1]).index_copy_(0, places_N, x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places_N,) = ctx.saved_tensors
+        return grad.index_select(0, places_N), None, None
 
 
 class Fold:
@@ -58,8 +75,7 @@ class Fold:
 
     def padded(self, x_ND: Tensor) -> Tensor:
         """[N, D] -> [B, L, D], zeros where there is no token."""
-        out = x_ND.new_zeros(self.batch * self.length, x_ND.shape[1])
-        return out.index_copy(0, self.places_N, x_ND).view(self.batch, self.length, -1)
+        return Placed.apply(x_ND, self.places_N, self.batch * self.length).view(self.batch, self.length, -1)
 
 
 def heads(x_BLD: Tensor, count: int) -> Tensor:

@@ -25,6 +25,7 @@ class Recomputed:
     def __call__(self, block: nn.Module, index: int, x: Tensor, *args: Any) -> Tensor:
         if not (block.training and self.whole(index)):
             return block(x, *args)
+        block.cheap = False  # type: ignore[assignment]  # what norm_again has in it would stay in memory
         with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             return checkpoint(block, x, *args, use_reentrant=False)
 
@@ -46,13 +47,16 @@ def norm_again(norm: LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
         yield norm(x)
         return
     normed, weight, bias = norm(x, copies=True)
-    address, shape = normed.data_ptr(), normed.shape
+    address, size = normed.data_ptr(), normed.numel()
 
-    def pack(tensor: Tensor) -> Tensor | None:
-        return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        whole = tensor.data_ptr() == address and tensor.numel() == size and tensor.is_contiguous()
+        return tensor.shape if whole else tensor  # a linear layer has sequences as rows of one matrix
 
-    def unpack(packed: Tensor | None) -> Tensor:
-        return norm.kernel(x.detach(), weight, bias, norm.eps) if packed is None else packed
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return norm.kernel(x.detach(), weight, bias, norm.eps).view(packed)
 
     with saved_tensors_hooks(pack, unpack):
         yield normed

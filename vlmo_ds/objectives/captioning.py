@@ -55,7 +55,7 @@ class WordLosses(torch.autograd.Function):
         of_bias = torch.zeros_like(bias_V, dtype=normaliser_N.dtype) if ctx.needs_input_grad[3] else None
         for start in range(0, len(hidden_ND), CHUNK):
             rows = slice(start, start + CHUNK)
-            chance = (logits_of(hidden_ND[rows], head, bias_V, ctx.table) - normaliser_N[rows, None]).exp_()
+            chance = logits_of(hidden_ND[rows], head, bias_V, ctx.table).sub_(normaliser_N[rows, None]).exp_()
             if ctx.smoothing:
                 chance -= ctx.smoothing / chance.shape[1]
             chance[torch.arange(len(chance), device=chance.device), labels_N[rows]] -= 1 - ctx.smoothing
@@ -86,7 +86,7 @@ class WordLosses(torch.autograd.Function):
 def logits_of(hidden_ND: Tensor, head: Tensor, bias_V: Tensor | None, table: bool) -> Tensor:
     """[N, V] in float32 at least."""
     logits = wide(hidden_ND @ (head.t() if table else head))
-    return logits if bias_V is None else logits + bias_V
+    return logits if bias_V is None else logits.add_(bias_V)
 
 
 def word_losses(

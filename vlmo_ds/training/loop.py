@@ -30,6 +30,7 @@ from vlmo_ds.training.ds_config import merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
 from vlmo_ds.training.guard import Guessing, ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
+from vlmo_ds.training.host import freed_memory_returned
 from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.optim import optimizer_step, set_trainable
 from vlmo_ds.training.signals import Stopped, StopRequest
@@ -179,7 +180,8 @@ def train_stage(run: Run, stage: StageConfig, resume_from: Path | None, skip: in
     Stopped, with a checkpoint written, at the end of the step in which any rank was asked to stop; Diverged when too many
     steps in a row are not finite.
     """
-    training = StageTraining(run, stage, resume_from, skip)
+    with freed_memory_returned():
+        training = StageTraining(run, stage, resume_from, skip)
     try:
         rollback = training.train()
         if not rollback:

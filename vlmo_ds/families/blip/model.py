@@ -119,9 +119,9 @@ class BLIP(BLIPModel):
         batch that is a step of its own. Where captions begin with a prompt, prompt_words [B] int64: its words, the start included.
         """
         out = StepOutput.empty()
-        image_BSD = self.visual_encoder(self.pixels(batch["image"]))
         if "itc" in self.tasks and "keys_image" not in batch:
             batch = {**batch, **self.keys_of_step([self.keys(batch)])}
+        image_BSD = self.visual_encoder(self.pixels(batch["image"]))
         self.add_texts(out, batch, image_BSD, self.negatives(batch, image_BSD) if "itm" in self.tasks else None)
         return out._replace(loss=added(out.losses.values()))
 

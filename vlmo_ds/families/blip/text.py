@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmo_ds.blocks.attention import attend
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.kernels import LayerNorm
@@ -71,7 +72,7 @@ class Projections(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         rate = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        return attend(q, k, v, mask, rate)
 
 
 class Output(nn.Module):
@@ -115,7 +116,7 @@ def looked(of: Projections, x_ND: Tensor, fold: Fold, image_ISD: Tensor, looks: 
         keys, values = of.memory(image_ISD)
         parts = []
         for first, times, rows, valid in looks:
-            k, v = (keys, values) if rows is None else (keys[rows], values[rows])
+            k, v = (keys, values) if rows is None else (keys.index_select(0, rows), values.index_select(0, rows))
             mask = valid if valid is None or rows is None else valid[rows]
             images = len(k)
             q = q_RHLC[first : first + times * images].unflatten(0, (times, images))

@@ -6,15 +6,16 @@ Dimensions: B images, L tokens of one (the class token first), D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.attention import attend
 from vlmo_ds.blocks.fold import joined, sent
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import AddRows, Mlp, PatchEmbed, kept
-from vlmo_ds.blocks.recompute import Recomputed
+from vlmo_ds.blocks.recompute import Recomputed, norm_again
 from vlmo_ds.families.blip.config import BLIPSettings
 
 EPS = 1e-6
@@ -29,11 +30,13 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(joined(F.scaled_dot_product_attention(q, k, v)))
+        return self.proj(joined(attend(q, k, v)))
 
 
 class Block(nn.Module):
     """Pre-norm residual block with stochastic depth."""
+
+    cheap = True  # outputs of norms are computed again in the backward pass
 
     def __init__(self, dim: int, num_heads: int, drop_path_rate: float):
         super().__init__()
@@ -44,8 +47,12 @@ class Block(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = self.added(x_BLD, lambda x_BLD: self.attn(self.norm1(x_BLD)))
-        return self.added(x_BLD, lambda x_BLD: self.mlp(self.norm2(x_BLD)))
+        x_BLD = self.added(x_BLD, partial(self.branch, self.norm1, self.attn))
+        return self.added(x_BLD, partial(self.branch, self.norm2, self.mlp))
+
+    def branch(self, norm: LayerNorm, rest: nn.Module, x_BLD: Tensor) -> Tensor:
+        with norm_again(norm, x_BLD, self.cheap) as normed:
+            return rest(normed)
 
     def added(self, x_BLD: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """x_BLD and a branch of it, which stochastic depth leaves out for some images. It is not computed for these, but where there are no

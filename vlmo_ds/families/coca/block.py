@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmo_ds.blocks.attention import attend
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import GeluLinear, given
-from vlmo_ds.blocks.recompute import Recomputed
+from vlmo_ds.blocks.recompute import Recomputed, norm_again
 
 
 class Attention(nn.Module):
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         after its norm, None: x itself; mask: of x itself, bool, true where a query may look, broadcastable to [B, H, L, L].
         Gives what x is, for every context."""
         if context_BSD is None:
-            out_BHLC = F.scaled_dot_product_attention(*self.of_itself(x, fold), attn_mask=mask)
+            out_BHLC = attend(*self.of_itself(x, fold), mask)
         else:
             look = partial(self.of_context, given(norm, "norm"))
             if self.cheap and torch.is_grad_enabled():  # a context has more tokens than a caption
@@ -70,7 +71,7 @@ class Attention(nn.Module):
     def of_context(self, norm: nn.Module, q: Tensor, context_BSD: Tensor) -> Tensor:
         """What queries [B, H, L, D/H], or [1, ...] for all contexts, find in them -> [B, H, L, D/H]."""
         k, v = self.keys_and_values(norm(context_BSD))
-        return F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
+        return attend(q.expand(len(k), -1, -1, -1), k, v)
 
     def of_itself(self, x: Tensor, fold: Fold | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens, [B, H, L, D/H] each."""
@@ -107,6 +108,8 @@ class Block(nn.Module):
     """Pre-norm residual block (CLIP, arXiv:2103.00020); with `cross` its attention is to a context, which has a norm of its
     own (CoCa's multimodal decoder)."""
 
+    cheap = True  # outputs of norms are computed again in the backward pass
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross: bool = False):
         super().__init__()
         self.ln_1 = LayerNorm(dim)
@@ -135,8 +138,10 @@ class Block(nn.Module):
         self, x: Tensor, context_BSD: Tensor | None = None, mask: Tensor | None = None, fold: Fold | None = None
     ) -> Tensor:
         """As Attention."""
-        x = x + self.attn(self.ln_1(x), context_BSD, mask, fold, None if context_BSD is None else self.ln_1_kv)
-        return x + self.mlp(self.ln_2(x))
+        with norm_again(self.ln_1, x, self.cheap) as normed:
+            x = x + self.attn(normed, context_BSD, mask, fold, None if context_BSD is None else self.ln_1_kv)
+        with norm_again(self.ln_2, x, self.cheap) as normed:
+            return x + self.mlp(normed)
 
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
         """As Attention.step."""

@@ -144,9 +144,6 @@ class MultiWayTransformer(nn.Module):
             for i in range(depth)
         )
         self.recomputed.tell(self)
-        for i, block in enumerate(self.blocks):
-            if self.recomputed.whole(i):  # what norm_again saves would stay in memory
-                block.cheap = False  # type: ignore[assignment]  # a module's attribute may be anything
         self.norm = LayerNorm(embed_dim, eps=1e-6)
 
     def forward(

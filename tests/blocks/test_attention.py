@@ -1,0 +1,48 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlmo_ds.blocks.attention import Recomputing, attend
+
+MASKS = {
+    "none": None,
+    "keys": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None],
+    "causal": torch.ones(4, 5).tril(1).bool()[None, None],
+    "of each sequence": torch.ones(3, 1, 4, 5).bool().tril(2)
+    & (torch.arange(5) != torch.tensor([4, 3, 2])[:, None, None, None]),
+}
+
+
+def with_gradients(function, dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(3, length, 2, 8, dtype=torch.float64, generator=g).to(dtype).transpose(1, 2).requires_grad_()
+        for length in (4, 5, 5)
+    )
+    out = function(q, k, v)
+    weights = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).cos().to(dtype)
+    return [out, *torch.autograd.grad(out, (q, k, v), weights)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_probabilities_computed_again_give_what_torchs_kernel_gives(mask):
+    ours = with_gradients(lambda q, k, v: Recomputing.apply(q, k, v, None, MASKS[mask]), torch.float64)
+    torchs = with_gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[mask]), torch.float64
+    )
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_in_16_bits_is_as_near_to_float64_as_torchs_kernel(mask):
+    """And is another computation than that on a CPU."""
+    exact = with_gradients(lambda q, k, v: attend(q, k, v, MASKS[mask]), torch.float64)
+    ours = with_gradients(lambda q, k, v: attend(q, k, v, MASKS[mask]), torch.bfloat16)
+    assert type(ours[0].grad_fn).__name__ == "RecomputingBackward"
+    for found, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.02)
+
+
+def test_attention_with_dropout_is_torchs():
+    out = with_gradients(lambda q, k, v: attend(q, k, v, None, dropout=0.5), torch.bfloat16)[0]
+    assert type(out.grad_fn).__name__ != "RecomputingBackward"
