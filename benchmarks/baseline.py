@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, pairs_of
+from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, of_model, pairs_of
 from torch import Tensor
 
 from vlmo_ds.blocks.attention import explicit_attention
@@ -175,7 +175,7 @@ def check_parity(golden: Path | None) -> float:
 
 def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, device: torch.device) -> Step:
     pairs = settings["batch"]
-    config = VLMoSettings(arch=settings["arch"], vocab_size=30522, max_text_len=40)
+    config = VLMoSettings(**of_model(settings), vocab_size=30522, max_text_len=40)
     model = (Plain if version == "plain" else VLMo)(config, JOINT).to(device=device, dtype=dtype).train()
     lengths = lengths_of(pairs, config.max_text_len, captions)
     data = DataConfig(shards=["-"], mlm_probability=1 / 7)

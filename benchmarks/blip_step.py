@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, pairs_of
+from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, of_model, pairs_of
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import joined
@@ -149,7 +149,7 @@ def check_parity(golden: Path | None) -> float:
 
 def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, device: torch.device) -> Step:
     pairs = settings["batch"]
-    config = BLIPSettings(arch=settings["arch"], vocab_size=30524, queue_size=settings["queue"])
+    config = BLIPSettings(**of_model(settings), vocab_size=30524, queue_size=settings.get("queue", 57600))
     model = (Plain if version == "plain" else BLIP)(config, TASKS).to(device)
     for parameter in model.parameters():  # the queue stays in float32
         parameter.data = parameter.data.to(dtype)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, pairs_of
+from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, of_model, pairs_of
 from torch import Tensor
 
 from vlmo_ds.blocks.fold import Fold, joined
@@ -131,7 +131,7 @@ def check_parity(golden: Path | None) -> float:
 
 def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, device: torch.device) -> Step:
     pairs = settings["batch"]
-    config = CoCaSettings(arch=settings["arch"], vocab_size=49408)
+    config = CoCaSettings(**of_model(settings), vocab_size=49408)
     model = (Plain if version == "plain" else CoCa)(config, TASKS).to(device=device, dtype=dtype).train()
     lengths = lengths_of(pairs, config.max_text_len, captions, COCO_LENGTHS)
     stage = FAMILY.stage(name="a", tasks=TASKS, data=DataConfig(shards=["-"]), global_batch_size=pairs, steps=1)

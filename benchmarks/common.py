@@ -45,8 +45,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measured(function: Callable[[], object], repeats: int, warmup: int) -> float:
-    """Median seconds."""
+def times_of(function: Callable[[], object], repeats: int, warmup: int) -> list[float]:
+    """Seconds, the fastest first."""
     times = []
     for i in range(warmup + repeats):
         synchronize()
@@ -55,14 +55,19 @@ def measured(function: Callable[[], object], repeats: int, warmup: int) -> float
         synchronize()
         if i >= warmup:
             times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return sorted(times)
+
+
+def measured(function: Callable[[], object], repeats: int, warmup: int) -> float:
+    """Median seconds."""
+    return times_of(function, repeats, warmup)[repeats // 2]
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20, warmup: int = 5) -> float:
-    """FLOP/s of large matrix products of the shapes that the blocks use."""
+    """FLOP/s of large matrix products of the shapes that the blocks use, at best: what else a machine does cannot make a step look faster."""
     rows, d = (1536, 768) if device.type == "cpu" else (16384, 4096)
     a, b = torch.randn(rows, d, dtype=dtype, device=device), torch.randn(d, 4 * d, dtype=dtype, device=device)
-    return 2 * rows * d * 4 * d / measured(lambda: a @ b, repeats, warmup)
+    return 2 * rows * d * 4 * d / times_of(lambda: a @ b, repeats, warmup)[0]
 
 
 def memory(reset: bool = False) -> int:
@@ -78,17 +83,73 @@ def memory(reset: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def live_tensors(function: Callable[[], object]) -> int:
-    """Bytes of tensors that are at most alive at a time beyond those that were before: what a CPU needs without the C library's waste."""
-    if torch.cuda.is_available():
-        before = memory(reset=True)
+PARTS = {  # part of a step -> beginnings of the operations' names, on a GPU parts of its kernels' names
+    "matrix products": (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "linear",
+        "mkldnn_convolution",
+        "convolution",
+        "gemm",
+        "cutlass",
+        "nvjet",
+    ),
+    "attention and softmax": (
+        "_scaled_dot",
+        "_flash",
+        "_efficient",
+        "_softmax",
+        "_log_softmax",
+        "softmax",
+        "flash",
+        "fmha",
+    ),
+    "norms": ("native_layer_norm", "layer_norm"),
+    "GELU": ("gelu",),
+    "copies": (
+        "copy_",
+        "cat",
+        "index",
+        "fill_",
+        "zero_",
+        "clone",
+        "_index_put",
+        "gather",
+        "masked",
+        "Cat",
+        "Memcpy",
+        "Memset",
+        "fill",
+    ),
+}
+
+
+def part_of(operation: str, kernel: bool) -> str:
+    name = operation.removeprefix("aten::")
+    fits = name.__contains__ if kernel else name.startswith
+    return next((part for part, names in PARTS.items() if any(map(fits, names))), "the rest")
+
+
+def profiled(function: Callable[[], object]) -> tuple[int, dict[str, float]]:
+    """(bytes of tensors that are at most alive at a time beyond those that were before: what a CPU needs without the C library's waste;
+    share of the time of each of PARTS)."""
+    on_gpu = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * on_gpu]
+    before = memory(reset=True)
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as found:
         function()
-        return memory() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        function()
+        synchronize()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
+    alive = memory() - before if on_gpu else max(itertools.accumulate(event.nbytes() for event in events))
+    times = dict.fromkeys((*PARTS, "the rest"), 0.0)
+    for event in found.key_averages():
+        kernel = event.device_type == torch.autograd.DeviceType.CUDA
+        if kernel == on_gpu:
+            times[part_of(event.key, kernel)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    return alive, {part: round(time / sum(times.values()), 3) for part, time in times.items()}
 
 
 COCO_LENGTHS = (11, 12, 13, 13, 14, 15, 16, 18)  # eighths of COCO's captions in word pieces, start and end included
@@ -114,15 +175,17 @@ def step_cost(model: nn.Module, batch: dict, short: dict, repeats: int, flops: f
         model.zero_grad(set_to_none=False)
         model(batch).loss.backward()
 
-    alive = live_tensors(step)
-
-    seconds = measured(step, repeats, 1 if device.type == "cpu" else 5)
+    alive, parts = profiled(step)
+    times = times_of(step, repeats, 1 if device.type == "cpu" else 5)
+    seconds = times[len(times) // 2]
     return {
         "seconds": round(seconds, 3),
+        "fastest and slowest": [round(times[0], 3), round(times[-1], 3)],
         "pairs_per_second": round(pairs / seconds, 2),
         HELD: round(peak / 1e9, 3),
         LIVE: round(alive / 1e9, 3),
         "share_of_matrix_product_rate": round(flops / seconds / matrix_rate(dtype, device), 3),
+        "parts": parts,
     }
 
 
@@ -178,10 +241,15 @@ def pairs_of(config: Any, lengths: Sequence[int], words: int, device: torch.devi
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def one(settings: dict, version: str, dtype: str, captions: str, build: Callable[..., Step]) -> dict:
-    """What one version costs, in this process."""
+def of_model(settings: dict) -> dict[str, Any]:
+    """The model's settings among those of a benchmark."""
+    return {name: settings[name] for name in ("arch", "image_size", "recompute") if name in settings}
+
+
+def one_step(settings: dict, version: str, dtype: str, captions: str, build: Callable[..., Step]) -> dict:
+    """What one version costs, in this process. settings: arch, batch, repeats, and what else build takes; memory: kept or returned, on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
+    if device.type == "cpu" and settings.get("memory", "kept") == "kept":
         prepare_cpu()
     with freed_memory_returned():  # as in training
         step = build(settings, version, getattr(torch, dtype), captions, device)
@@ -221,7 +289,7 @@ def compare_with_plain(
     args = parser.parse_args()
     chosen = {name: getattr(args, name) for name in (*settings, "repeats")}
     if args.one:
-        print(json.dumps(one(chosen, *args.one, build)))
+        print(json.dumps(one_step(chosen, *args.one, build)))
         return
     worst = check_parity(args.golden)
     print(f"the two versions differ by at most {worst:.1e} in losses and gradients (float64)", flush=True)

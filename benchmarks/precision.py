@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import measured, write_results
-from step import TASKS, batch_of, matrix_rate
+from baseline import batch_of
+from common import matrix_rate, measured, write_results
 
 from vlmo_ds.families.vlmo.model import VLMo
+from vlmo_ds.families.vlmo.parity import JOINT
 from vlmo_ds.recipe_file import load_recipe
 from vlmo_ds.training.host import prepare_cpu
 from vlmo_ds.training.precision import native
@@ -23,8 +24,8 @@ from vlmo_ds.training.precision import native
 
 def step_seconds(dtype: torch.dtype, device: torch.device, pairs: int, repeats: int) -> float:
     config = load_recipe("quickstart").model.model_copy(update={"vocab_size": 500})
-    model = VLMo(config, TASKS).to(device=device, dtype=dtype).train()
-    batch = batch_of(config, pairs, 24, device)
+    model = VLMo(config, JOINT).to(device=device, dtype=dtype).train()
+    batch = batch_of(config, [24] * pairs, device)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -35,7 +36,7 @@ def step_seconds(dtype: torch.dtype, device: torch.device, pairs: int, repeats: 
 
 def adamw_seconds(fused: bool, device: torch.device) -> float:
     config = load_recipe("quickstart").model.model_copy(update={"vocab_size": 500})
-    model = VLMo(config, TASKS).to(device)
+    model = VLMo(config, JOINT).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)

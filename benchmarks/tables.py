@@ -38,7 +38,7 @@ def steps(results: list[dict]) -> str:
             f"{ours['dtype']}, captions {'of full length' if ours['captions'] == 'full' else 'of ' + ours['captions']}"
         ]
         row += [f"{plain['seconds']:.1f}", f"{ours['seconds']:.1f}", f"{ratio['time, ours over plain']:.2f}"]
-        row += [f"{plain[HELD]:.1f} GB", f"{ours[HELD]:.1f} GB", f"{100 * ours['share_of_matrix_product_rate']:.0f}%"]
+        row += [f"{plain[HELD]:.2f} GB", f"{ours[HELD]:.2f} GB", f"{100 * ours['share_of_matrix_product_rate']:.0f}%"]
         rows.append(row)
     one = results[1]
     head = [f"{one['arch']}, {one['batch']} pairs", "seconds a step, plain", "ours", "ratio"]

@@ -58,7 +58,7 @@ def finetune(folder, data, ranks, stage, task, *settings) -> list[dict]:
     recipe = tiny_recipe(data, retrieval=None)
     joint = recipe["stages"].pop() | {"tasks": {task: None}, "init": {"weights": "fresh"}, "steps": 4}
     recipe["stages"] = [joint | {"global_batch_size": 16}]
-    recipe["model"]["vocab_size"] = 200
+    recipe["model"] |= {"vocab_size": 200, "patch_dropout": 0.3}
     file = write_yaml(folder / "recipe.yaml", recipe)
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
     command = ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(folder / "ds.json")]

@@ -33,6 +33,7 @@ def worker(log: str, arguments: list[str]) -> None:
 
 def run(folder: Path, data: Path, ranks: int, stage: int) -> tuple[list[dict], list[str]]:
     recipe = tiny_recipe(data, retrieval=None)
+    recipe["model"]["patch_dropout"] = 0.3
     for settings in recipe["stages"]:
         settings["steps"] = 5
     recipe_file = write_yaml(folder / "recipe.yaml", recipe)

@@ -352,6 +352,7 @@ class StageTraining:
         batch = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
         seed = self.seed * 1_000_003 + number
         batch["negative_seed"] = torch.tensor(seed % 2**63)
+        batch["step_seed"] = torch.tensor((self.seed * 1_000_003 + step + self.skip) % 2**63)
         # Dropout and stochastic depth need no saved state: they restart from a function of the step.
         return Pass(batch, (seed * 65_537 + run.collector.rank) % 2**64)
 

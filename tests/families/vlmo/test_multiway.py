@@ -4,8 +4,13 @@ import pytest
 import torch
 from families.vlmo.tiny import tiny_batch, tiny_model
 
+from vlmo_ds.blocks.attention import explicit_attention
 from vlmo_ds.blocks.layers import drop_path, kept
+from vlmo_ds.config import DataConfig
+from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.block import Block
+from vlmo_ds.families.vlmo.config import VLMoSettings
+from vlmo_ds.families.vlmo.cost import forward_flops
 from vlmo_ds.families.vlmo.multiway import Stream
 
 POSITIONS = [{}, {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None}]
@@ -198,3 +203,47 @@ def test_mistakes_are_named():
         model.encode({"a": Stream(image_rows_B=torch.arange(2), reads="text")}, batch["image"], model.token_types()[1])
     with pytest.raises(ValueError, match="needs text_BLD or image_rows_B"):
         model.encode({"nothing": Stream()}, batch["image"], model.token_types()[1])
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("twin", [True, False])
+def test_patches_that_are_left_out_are_those_that_attention_does_not_see(positions, twin, monkeypatch):
+    """The class token of all patches, where attention masks some of them, is that of the others alone."""
+    model, batch = tiny_model(**positions).eval(), tiny_batch()
+    tokens = torch.tensor([0, 2, 3, 9, 16])
+    stream = Stream(image_rows_B=torch.tensor([3, 0]), vl_twin=twin, reads="class")
+    image_type = model.token_types()[1]
+    found = model.encode({"a": stream._replace(image_tokens_K=tokens)}, batch["image"], image_type)["a"]
+
+    def masked(q, k, v, bias_HLS, key_mask_BS):
+        seen = torch.zeros(len(q), 17).index_fill(1, tokens, 1.0)
+        return explicit_attention(q, k, v, bias_HLS, seen)
+
+    monkeypatch.setattr("vlmo_ds.families.vlmo.block.attention_kernel", lambda *_: masked)
+    expected = model.encode({"a": stream}, batch["image"], image_type)["a"]
+    torch.testing.assert_close(found.tokens_BLD, expected.tokens_BLD, rtol=1e-12, atol=1e-12)
+    if twin:
+        torch.testing.assert_close(found.twin_BLD, expected.twin_BLD, rtol=1e-12, atol=1e-12)
+
+
+def test_contrast_leaves_patches_out_in_training_alone_and_others_each_step():
+    model, batch = tiny_model(patch_dropout=0.4).train(), tiny_batch()
+    seen = [model.patches_seen({"step_seed": torch.tensor(step)}) for step in range(300)]
+    assert all(len(tokens) == 1 + 10 and tokens[0] == 0 and (tokens.diff() > 0).all() for tokens in seen)
+    counts = torch.cat(seen).bincount(minlength=17)
+    assert counts[0] == 300 and (counts[1:] - 300 * 10 / 16).abs().max() < 40  # 5 standard deviations
+    assert torch.equal(model.patches_seen(batch), model.patches_seen(batch))
+    whole = tiny_model().train()
+    for task, loss in model(batch).losses.items():
+        assert (loss == whole(batch).losses[task]) == (task == "mlm"), task  # itm draws by features of contrast
+    features = model.contrast_features(batch)["vl_image"]
+    assert not torch.allclose(features, whole.contrast_features(batch)["vl_image"])
+    torch.testing.assert_close(model.eval().contrast_features(batch), whole.eval().contrast_features(batch))
+
+
+def test_contrast_with_fewer_patches_costs_less():
+    """In proportion: attention is a small part here."""
+    stage = FAMILY.stage(name="a", tasks={"irtr": 1.0}, data=DataConfig(shards=["-"]), global_batch_size=8, steps=1)
+    config = VLMoSettings(arch="vlmo_base_patch16", vocab_size=30522, max_text_len=3)
+    whole, half = (forward_flops(config.model_copy(update={"patch_dropout": rate}), stage) for rate in (0.0, 0.5))
+    assert 0.47 < half / whole < 0.53

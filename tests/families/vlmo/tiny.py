@@ -41,4 +41,5 @@ def tiny_batch(batch: int = 5, length: int = 16, dtype=torch.float64, seed: int 
         "image_id": torch.arange(batch) + 100 * seed,
         "sample_id": torch.arange(batch) + 100 * seed,
         "negative_seed": torch.tensor(3),
+        "step_seed": torch.tensor(7),
     }

@@ -119,6 +119,9 @@ class VLMoSettings(ModelConfig):
     )
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     text_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of text embeddings; null: drop_path_rate")
+    patch_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the patches that contrast leaves out, other ones each step (FLIP)"
+    )
     attention: Literal["auto", "sdpa", "explicit"] = Field(
         "auto", description="auto: torch's kernel on GPUs, written out on CPUs"
     )

@@ -23,6 +23,7 @@ class Sequences(NamedTuple):
 
 def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[Sequences]:
     text, image = config.max_text_len, config.patches + 1
+    seen = max(1, round((1 - config.patch_dropout) * config.patches)) + 1  # by contrast
     tasks = stage.tasks
     found: list[Sequences] = []
     if "mlm" in tasks:
@@ -30,11 +31,11 @@ def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[Sequences]:
     if "itm" in tasks:  # matched and the two kinds of wrong pairs
         found.append(Sequences(3, 3, text + image, 1))
     if "itc" in tasks:  # alone, and twice from the VL experts on
-        found += [Sequences(1, 2, text, 1), Sequences(1, 2, image, 1)]
+        found += [Sequences(1, 2, text, 1), Sequences(1, 2, seen, 1)]
     if "textmlm" in tasks:
         found.append(Sequences(1, 1, text, text))
     if "irtr" in tasks:
-        found += [Sequences(1, 1, text, 1), Sequences(1, 1, image, 1)]
+        found += [Sequences(1, 1, text, 1), Sequences(1, 1, seen, 1)]
     if "mim" in tasks:
         found.append(Sequences(1, 1, image, image))
     if "vqa" in tasks:

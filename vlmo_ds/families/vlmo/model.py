@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.fold import sent
 from vlmo_ds.blocks.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
 from vlmo_ds.blocks.layers import given, init_weights, normalize
 from vlmo_ds.blocks.position import num_distances
@@ -118,7 +119,7 @@ class VLMo(FamilyModel):
 
         batch: image [B, 3, S, S] uint8 (or float, already normalised), text_ids, text_masks, text_ids_mlm,
         text_labels_mlm [B, L] int64, image_id, sample_id [B] int64, image_mask [B, P] bool (mim),
-        negative_seed 0-d int64 (itm), vqa_targets [B, A] float, image_0, image_1 as image and answers [B] int64
+        negative_seed 0-d int64 (itm), step_seed likewise (patch_dropout), vqa_targets [B, A] float, image_0, image_1 as image and answers [B] int64
         (nlvr2): as far as the tasks need them.
         """
         out = StepOutput.empty()
@@ -153,7 +154,8 @@ class VLMo(FamilyModel):
             streams["textmlm"] = Stream(text["masked"], mask)
         if "itc" in tasks:
             streams["text"] = Stream(text["clean"], mask, vl_twin=True, reads="class")
-            streams["image"] = Stream(image_rows_B=rows, vl_twin=True, reads="class")
+            seen = self.patches_seen(batch)
+            streams["image"] = Stream(image_rows_B=rows, image_tokens_K=seen, vl_twin=True, reads="class")
         if "mim" in tasks:
             streams["mim"] = Stream(image_rows_B=rows)
         wave1 = self.encode(streams, images, types[1], batch["image_mask"] if "mim" in tasks else None)
@@ -193,6 +195,17 @@ class VLMo(FamilyModel):
         """Whether contrast is also taken through the VL experts (in pretraining; not in fine-tuning for retrieval)."""
         return "itc" in self.tasks
 
+    def patches_seen(self, batch: Batch) -> Tensor | None:
+        """The tokens of images that contrast sees in a step of training (patch_dropout), the class token's 0 first, int64; None: all. The
+        same for all images of a step, on every rank, whose positions' biases are one table then."""
+        patches = self.config.patches
+        count = max(1, round((1 - self.config.patch_dropout) * patches))
+        if count == patches or not self.training:
+            return None
+        generator = torch.Generator().manual_seed(int(batch["step_seed"]))
+        chosen = torch.randperm(patches, generator=generator, device="cpu")[:count].sort().values
+        return sent(F.pad(1 + chosen, (1, 0)), self.transformer.cls_token.device)
+
     def log_scales(self) -> dict[str, Tensor]:
         scales: dict[str, Tensor] = {"logit_scale": self.logit_scale}
         return scales | {"logit_vl_scale": self.logit_vl_scale} if self.has_twin else scales
@@ -204,7 +217,12 @@ class VLMo(FamilyModel):
         text = self.embed_texts({"text": batch["text_ids"]}, types)["text"]
         streams = {
             "text": Stream(text, batch["text_masks"], vl_twin=self.has_twin, reads="class"),
-            "image": Stream(None, None, torch.arange(len(images), device=images.device), self.has_twin, "class"),
+            "image": Stream(
+                image_rows_B=torch.arange(len(images), device=images.device),
+                image_tokens_K=self.patches_seen(batch),
+                vl_twin=self.has_twin,
+                reads="class",
+            ),
         }
         encoded = self.encode(streams, images, types[1])
         scales = {name: scale.clone() for name, scale in self.log_scales().items()}

@@ -40,6 +40,7 @@ class Stream(NamedTuple):
     image_rows_B: Tensor | None = None  # which of the images embedded in the same call, int64
     vl_twin: bool = False
     reads: Literal["all", "text", "class"] = "all"  # tokens that come out: all, those of the text, the first one
+    image_tokens_K: Tensor | None = None  # which tokens of the images, the class token's 0 first, int64; None: all
 
     def check(self) -> None:
         if self.text_BLD is None and self.image_rows_B is None:
@@ -203,18 +204,27 @@ class MultiWayTransformer(nn.Module):
         start = 0
         for kind in order:
             fold = None if kind.image else given(folds[kind.owner], "text_mask_BL")
-            length = self.patch_embed.num_patches + 1 if fold is None else fold.length
-            pieces.append(Piece(kind, Run(start, streams[kind.owner].batch, length, fold)))
+            stream = streams[kind.owner]
+            if fold is not None:
+                length = fold.length
+            elif stream.image_tokens_K is not None:
+                length = len(stream.image_tokens_K)
+            else:
+                length = self.patch_embed.num_patches + 1
+            pieces.append(Piece(kind, Run(start, stream.batch, length, fold)))
             start += pieces[-1].run.size
         return pieces
 
     def biases(self, streams: Sequence[Stream], bias_table: Tensor | None) -> list[Sequence[Tensor | None]]:
         """Of each stream, the position bias of each layer, [H, L, L]: read from the table at once for all layers, and for all streams of
-        the same lengths."""
+        the same tokens."""
         if bias_table is None:
             return [[None] * len(self.blocks) for _ in streams]
-        found: dict[tuple[int, bool], Sequence[Tensor | None]] = {}
-        keys = [(0 if s.text_BLD is None else s.text_BLD.shape[1], s.image_rows_B is None) for s in streams]
+        found: dict[tuple[int, bool, int], Sequence[Tensor | None]] = {}
+        keys = [
+            (0 if s.text_BLD is None else s.text_BLD.shape[1], s.image_rows_B is None, id(s.image_tokens_K))
+            for s in streams
+        ]
         for key, stream in zip(keys, streams, strict=True):
             if key not in found:
                 every = F.embedding(self.bias_index(stream, bias_table.device), bias_table).permute(2, 0, 1)
@@ -249,6 +259,9 @@ class MultiWayTransformer(nn.Module):
         index = joint_index_on(device, self.window, text_len, self.max_text_len_of_initckpt)
         if stream.image_rows_B is None:
             return index[:text_len, :text_len]
+        if stream.image_tokens_K is not None:
+            tokens = torch.cat((torch.arange(text_len, device=device), text_len + stream.image_tokens_K))
+            index = index[tokens][:, tokens]
         return index if stream.joint else index[text_len:, text_len:]
 
 
@@ -259,8 +272,10 @@ def folds_of(streams: Sequence[Stream]) -> list[Fold | None]:
 def embedded(stream: Stream, piece: Piece, images_BLD: Tensor | None) -> Tensor:
     """The packed tokens of a piece, [n, D]."""
     if piece.kind.image:
-        rows = given(stream.image_rows_B, "image_rows_B")
-        return given(images_BLD, "image_BCHW").index_select(0, rows).flatten(0, 1)
+        rows_BLD = given(images_BLD, "image_BCHW").index_select(0, given(stream.image_rows_B, "image_rows_B"))
+        if stream.image_tokens_K is not None:
+            rows_BLD = rows_BLD.index_select(1, stream.image_tokens_K)
+        return rows_BLD.flatten(0, 1)
     return piece.run.packed(given(stream.text_BLD, "text_BLD"))
 
 
