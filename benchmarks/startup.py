@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--output FILE]
 
 Each command is a process of its own; the figure is user and system time, the least of several runs. The first step is that of the quickstart,
-with data and tokenizer there, by 1 and 2 ranks.
+with data and tokenizer there, seconds on the clock.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ COMMANDS = {
     "vlmo recipe --explain": ["-m", "vlmo_ds", "recipe", "--explain"],
     "import of torch and deepspeed alone": ["-c", "import torch, deepspeed"],
 }
+DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--num_gpus"]
+FIRST_STEPS = {
+    "vlmo quickstart": ["-m", "vlmo_ds", "quickstart"],
+    "deepspeed train_ds.py, 1 rank": [*DEEPSPEED, "1", str(ROOT / "train_ds.py")],
+    "deepspeed train_ds.py, 2 ranks": [*DEEPSPEED, "2", str(ROOT / "train_ds.py")],
+}
 
 
 def cpu_seconds(arguments: list[str]) -> float:
@@ -40,16 +46,11 @@ def cpu_seconds(arguments: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def seconds_to_first_step(folder: Path, ranks: int, tokenizer: str) -> float:
+def seconds_to_first_step(folder: Path, launcher: list[str], tokenizer: str) -> float:
     """From the command to the first line of metrics.jsonl."""
-    run = folder / "runs" / f"of_{ranks}_{time.monotonic_ns()}"
-    recipe = [
-        "--recipe",
-        str(ROOT / "launch/recipes/quickstart.yaml"),
-        f"name={run.name}",
-        f"tokenizer.name={tokenizer}",
-    ]
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(ROOT / "train_ds.py"), *recipe]
+    run = folder / "runs" / f"of_{time.monotonic_ns()}"
+    launcher = [*launcher, "--recipe", str(ROOT / "launch/recipes/quickstart.yaml")]
+    launcher += [f"name={run.name}", f"tokenizer.name={tokenizer}"]
     start = time.perf_counter()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -83,12 +84,12 @@ def main() -> None:
         folder = Path(name)
         prepare = ["-m", "vlmo_ds.data.prepare", "synthetic", "--output", "data/synthetic"]
         subprocess.run([sys.executable, *prepare], cwd=folder, check=True, capture_output=True)
-        seconds_to_first_step(folder, 1, "train")
+        seconds_to_first_step(folder, FIRST_STEPS["vlmo quickstart"], "train")
         (tokenizer,) = folder.glob("runs/*/tokenizer")
-        for ranks in (1, 2):
-            seconds = min(seconds_to_first_step(folder, ranks, str(tokenizer)) for _ in range(args.repeats))
-            results.append({"what": "first step", "ranks": ranks, "seconds": round(seconds, 2)})
-            print(f"{f'first step, {ranks} ranks':40} {seconds:.2f} s", flush=True)
+        for what, launcher in FIRST_STEPS.items():
+            seconds = min(seconds_to_first_step(folder, launcher, str(tokenizer)) for _ in range(args.repeats))
+            results.append({"what": "first step", "command": what, "seconds": round(seconds, 2)})
+            print(f"{f'first step, {what}':40} {seconds:.2f} s", flush=True)
     if args.output:
         write_results(args.output, results)
 

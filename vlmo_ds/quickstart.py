@@ -8,6 +8,8 @@ was interrupted.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import socket
 import subprocess
@@ -15,14 +17,20 @@ import sys
 from pathlib import Path
 
 DATA = Path("data/synthetic")
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, that of Windows' Linux
 
 
-def ranks() -> int:
-    """Processes to train with: one for each GPU, else one or two for the cores of this machine."""
+def gpus() -> int:
+    """How many PyTorch can compute on, which takes a second or two to import: asked only where there is a driver of one."""
+    if sys.platform == "linux" and not any(Path(driver).exists() for driver in DRIVERS):
+        return 0
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return torch.cuda.device_count() or min(cores, 2)
+    return torch.cuda.device_count()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def port() -> str:
@@ -50,11 +58,18 @@ def main(argv: list[str] | None = None) -> int:
         prepare = [sys.executable, "-m", "vlmo_ds.data.prepare", "synthetic", "--output", str(DATA), "--overwrite"]
         if status := subprocess.call(prepare):
             return status
-    train = ["--num_gpus", str(ranks()), "--master_port", port(), "--module", "vlmo_ds.training.command", *arguments]
-    print(f"deepspeed {' '.join(train)}", flush=True)
-    sys.stdout.flush()
+    on_gpus = gpus()
+    ranks = on_gpus or min(cores(), 2)
+    where, what = port(), ["--module", "vlmo_ds.training.command", *arguments]
+    print(f"deepspeed --num_gpus {ranks} --master_port {where} {' '.join(what)}", flush=True)
+    if on_gpus:
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", where]
+    else:  # what that one starts on a single machine, after an import of PyTorch and DeepSpeed of its own
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+        launcher = ["deepspeed.launcher.launch", f"--world_info={world}"]
+        launcher += ["--master_addr=127.0.0.1", f"--master_port={where}"]
     # DeepSpeed's launcher takes this process's place: signals reach it directly.
-    os.execv(sys.executable, [sys.executable, "-m", "deepspeed.launcher.runner", *train])
+    os.execv(sys.executable, [sys.executable, "-m", *launcher, *what])
 
 
 if __name__ == "__main__":
