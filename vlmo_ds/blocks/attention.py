@@ -121,7 +121,7 @@ def recomputing_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Attention without a bias. q: [B, H, L, K]; k, v: [B, H, S, K] -> [B, H, L, K]. mask: bool, where a query may look, [B or 1, 1, 1 or
     L, S]; dropout: of the probabilities. By torch's kernel, but where that has a slow backward pass: on a CPU in 16 bits it takes
-    two to four times as long as products of matrices (`benchmarks/attention.py`)."""
+    1.7 to 3.9 times as long as products of matrices (`benchmarks/attention.py`)."""
     if q.device.type == "cpu" and q.element_size() < 4 and not dropout:
         return Recomputing.apply(q, k, v, None, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
