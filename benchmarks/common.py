@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,9 +250,10 @@ def of_model(settings: dict) -> dict[str, Any]:
 def one_step(settings: dict, version: str, dtype: str, captions: str, build: Callable[..., Step]) -> dict:
     """What one version costs, in this process. settings: arch, batch, repeats, and what else build takes; memory: kept or returned, on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and settings.get("memory", "kept") == "kept":
+    kept = settings.get("memory", "kept") == "kept"
+    if device.type == "cpu" and kept:
         prepare_cpu()
-    with freed_memory_returned():  # as in training
+    with freed_memory_returned() if kept else nullcontext():  # as in training, where it is kept from then on
         step = build(settings, version, getattr(torch, dtype), captions, device)
     return {
         "version": version,

@@ -34,8 +34,8 @@ def test_probabilities_computed_again_give_what_torchs_kernel_gives(mask):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_in_16_bits_is_as_near_to_float64_as_torchs_kernel(mask):
-    """And is another computation than that on a CPU."""
+def test_attention_in_16_bits_is_near_to_that_in_float64(mask):
+    """On a CPU by another computation than torch's kernel."""
     exact = with_gradients(lambda q, k, v: attend(q, k, v, MASKS[mask]), torch.float64)
     ours = with_gradients(lambda q, k, v: attend(q, k, v, MASKS[mask]), torch.bfloat16)
     assert type(ours[0].grad_fn).__name__ == "RecomputingBackward"

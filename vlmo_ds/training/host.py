@@ -35,8 +35,7 @@ def keep_freed_memory() -> None:
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
     """On a CPU, in the context: blocks that are freed go back to the system at once, and after it are kept. What building a model leaves
-    behind, such as the weights in float32 of one in 16 bits, would be holes between which activations fit badly (`benchmarks/blip_step.py`
-    in bf16: a peak of 0.58 GB in place of 0.46)."""
+    behind, such as the weights in float32 of one in 16 bits, would be holes between which activations fit badly."""
     library = None if torch.cuda.is_available() else gnu_c_library()
     if library:
         library.mallopt(M_MMAP_MAX, 1 << 16)

@@ -145,6 +145,11 @@ class VLMoSettings(ModelConfig):
         return self
 
     @property
+    def patches_of_contrast(self) -> int:
+        """How many of an image's patches contrast sees in training."""
+        return max(1, round((1 - self.patch_dropout) * self.patches))
+
+    @property
     def text_dropout_rate(self) -> float:
         return self.drop_path_rate if self.text_dropout is None else self.text_dropout
 

@@ -23,7 +23,7 @@ class Sequences(NamedTuple):
 
 def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[Sequences]:
     text, image = config.max_text_len, config.patches + 1
-    seen = max(1, round((1 - config.patch_dropout) * config.patches)) + 1  # by contrast
+    seen = config.patches_of_contrast + 1
     tasks = stage.tasks
     found: list[Sequences] = []
     if "mlm" in tasks:

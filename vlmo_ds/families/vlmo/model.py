@@ -198,8 +198,7 @@ class VLMo(FamilyModel):
     def patches_seen(self, batch: Batch) -> Tensor | None:
         """The tokens of images that contrast sees in a step of training (patch_dropout), the class token's 0 first, int64; None: all. The
         same for all images of a step, on every rank, whose positions' biases are one table then."""
-        patches = self.config.patches
-        count = max(1, round((1 - self.config.patch_dropout) * patches))
+        patches, count = self.config.patches, self.config.patches_of_contrast
         if count == patches or not self.training:
             return None
         generator = torch.Generator().manual_seed(int(batch["step_seed"]))
