@@ -51,7 +51,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         setting = json.loads(args.one)
-        print(json.dumps(one_step(setting, "ours", setting["dtype"], args.captions, STEPS[setting["arch"]])))
+        try:
+            found = one_step(setting, "ours", setting["dtype"], args.captions, STEPS[setting["arch"]])
+        except torch.OutOfMemoryError:
+            found = {**setting, "failed": "it does not fit into the GPU's memory"}
+        print(json.dumps(found))
         return
     results = []
     for arch, dtype, batch, recompute, memory in itertools.product(
@@ -69,13 +73,8 @@ def main() -> None:
         if args.image_size:
             setting["image_size"] = args.image_size
         command = [sys.executable, __file__, "--captions", args.captions, "--one", json.dumps(setting)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            results.append(
-                {**setting, "failed": "out of memory, most likely" if torch.cuda.is_available() else done.returncode}
-            )
-        else:
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(results[-1]), flush=True)
     if args.output:
         write_results(args.output, results)
