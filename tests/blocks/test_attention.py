@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmo_ds.blocks.attention import Recomputing, attend
+from vlmo_ds.blocks.attention import ATTENTION, Recomputing, attend
 
 MASKS = {
     "none": None,
@@ -13,12 +13,16 @@ MASKS = {
 }
 
 
-def with_gradients(function, dtype) -> list[torch.Tensor]:
+def inputs(dtype) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    q, k, v = (
+    return [
         torch.randn(3, length, 2, 8, dtype=torch.float64, generator=g).to(dtype).transpose(1, 2).requires_grad_()
         for length in (4, 5, 5)
-    )
+    ]
+
+
+def with_gradients(function, dtype) -> list[torch.Tensor]:
+    q, k, v = inputs(dtype)
     out = function(q, k, v)
     weights = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).cos().to(dtype)
     return [out, *torch.autograd.grad(out, (q, k, v), weights)]
@@ -46,3 +50,16 @@ def test_attention_in_16_bits_is_near_to_that_in_float64(mask):
 def test_attention_with_dropout_is_torchs():
     out = with_gradients(lambda q, k, v: attend(q, k, v, None, dropout=0.5), torch.bfloat16)[0]
     assert type(out.grad_fn).__name__ != "RecomputingBackward"
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_mask_of_the_first_keys_leaves_the_others_there(kernel, bias):
+    first = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    table = torch.arange(40, dtype=torch.float64).view(2, 4, 5).sin() if bias else None
+    found, wanted = (
+        with_gradients(lambda q, k, v, mask=mask: ATTENTION[kernel](q, k, v, table, mask), torch.float64)
+        for mask in (first, F.pad(first, (0, 2), value=True))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found[0], ATTENTION[kernel](*inputs(torch.float64), table, None))

@@ -1,6 +1,7 @@
 """Scaled dot-product attention with an additive position bias and a mask of padded keys, in several ways.
 
-Dimensions: B sequences, L queries or tokens of one sequence, S its keys, H heads, K width of a head.
+Dimensions: B sequences, L queries or tokens of one sequence, S its keys, T the first of them (S where not said), H heads, K width of a
+head. A mask may be for the first keys alone: those behind are there for all.
 """
 
 from __future__ import annotations
@@ -16,43 +17,45 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 16 << 20  # of scores that are there at a time: what a processor's cache holds
 
 
-def additive_mask(bias_HLS: Tensor | None, key_mask_BS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Position bias and padding as one mask that is added to the scaled scores: broadcastable to [B, H, L, S]."""
+def additive_mask(bias_HLS: Tensor | None, key_mask_BT: Tensor | None, keys: int, dtype: torch.dtype) -> Tensor | None:
+    """Position bias and padding as one mask that is added to the scaled scores: broadcastable to [B, H, L, S]. keys: S."""
     mask = None if bias_HLS is None else bias_HLS[None].to(dtype)
-    if key_mask_BS is None:
+    if key_mask_BT is None:
         return mask
-    padding = torch.zeros(key_mask_BS.shape, dtype=dtype, device=key_mask_BS.device)
-    padding = padding.masked_fill(key_mask_BS == 0, float("-inf"))[:, None, None, :]
+    padding = torch.zeros(len(key_mask_BT), keys, dtype=dtype, device=key_mask_BT.device)
+    padding[:, : key_mask_BT.shape[1]].masked_fill_(key_mask_BT == 0, float("-inf"))
+    padding = padding[:, None, None, :]
     return padding if mask is None else mask + padding
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BT: Tensor | None) -> Tensor:
     """Attention by torch's scaled_dot_product_attention. q: [B, H, L, K]; k, v: [B, H, S, K] -> [B, H, L, K]."""
-    mask = additive_mask(bias_HLS, key_mask_BS, q.dtype)
+    mask = additive_mask(bias_HLS, key_mask_BT, k.shape[2], q.dtype)
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def probabilities(q: Tensor, k: Tensor, bias_HLS: Tensor | None, mask: Tensor | None) -> Tensor:
-    """[B, H, L, S], scores and softmax in float32 at least. q is scaled; mask: bool, which keys there are, broadcastable to the same."""
+    """[B, H, L, S], scores and softmax in float32 at least. q is scaled; mask: bool, which keys there are, broadcastable to
+    [B, H, L, T]."""
     scores = torch.matmul(q, k.transpose(-2, -1))
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     if bias_HLS is not None:
         scores.add_(bias_HLS)
     if mask is not None:
-        scores.masked_fill_(~mask, float("-inf"))
+        scores[..., : mask.shape[-1]].masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1)
 
 
-def of_scores(key_mask_BS: Tensor | None) -> Tensor | None:
-    """The mask of keys as one of scores, [B, 1, 1, S] bool."""
-    return None if key_mask_BS is None else (key_mask_BS != 0)[:, None, None]
+def of_scores(key_mask_BT: Tensor | None) -> Tensor | None:
+    """The mask of keys as one of scores, [B, 1, 1, T] bool."""
+    return None if key_mask_BT is None else (key_mask_BT != 0)[:, None, None]
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None) -> Tensor:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BT: Tensor | None) -> Tensor:
     """The same written out: what the tests compare against."""
-    return torch.matmul(probabilities(q * q.shape[-1] ** -0.5, k, bias_HLS, of_scores(key_mask_BS)).to(v.dtype), v)
+    return torch.matmul(probabilities(q * q.shape[-1] ** -0.5, k, bias_HLS, of_scores(key_mask_BT)).to(v.dtype), v)
 
 
 class Recomputing(torch.autograd.Function):
@@ -112,10 +115,10 @@ def rows_of(mask: Tensor | None, part: slice) -> Tensor | None:
 
 
 def recomputing_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BS: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, bias_HLS: Tensor | None, key_mask_BT: Tensor | None
 ) -> Tensor:
     """As explicit_attention, with less memory."""
-    return Recomputing.apply(q, k, v, bias_HLS, of_scores(key_mask_BS))
+    return Recomputing.apply(q, k, v, bias_HLS, of_scores(key_mask_BT))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:

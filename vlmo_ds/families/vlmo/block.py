@@ -85,7 +85,7 @@ class AttentionGroup:
 
     tokens: Sequence[Run]
     queries: Sequence[Run]  # those that go on, the first of each sequence, in the rows that go on
-    key_mask_BL: Tensor | None  # bool, true where there is a token; None: everywhere
+    key_mask_BT: Tensor | None  # bool, true where there is a token, of the first run; None: everywhere
     biases_HLL: Sequence[Tensor | None]  # of each layer; None: absolute positions
 
 
@@ -120,8 +120,8 @@ class PackedLayout:
         for group, one in zip(self.groups, which, strict=True):
             if len(one):
                 tokens = [runs[run.start] for run in group.tokens]
-                mask_KL = None if group.key_mask_BL is None else group.key_mask_BL[sent(one, device)]
-                groups.append(AttentionGroup(tokens, tokens, mask_KL, group.biases_HLL))
+                mask_KT = None if group.key_mask_BT is None else group.key_mask_BT[sent(one, device)]
+                groups.append(AttentionGroup(tokens, tokens, mask_KT, group.biases_HLL))
         rows_K = sent(keep_S[self.host_M].nonzero()[:, 0], device)
         return PackedLayout(experts, groups, self.sequence_M[rows_K], self.num_sequences), rows_K
 
@@ -155,7 +155,7 @@ class Attention(nn.Module):
             bias_HLL = group.biases_HLL[layer]
             if bias_HLL is not None:
                 bias_HLL = bias_HLL[:, : q.shape[2]]
-            out = joined(attend(q, k, v, bias_HLL, group.key_mask_BL))
+            out = joined(attend(q, k, v, bias_HLL, group.key_mask_BT))
             lengths = [run.length for run in group.queries]
             for run, piece in zip(group.queries, out.split(lengths, dim=1), strict=True):
                 rows[run.start] = run.packed(piece)

@@ -242,10 +242,8 @@ class MultiWayTransformer(nn.Module):
         for (owner, _), parts in by_sequences.items():
             stream = streams[owner]
             runs = [piece.run for piece in parts]
-            key_mask_BL = None
-            if (fold := runs[0].fold) is not None:  # text comes first
-                key_mask_BL = F.pad(fold.valid_BL, (0, sum(run.length for run in runs[1:])), value=True)
-            groups.append(AttentionGroup(runs, runs, key_mask_BL, biases[owner]))
+            fold = runs[0].fold  # text comes first
+            groups.append(AttentionGroup(runs, runs, None if fold is None else fold.valid_BL, biases[owner]))
             ids_B1 = torch.arange(first, first + stream.batch, device=device)[:, None]
             for run in runs:
                 sequence[run.start] = run.packed(ids_B1.expand(-1, run.length)[:, :, None])[:, 0]
