@@ -80,7 +80,7 @@ class Plain(VLMo):
             "vl_text": self.itc_vl_text_proj(text_vl[:, 0]),
         }
         draws = draws_of(batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector)
-        wrong = self.negatives(batch, self.add_contrast(out, found | self.log_scales(), draws))
+        wrong = self.negatives(batch, self.add_contrast(out, found | self.logit_terms(), draws))
         tokens, _ = self.walk(ids_mlm, masks, images)
         logits = self.mlm_score(tokens[:, :length])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)

@@ -73,6 +73,11 @@ class ModelConfig(Settings):
         description="layer norms in training: PyTorch's or NVIDIA Apex's; auto: Apex's on a GPU where it is installed",
     )
 
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="blocks: a norm and the feed-forward layers behind it compiled to fewer kernels by torch.compile (not those of BERT's layers)",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def fill_architecture(cls, data: Any) -> Any:
@@ -144,6 +149,8 @@ class TokenizerConfig(Settings):
     )
     vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
 
+
+EVALUATIONS = ("retrieval", "vqa", "nlvr2", "captioning")  # sections of a recipe: what is measured on held-out shards
 
 Transform = Literal[
     "square_transform", "square_transform_randaug", "pixelbert", "pixelbert_randaug", "crop_flip", "crop_flip_randaug"
@@ -291,6 +298,16 @@ class ScheduleConfig(Settings):
         return self
 
 
+class EMAConfig(Settings):
+    """A moving average of a stage's trained weights, in float32."""
+
+    decay: float = Field(0.9999, gt=0, lt=1, description="what of the average stays in a step")
+    every: int = Field(1, gt=0, description="steps between two updates, each with so many steps' decay")
+    warmup: bool = Field(
+        True, description="a decay of at most (1 + step) / (10 + step), so that the first steps are soon forgotten"
+    )
+
+
 class InitConfig(Settings):
     """A stage's initial weights. Every key is accounted for: what is neither loaded nor named here is an error."""
 
@@ -320,6 +337,43 @@ class InitConfig(Settings):
         return self
 
 
+class ScoresConfig(Settings):
+    """What is measured every `evaluate_every` steps of a stage, beside the recipe's evaluations that its tasks allow."""
+
+    held_out: list[str] = Field(
+        [], description="shards whose losses are measured by the stage's tasks, without augmentation"
+    )
+    batches: int = Field(
+        16, gt=0, description="batches of held-out samples at most, as large as the ranks' in training"
+    )
+    weights: Literal["trained", "ema"] = Field(
+        "trained", description="what is measured: the weights, or their moving average"
+    )
+    best: str | None = Field(
+        None,
+        description="a metric, such as retrieval/text_to_image/itc/R@1 or held_out/loss, whose best weights are kept in <stage>/best; of "
+        "losses the lowest is the best",
+    )
+    patience: int = Field(
+        0, ge=0, description="evaluations without a better value after which the stage ends; 0: never"
+    )
+
+    @model_validator(mode="after")
+    def check_best(self) -> ScoresConfig:
+        if self.patience and self.best is None:
+            raise ValueError(
+                f"patience is {self.patience}, for a better value of no metric: name it in best, or take 0"
+            )
+        first, _, rest = (self.best or "").partition("/")
+        if self.best is not None and (not rest or first not in ("held_out", *EVALUATIONS)):
+            raise ValueError(
+                f"best is '{self.best}'; accepted: a metric of {', '.join(('held_out', *EVALUATIONS))}, such as held_out/loss"
+            )
+        if first == "held_out" and not self.held_out:
+            raise ValueError(f"best is '{self.best}', and held_out names no shards to measure it on")
+        return self
+
+
 class StageConfig(Settings):
     """One stage of training."""
 
@@ -344,6 +398,9 @@ class StageConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     init: InitConfig = InitConfig()
+    ema: EMAConfig | None = Field(None, description="null: no moving average of the weights")
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations while the stage trains; 0: never")
+    evaluate: ScoresConfig = ScoresConfig()
     checkpoint_every: int = Field(1000, ge=0, description="steps between checkpoints; 0: at the stage's end only")
     log_images_every: int = Field(500, ge=0, description="steps between sample images in TensorBoard; 0: never")
 
@@ -362,6 +419,14 @@ class StageConfig(Settings):
                 )
         if not any(self.weights.values()):
             raise ValueError(f"tasks: all weights are 0 ({', '.join(self.tasks)}), so that nothing would be trained")
+        if self.evaluate != ScoresConfig() and not self.evaluate_every:
+            raise ValueError(
+                "evaluate has settings, and evaluate_every is 0: nothing would be measured; accepted: 1 or more"
+            )
+        if self.evaluate.weights == "ema" and self.ema is None:
+            raise ValueError(
+                "evaluate.weights is 'ema', and the stage has no moving average (ema); accepted: 'trained'"
+            )
         if self.warmup > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, longer than the stage, whose steps are {self.steps}; "
@@ -620,19 +685,19 @@ class Recipe(Settings):
                     f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "
                     "masked and some seen"
                 )
+        for stage in self.stages:
+            sections = [name for name in EVALUATIONS if getattr(self, name)]
+            if stage.evaluate_every and not (stage.evaluate.held_out or sections):
+                raise ValueError(
+                    f"stages.{stage.name}.evaluate_every is {stage.evaluate_every}, and there is nothing to measure: name shards in "
+                    f"stages.{stage.name}.evaluate.held_out, or one of {', '.join(EVALUATIONS)} in the recipe"
+                )
         last = self.stages[-1]
         if self.vqa and self.vqa.method == "generate" and "answer" in last.gives and "answer_step" not in last.gives:
             raise ValueError(
                 f"vqa.method is 'generate', and {self.family.name} chooses among the answers of its list; accepted: 'list'"
             )
         return self
-
-
-EVALUATIONS = tuple(  # the settings of what is measured after the last stage
-    name
-    for name, field in Recipe.model_fields.items()
-    if any(isinstance(part, type) and issubclass(part, HeldOutConfig) for part in get_args(field.annotation))
-)
 
 
 def number(kind: type, least: float | None = None) -> Callable[[str], Any]:

@@ -10,10 +10,17 @@ from families.vlmo.tiny import tiny_batch, tiny_model
 
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.measuring import OneOfMany
-from vlmo_ds.distributed.rows import Draw, contrast, gumbel_noise, sample_negatives
+from vlmo_ds.distributed.rows import Draw, contrast, gumbel_noise, sample_negatives, sigmoid_contrast
+from vlmo_ds.objectives.itc import keys_of
 from vlmo_ds.objectives.itm import draws_of
 
 GLOBAL = 8
+KINDS = {
+    "plain": {},
+    "positives": {"positives": "image"},
+    "sigmoid": {"itc_kind": "sigmoid"},
+    "sigmoid, positives": {"itc_kind": "sigmoid", "positives": "image"},
+}
 
 
 def worker(output: str) -> None:
@@ -38,19 +45,29 @@ def worker(output: str) -> None:
     mean = collector.global_mean(table[part].sum(), torch.tensor(float(table[part].numel())))
     assert torch.allclose(collector.sum(mean) / collector.world_size, table.mean())
 
-    model = tiny_model()
-    batch = {k: v if v.dim() == 0 else v[part] for k, v in tiny_batch(GLOBAL).items()}
+    whole = tiny_batch(GLOBAL)
+    whole["image_id"][5] = whole["image_id"][
+        2
+    ]  # pairs of two ranks with one picture, and of two others with one caption
+    for name in ("text_ids", "text_masks"):
+        whole[name][6] = whole[name][1]
+    batch = {k: v if v.dim() == 0 else v[part] for k, v in whole.items()}
     trim = int(batch["text_masks"].sum(1).max())  # ranks may trim their texts differently
     batch = {k: v[:, :trim] if k.startswith("text_") else v for k, v in batch.items()}
-    out = model(batch)
-    out.loss.backward()
-    grads = torch.cat(
-        [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in model.parameters()]
-    )
-    result = {
-        "losses": {k: float(collector.sum(v) / collector.world_size) for k, v in out.losses.items()},
-        "grads": (collector.sum(grads) / collector.world_size).tolist(),  # averaged, as DeepSpeed does
-    }
+    result: dict = {"losses": {}, "grads": []}
+    for name, settings in KINDS.items():
+        model = tiny_model(**settings)
+        out = model(batch)
+        out.loss.backward()
+        grads = torch.cat(
+            [
+                p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype)
+                for p in model.parameters()
+            ]
+        )
+        found = {f"{name} {k}": float(collector.sum(v) / collector.world_size) for k, v in out.losses.items()}
+        result["losses"] |= found
+        result["grads"] += (collector.sum(grads) / collector.world_size).tolist()  # averaged, as DeepSpeed does
     if collector.rank == 0:
         with open(output, "w") as file:
             json.dump(result, file)
@@ -67,6 +84,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_and_gradients_do_not_depend_on_ranks(results, ranks):
+    assert len(set(results[1]["losses"].values())) >= 3 + 3 * 2
     for task, loss in results[1]["losses"].items():
         assert results[ranks]["losses"][task] == pytest.approx(loss, rel=1e-10)
     one, many = torch.tensor(results[1]["grads"]), torch.tensor(results[ranks]["grads"])
@@ -93,6 +111,67 @@ def test_chunked_contrast_equals_the_plain_cross_entropies(chunk):
     ours, theirs = (torch.autograd.grad(3 * loss, (image, text, scale)) for loss in (found.loss, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+KEYS = torch.tensor(
+    [[1, 5], [2, 6], [1, 7], [3, 6], [4, 8], [9, 9], [8, 4]]
+)  # 0 and 2 have an image, 1 and 3 a caption in common
+
+
+def alike(keys) -> torch.Tensor:
+    return (keys[:, None] == keys[None]).any(-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_contrast_with_several_positives_equals_the_plain_mean_of_them(chunk):
+    image, text = features(7).requires_grad_(), features(7, seed=1).requires_grad_()
+    scale = torch.tensor(20.0, dtype=torch.float64).requires_grad_()
+    found = contrast(image, text, scale, Collector(), key_BK=KEYS, chunk=chunk)
+    logits, same = scale * image @ text.t(), alike(KEYS)
+    assert same.sum() == 7 + 4
+    target = same.double() / same.sum(1, keepdim=True)
+    expected = -sum((of.log_softmax(1) * target).sum() for of in (logits, logits.t())) / 2
+    torch.testing.assert_close(found.loss, expected)
+    assert int(found.i2t_right) == int(same.gather(1, logits.argmax(1, keepdim=True)).sum())
+    ours, theirs = (torch.autograd.grad(3 * loss, (image, text, scale)) for loss in (found.loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("keys", [None, KEYS])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_sigmoid_contrast_equals_the_plain_sum_over_all_pairs(chunk, keys):
+    image, text = features(7).requires_grad_(), features(7, seed=1).requires_grad_()
+    scale, bias = (torch.tensor(value, dtype=torch.float64).requires_grad_() for value in (9.0, -4.0))
+    found = sigmoid_contrast(image, text, scale, bias, Collector(), key_BK=keys, chunk=chunk)
+    logits, same = scale * image @ text.t() + bias, torch.eye(7).bool() if keys is None else alike(keys)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, same.double(), reduction="sum")
+    torch.testing.assert_close(found.loss, expected)
+    assert int(found.i2t_right) == int(same.gather(1, logits.argmax(1, keepdim=True)).sum())
+    ours, theirs = (torch.autograd.grad(3 * loss, (image, text, scale, bias)) for loss in (found.loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_a_positive_is_no_negative():
+    image, text, scale = features(7), features(7, seed=1), torch.tensor(5.0, dtype=torch.float64)
+    ids, bias = torch.arange(7), torch.tensor(-3.0, dtype=torch.float64)
+    drawn = set()
+    for seed in range(40):
+        draws = draws_of(ids, KEYS[:, 0], seed, Collector(), KEYS)
+        plain = contrast(image, text, scale, Collector(), draws, key_BK=KEYS, chunk=4)
+        found = sigmoid_contrast(image, text, scale, bias, Collector(), draws, KEYS, chunk=4)
+        assert found.text_B.tolist() == plain.text_B.tolist() and found.image_B.tolist() == plain.image_B.tolist()
+        drawn |= set(enumerate(found.text_B.tolist())) | set(enumerate(found.image_B.tolist()))
+    assert len(drawn) > 15 and not any(alike(KEYS)[row, column] for row, column in drawn)
+
+
+def test_captions_are_known_by_their_words_alone():
+    ids = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 7, 8, 3, 9, 9], [2, 8, 7, 3, 0, 0], [2, 7, 8, 8, 3, 0]])
+    masks = (torch.arange(6)[None] < torch.tensor([4, 4, 4, 5])[:, None]).long()
+    words = keys_of(torch.arange(4), ids, masks)[:, 1]
+    assert words[0] == words[1] and len(words.unique()) == 3
+    assert torch.equal(keys_of(torch.arange(4), ids[:, :5], masks[:, :5])[:, 1], words)  # however long the padding
 
 
 def test_negatives_of_the_contrast_are_those_of_a_pass_of_their_own():

@@ -16,6 +16,7 @@ TOP = {
     "transformer.patch_embed.proj.weight",
     "pooler.dense.weight",
     "mim_score.fc.weight",
+    *(f"mim_score.{layer}.weight" for layer in ("query", "key_value", "proj", "mlp.fc1", "mlp.fc2")),
     "mlm_score.transform.dense.weight",
     "mlm_score.decoder.weight",
     "itm_score.fc.weight",
@@ -122,6 +123,7 @@ SETTINGS = {
             "vocab_size": 20,
             "vqav2_label_size": 3,
         },
+        {"mim_visible_only": True, "itc_kind": "sigmoid"},
         {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None},
     ],
 }

@@ -2,6 +2,7 @@ import pytest
 import torch
 from families.vlmo.tiny import tiny_batch, tiny_model
 
+from vlmo_ds.blocks.heads import MIMHead
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.objectives.itc import scale_of
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
@@ -15,22 +16,18 @@ def test_mim_counts_masked_patches_only():
     patch = image[0, :, 0:8, 24:32].reshape(-1)  # patch 3: first row, last column; channels first, as the target says
     expected = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
     torch.testing.assert_close(target.target(image)[0, 3], expected)
-    tokens = torch.randn(2, 17, 192, generator=g)
-    seen = []
-
-    def head(x):
-        seen.append(x)
-        return torch.zeros_like(x)
-
-    loss, _ = mim_loss(tokens, image, mask, head, target, Collector())
-    assert torch.equal(seen[0], torch.stack((tokens[0, 4], tokens[1, 16])))
+    tokens, head = torch.randn(2, 17, 192, generator=g), MIMHead(192, 192)
+    prediction = head(tokens, mask)
+    torch.testing.assert_close(prediction, head.fc(torch.stack((tokens[0, 4], tokens[1, 16]))))
+    loss, _ = mim_loss(torch.zeros_like(prediction), image, mask, target, Collector())
     torch.testing.assert_close(
         loss, torch.stack([target.target(image)[i, j].square().mean() for i, j in ((0, 3), (1, 15))]).mean()
     )
 
 
-def test_masked_patches_hide_their_pixels():
-    model, batch = tiny_model({"mim": 1.0}), tiny_batch()
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_masked_patches_hide_their_pixels(visible_only):
+    model, batch = tiny_model({"mim": 1.0}, mim_visible_only=visible_only), tiny_batch()
     model.mim_target = type(
         "Target", (), {"target": lambda s, i: torch.zeros(len(i), 16, 192), "loss": lambda s, p, t: p.square().mean(-1)}
     )()

@@ -20,11 +20,21 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("task", ["irtr", "itc"])
-@pytest.mark.parametrize("dropped", [0.0, 0.3])
-def test_512_samples_by_32_have_the_gradient_of_all_at_once(task, dropped):
+@pytest.mark.parametrize(
+    "dropped, changes",
+    [
+        (0.0, {}),
+        (0.3, {}),
+        (0.0, {"itc_kind": "sigmoid"}),
+        (0.0, {"positives": "image", "itc_kind": "sigmoid"}),
+        (0.0, {"positives": "image"}),
+    ],
+)
+def test_512_samples_by_32_have_the_gradient_of_all_at_once(task, dropped, changes):
     """With dropout and stochastic depth the direct step draws the same numbers part by part."""
-    model = tiny_model({task: 1.0}, torch.float32, drop_path_rate=dropped).train()
+    model = tiny_model({task: 1.0}, torch.float32, drop_path_rate=dropped, **changes).train()
     batch = tiny_batch(512, dtype=torch.float32)
+    batch["image_id"] //= 2
     parts = [{k: v[i : i + 32] for k, v in batch.items() if v.dim()} for i in range(0, 512, 32)]
 
     def features_of(number):

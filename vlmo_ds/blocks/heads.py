@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.attention import attend
+from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.kernels import LayerNorm
-from vlmo_ds.blocks.layers import unit
+from vlmo_ds.blocks.layers import Mlp, unit
+from vlmo_ds.blocks.position import sincos_positions
 
 
 class TextEmbeddings(nn.Module):
@@ -101,8 +104,43 @@ class MIMHead(nn.Module):
         super().__init__()
         self.fc = nn.Linear(dim, target_dim)
 
-    def forward(self, x_MD: Tensor) -> Tensor:
-        return self.fc(x_MD)
+    def forward(self, tokens_BLD: Tensor, mask_BP: Tensor) -> Tensor:
+        """Class token and patches, those of mask_BP (bool) having seen the mask token -> [M, target_dim] of these, image after image."""
+        return self.fc(tokens_BLD[:, 1:][mask_BP])
+
+
+class MIMDecoder(nn.Module):
+    """Predicts masked patches from those that an encoder has seen (MAE, arXiv:2111.06377), by one block: a masked patch is a query, the mask
+    token at its position, and looks at the seen tokens at theirs, not at other masked ones (CrossMAE, arXiv:2401.14391).
+
+    window: patches of a side; dim: a multiple of 4, for positions of sines and cosines.
+    """
+
+    position_PD: Tensor
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, window: int, target_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("position_PD", sincos_positions(window, dim), persistent=False)
+        self.norm1, self.norm_seen = LayerNorm(dim, eps=1e-6), LayerNorm(dim, eps=1e-6)
+        self.query, self.key_value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm2, self.norm = LayerNorm(dim, eps=1e-6), LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, hidden)
+        self.fc = nn.Linear(dim, target_dim)
+
+    def forward(self, tokens_BLD: Tensor, mask_BP: Tensor) -> Tensor:
+        """Class token and patches, of which those of mask_BP (bool) were not seen -> [M, target_dim] of these, image after image."""
+        masked, seen = Fold.of_mask(mask_BP), Fold.of_mask(F.pad(~mask_BP, (1, 0), value=True))
+        position_PD = self.position_PD.to(tokens_BLD.dtype)
+        at_ND = seen.folded(F.pad(position_PD, (0, 0, 1, 0)).expand(len(mask_BP), -1, -1))
+        key_value_NC = self.key_value(self.norm_seen(seen.folded(tokens_BLD) + at_ND))
+        k, v = (heads(part, self.num_heads) for part in seen.padded(key_value_NC).chunk(2, dim=-1))
+        x_MD = self.mask_token + masked.folded(position_PD.expand(len(mask_BP), -1, -1))
+        q = heads(masked.padded(self.query(self.norm1(x_MD))), self.num_heads)
+        out_MD = masked.folded(joined(attend(q, k, v, seen.valid_BL[:, None, None])))
+        x_MD = x_MD + self.proj(out_MD)
+        return self.fc(self.norm(x_MD + self.mlp(self.norm2(x_MD))))
 
 
 def classifier(dim: int, hidden: int, classes: int) -> nn.Sequential:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.distributed.rows import Contrasted, Draw, contrast
+from vlmo_ds.distributed.rows import Contrasted, Draw, contrast, mix, sigmoid_contrast
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP, arXiv:2103.00020, section 2.5
+
+
+def logit_parameters(kind: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Logarithm of the scale of contrastive logits, and their bias, None for the softmax loss; initial values of CLIP and of SigLIP."""
+    if kind == "sigmoid":
+        return nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))
+    return nn.Parameter(torch.tensor(math.log(1 / 0.07))), None
 
 
 def scale_of(log_scale: Tensor, like: Tensor) -> Tensor:
@@ -18,18 +26,32 @@ def scale_of(log_scale: Tensor, like: Tensor) -> Tensor:
     return (log_scale - (log_scale - MAX_LOG_SCALE).clamp(min=0).detach()).exp()
 
 
+def keys_of(image_id_B: Tensor, ids_BL: Tensor, masks_BL: Tensor) -> Tensor:
+    """What pairs are known by, [B, 2] int64: the picture, and the words of the caption, padding aside."""
+    place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    words_B = (mix((ids_BL << 20) + place_L) * masks_BL).sum(1)
+    return torch.stack((image_id_B, words_B), dim=1)
+
+
 def itc_loss(
     image_BD: Tensor,
     text_BD: Tensor,
     scale: Tensor,
     collector: Collector,
     draws: tuple[Draw, Draw] | None = None,
+    key_BK: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Contrasted]:
-    """Mean of the image-to-text and text-to-image cross-entropies (CLIP, arXiv:2103.00020; VLMo, section 3.2).
+    """Mean of the image-to-text and text-to-image cross-entropies (CLIP, arXiv:2103.00020; VLMo, section 3.2); with a bias the sigmoid
+    loss, over the number of pairs (SigLIP, arXiv:2303.15343, equation 2).
 
-    image_BD, text_BD: features of this rank, of unit length, float32 at least; scale: 0-d; draws: as of contrast, whose result comes last.
+    image_BD, text_BD: features of this rank, of unit length, float32 at least; scale, bias: 0-d; draws, key_BK: as of contrast, whose result
+    comes last.
     """
-    found = contrast(image_BD, text_BD, scale, collector, draws)
+    if bias is None:
+        found = contrast(image_BD, text_BD, scale, collector, draws, key_BK)
+    else:
+        found = sigmoid_contrast(image_BD, text_BD, scale, bias, collector, draws, key_BK)
     count = found.loss.detach().new_tensor(len(image_BD))
     ratios = {"i2t_accuracy": (found.i2t_right, count), "t2i_accuracy": (found.t2i_right, count)}
     return collector.global_mean(found.loss, count), ratios, found

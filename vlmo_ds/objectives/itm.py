@@ -20,10 +20,14 @@ class Negatives:
     text_B: Tensor
 
 
-def draws_of(sample_id_B: Tensor, image_id_B: Tensor, seed: int, collector: Collector) -> tuple[Draw, Draw]:
-    """How one wrong text per image and one wrong image per text are drawn among the pairs of all ranks."""
-    ids_G2 = collector.gather(torch.stack((sample_id_B, image_id_B), dim=1))
-    text, image = (Draw(2 * seed + of, sample_id_B, ids_G2[:, 0], image_id_B, ids_G2[:, 1]) for of in (1, 0))
+def draws_of(
+    sample_id_B: Tensor, image_id_B: Tensor, seed: int, collector: Collector, key_BK: Tensor | None = None
+) -> tuple[Draw, Draw]:
+    """How one wrong text per image and one wrong image per text are drawn among the pairs of all ranks. key_BK: what makes pairs each other's
+    positives, None: the image alone."""
+    key_BK = image_id_B[:, None] if key_BK is None else key_BK
+    ids_GC = collector.gather(torch.cat((sample_id_B[:, None], key_BK), dim=1))
+    text, image = (Draw(2 * seed + of, sample_id_B, ids_GC[:, 0], key_BK, ids_GC[:, 1:]) for of in (1, 0))
     return text, image
 
 

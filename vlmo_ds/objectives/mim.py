@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -43,18 +42,11 @@ class NormalizedPixels:
 
 
 def mim_loss(
-    tokens_BLD: Tensor,
-    image_BCHW: Tensor,
-    mask_BP: Tensor,
-    head: Callable[[Tensor], Tensor],
-    target: MIMTarget,
-    collector: Collector,
+    prediction_MD: Tensor, image_BCHW: Tensor, mask_BP: Tensor, target: MIMTarget, collector: Collector
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Loss at the masked patches, averaged over those of the global batch (BEiT, arXiv:2106.08254).
 
-    tokens_BLD: class token and patches; mask_BP: bool, true where the model saw the mask token.
+    prediction_MD: of the masked patches, image after image; mask_BP: bool, which these are.
     """
-    masked = mask_BP.flatten().nonzero().squeeze(1)
-    prediction_MD = head(tokens_BLD[:, 1:].flatten(0, 1)[masked])
-    loss_M = target.loss(prediction_MD, target.target(image_BCHW).flatten(0, 1)[masked])
-    return collector.global_mean(loss_M.sum(), loss_M.new_tensor(len(masked))), {}
+    loss_M = target.loss(prediction_MD, target.target(image_BCHW)[mask_BP])
+    return collector.global_mean(loss_M.sum(), loss_M.new_tensor(len(loss_M))), {}

@@ -24,20 +24,22 @@ def cached_contrast(
     of the model gives for part i and entries beside it, with the same random numbers at every time; backward is called with
     one scalar for each part, whose gradients add up to that of the losses (this rank's, to be averaged over ranks).
 
-    Names of features that end in _scale are of the whole model, those in _count are counts, which the second pass is given
-    summed over the parts.
+    Names of features that end in _scale or _bias are of the whole model, those in _count are counts, which the second pass is given
+    summed over the parts; whole numbers have no gradient.
     """
     with torch.no_grad():
         found = [call(i, "contrast_features", {}) for i in range(parts)]
-    scales = [name for name in found[0] if name.endswith("_scale")]
+    scales = [name for name in found[0] if name.endswith(("_scale", "_bias"))]
     counts = {name: added(part[name] for part in found) for name in found[0] if name.endswith("_count")}
-    features = [name for name in found[0] if name not in scales and name not in counts]
+    others = [name for name in found[0] if name not in scales and name not in counts]
+    features = [name for name in others if found[0][name].is_floating_point()]
     sizes = [len(part["image"]) for part in found]
     whole = {name: torch.cat([part[name] for part in found]).requires_grad_() for name in features}
     whole |= {name: found[0][name].clone().requires_grad_() for name in scales}
+    keys = {name: torch.cat([part[name] for part in found]) for name in others if name not in features}
     del found
     out = StepOutput.empty()
-    model.add_contrast(out, whole)
+    model.add_contrast(out, {**whole, **keys})
     loss = added(out.losses.values())
     gradient = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
     pieces = {name: gradient[name].split(sizes) for name in features}

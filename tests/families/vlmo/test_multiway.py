@@ -226,6 +226,22 @@ def test_patches_that_are_left_out_are_those_that_attention_does_not_see(positio
         torch.testing.assert_close(found.twin_BLD, expected.twin_BLD, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_patches_that_no_block_sees_are_as_if_there_were_none(positions):
+    """Other ones of each image."""
+    model, batch = tiny_model(**positions).eval(), tiny_batch()
+    tokens = [torch.tensor([0, 2, 3, 9, 16]), torch.tensor([0, 1, 15])]
+    seen = torch.stack([torch.zeros(17, dtype=torch.bool).index_fill(0, of, True) for of in tokens])
+    image_type, rows = model.token_types()[1], torch.tensor([3, 0])
+    stream = Stream(image_rows_B=rows, seen_BL=seen)
+    found = model.encode({"a": stream}, batch["image"], image_type)["a"].tokens_BLD
+    assert found.shape == (2, 17, 32) and (found[~seen] == 0).all()
+    for image, (row, of) in enumerate(zip(rows, tokens, strict=True)):
+        alone = Stream(image_rows_B=row[None], image_tokens_K=of)
+        expected = model.encode({"a": alone}, batch["image"], image_type)["a"].tokens_BLD[0]
+        torch.testing.assert_close(found[image, of], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_contrast_leaves_patches_out_in_training_alone_and_others_each_step():
     model, batch = tiny_model(patch_dropout=0.4).train(), tiny_batch()
     seen = [model.patches_seen({"step_seed": torch.tensor(step)}) for step in range(300)]

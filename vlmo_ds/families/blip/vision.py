@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attend
+from vlmo_ds.blocks.branch import FeedForward
 from vlmo_ds.blocks.fold import joined, sent
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import AddRows, Mlp, PatchEmbed, kept
@@ -33,10 +34,8 @@ class Attention(nn.Module):
         return self.proj(joined(attend(q, k, v)))
 
 
-class Block(nn.Module):
+class Block(FeedForward):
     """Pre-norm residual block with stochastic depth."""
-
-    cheap = True  # outputs of norms are computed again in the backward pass
 
     def __init__(self, dim: int, num_heads: int, drop_path_rate: float):
         super().__init__()
@@ -47,12 +46,12 @@ class Block(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = self.added(x_BLD, partial(self.branch, self.norm1, self.attn))
-        return self.added(x_BLD, partial(self.branch, self.norm2, self.mlp))
+        x_BLD = self.added(x_BLD, self.attended)
+        return self.added(x_BLD, partial(self.fed, self.norm2, self.mlp))
 
-    def branch(self, norm: LayerNorm, rest: nn.Module, x_BLD: Tensor) -> Tensor:
-        with norm_again(norm, x_BLD, self.cheap) as normed:
-            return rest(normed)
+    def attended(self, x_BLD: Tensor) -> Tensor:
+        with norm_again(self.norm1, x_BLD, self.cheap) as normed:
+            return self.attn(normed)
 
     def added(self, x_BLD: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """x_BLD and a branch of it, which stochastic depth leaves out for some images. It is not computed for these, but where there are no

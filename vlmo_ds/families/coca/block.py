@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmo_ds.blocks.attention import attend
+from vlmo_ds.blocks.branch import FeedForward
 from vlmo_ds.blocks.cache import Cache, attend_to_images, attend_to_words
 from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.kernels import LayerNorm
@@ -104,11 +105,9 @@ class Attention(nn.Module):
         return self.out_proj(joined(attend_to_images(self.query(x_RLD), keys, values)))
 
 
-class Block(nn.Module):
+class Block(FeedForward):
     """Pre-norm residual block (CLIP, arXiv:2103.00020); with `cross` its attention is to a context, which has a norm of its
     own (CoCa's multimodal decoder)."""
-
-    cheap = True  # outputs of norms are computed again in the backward pass
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross: bool = False):
         super().__init__()
@@ -140,8 +139,7 @@ class Block(nn.Module):
         """As Attention."""
         with norm_again(self.ln_1, x, self.cheap) as normed:
             x = x + self.attn(normed, context_BSD, mask, fold, None if context_BSD is None else self.ln_1_kv)
-        with norm_again(self.ln_2, x, self.cheap) as normed:
-            return x + self.mlp(normed)
+        return x + self.fed(self.ln_2, self.mlp, x)
 
     def step(self, x_RLD: Tensor, cache: Cache, layer: int) -> Tensor:
         """As Attention.step."""

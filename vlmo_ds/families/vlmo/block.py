@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
+from vlmo_ds.blocks.branch import FeedForward
 from vlmo_ds.blocks.fold import Fold, heads, joined, sent
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import AddRows, Mlp, ScaledLinear, drop_path, kept
@@ -162,10 +163,8 @@ class Attention(nn.Module):
         return self.proj(torch.cat([rows[start] for start in sorted(rows)]), gamma)
 
 
-class Block(nn.Module):
+class Block(FeedForward):
     """A MultiWay block: shared self-attention, then one feed-forward expert per modality (VLMo, arXiv:2111.02358)."""
-
-    cheap = True  # outputs of norms are computed again in the backward pass
 
     def __init__(
         self,
@@ -199,20 +198,19 @@ class Block(nn.Module):
         """[N, D] -> [M, D]. layer: the number of this block."""
         attended = partial(self.attended, layer=layer)
         x_MD = self.added(x_ND if layout.on_M is None else x_ND[layout.on_M], attended, x_ND, layout)
-        return self.added(x_MD, self.fed, x_MD, layout)
+        return self.added(x_MD, self.by_experts, x_MD, layout)
 
     def attended(self, x_ND: Tensor, layout: PackedLayout, layer: int) -> Tensor:
         """The branch of the attention, [N, D] -> [M, D]."""
         with norm_again(self.norm1, x_ND, self.cheap) as normed:
             return self.attn(normed, layout, layer, self.gamma_1)
 
-    def fed(self, x_MD: Tensor, layout: PackedLayout) -> Tensor:
+    def by_experts(self, x_MD: Tensor, layout: PackedLayout) -> Tensor:
         """The branch of the experts, [M, D] -> [M, D]."""
         outputs = []
         for modality, rows_D in zip(layout.experts, x_MD.split(list(layout.experts.values())), strict=True):
             norm, mlp = getattr(self, f"norm2_{modality}"), getattr(self, f"mlp_{modality}")
-            with norm_again(norm, rows_D, self.cheap) as normed:
-                outputs.append(mlp(normed, self.gamma_2))
+            outputs.append(self.fed(norm, mlp, rows_D, self.gamma_2))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def added(

@@ -90,6 +90,8 @@ NO_DECAY = (
     "relative_position_bias_table",
     "logit_scale",
     "logit_vl_scale",
+    "logit_bias",
+    "logit_vl_bias",
 )
 PIXELS = Pixels(0.5, 0.5)  # to [-1, 1]
 WORDS = ("text_embeddings.word_embeddings.weight", "mlm_score.decoder.weight", "mlm_score.bias")
@@ -122,6 +124,19 @@ class VLMoSettings(ModelConfig):
     patch_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of the patches that contrast leaves out, other ones each step (FLIP)"
     )
+    mim_visible_only: bool = Field(
+        False,
+        description="mim: the blocks see no masked patches, a block of the head predicts these from the others (MAE)",
+    )
+    itc_kind: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="contrast: softmax: each row against all columns (CLIP); sigmoid: each pair as a yes or no of its own, with a bias (SigLIP)",
+    )
+    positives: Literal["pair", "image"] = Field(
+        "pair",
+        description="contrast: what goes together. pair: an image and its caption; image: all captions of the same picture, and all pictures with "
+        "the same caption",
+    )
     attention: Literal["auto", "sdpa", "explicit"] = Field(
         "auto", description="auto: torch's kernel on GPUs, written out on CPUs"
     )
@@ -130,6 +145,8 @@ class VLMoSettings(ModelConfig):
     def check_sizes(self) -> VLMoSettings:
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.mim_visible_only and self.embed_dim % 4:
+            raise ValueError(f"mim_visible_only needs an embed_dim that is a multiple of 4, this is {self.embed_dim}")
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves experts of embed_dim {self.embed_dim} no hidden unit")
         if self.vlffn_start_layer_index > self.depth:

@@ -21,6 +21,11 @@ class Sequences(NamedTuple):
     read: int  # tokens of each that come out of the last block
 
 
+def masked_patches(config: VLMoSettings, stage: StageConfig) -> int:
+    """Of an image."""
+    return round(stage.data.mim_ratio * config.patches)
+
+
 def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[Sequences]:
     text, image = config.max_text_len, config.patches + 1
     seen = config.patches_of_contrast + 1
@@ -37,7 +42,8 @@ def sequences_of(config: VLMoSettings, stage: StageConfig) -> list[Sequences]:
     if "irtr" in tasks:
         found += [Sequences(1, 1, text, 1), Sequences(1, 1, seen, 1)]
     if "mim" in tasks:
-        found.append(Sequences(1, 1, image, image))
+        whole = image - masked_patches(config, stage) * config.mim_visible_only
+        found.append(Sequences(1, 1, whole, whole))
     if "vqa" in tasks:
         found.append(Sequences(stage.data.questions_per_image, stage.data.questions_per_image, text + image, 1))
     if "nlvr2" in tasks:
@@ -139,5 +145,9 @@ def forward_flops(config: VLMoSettings, stage: StageConfig, samples: float = 1.0
     if {"mlm", "textmlm"} & tasks.keys():
         total += stage.data.mlm_probability * config.max_text_len * (2 * d**2 + 2 * d * config.vocab_size)
     if "mim" in tasks:
-        total += stage.data.mim_ratio * patches * 2 * d * 3 * config.patch_size**2
+        masked = masked_patches(config, stage)
+        total += masked * 2 * d * 3 * config.patch_size**2
+        if config.mim_visible_only:
+            seen = patches + 1 - masked
+            total += (masked * (4 + 4 * config.mlp_ratio) + seen * 4) * d**2 + 4 * masked * seen * d
     return samples * total

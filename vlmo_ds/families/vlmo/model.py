@@ -6,7 +6,6 @@ position table, the logit scales) are there only inside it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.fold import sent
-from vlmo_ds.blocks.heads import ITCHead, ITMHead, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
+from vlmo_ds.blocks.heads import ITCHead, ITMHead, MIMDecoder, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
 from vlmo_ds.blocks.layers import given, init_weights, normalize
 from vlmo_ds.blocks.position import num_distances
 from vlmo_ds.distributed.collector import Collector
@@ -24,7 +23,7 @@ from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.multiway import Encoded, MultiWayTransformer, Stream
-from vlmo_ds.objectives.itc import itc_loss, scale_of
+from vlmo_ds.objectives.itc import itc_loss, keys_of, logit_parameters, scale_of
 from vlmo_ds.objectives.itm import Negatives, draws_of, itm_loss
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
 from vlmo_ds.objectives.mlm import mlm_loss
@@ -57,7 +56,7 @@ class VLMo(FamilyModel):
             layer_scale_init_values=config.layer_scale_init_values,
             max_text_len_of_initckpt=config.max_text_len_of_initckpt,
             drop_path_rate=config.drop_path_rate,
-            with_mask_token="mim" in tasks,
+            with_mask_token="mim" in tasks and not config.mim_visible_only,
             attention=config.attention,
             recomputed=self.recomputed,
         )
@@ -78,24 +77,29 @@ class VLMo(FamilyModel):
             self.relative_position_bias_table = None
         if "mim" in tasks:
             self.mim_target = NormalizedPixels(config.patch_size)
-            self.mim_score = MIMHead(dim, self.mim_target.dim)
+            hidden, window = int(dim * config.mlp_ratio), config.image_size // config.patch_size
+            self.mim_score = (
+                MIMDecoder(dim, config.num_heads, hidden, window, self.mim_target.dim)
+                if config.mim_visible_only
+                else MIMHead(dim, self.mim_target.dim)
+            )
         if "mlm" in tasks or "textmlm" in tasks:
             self.mlm_score = MLMHead(dim, config.vocab_size)
         if "itm" in tasks:
             self.itm_score = ITMHead(dim)
         if {"itc", "irtr"} & tasks.keys():
             self.itc_text_proj, self.itc_image_proj = ITCHead(dim), ITCHead(dim)
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale, self.logit_bias = logit_parameters(config.itc_kind)
         if "itc" in tasks:
             self.itc_vl_text_proj, self.itc_vl_image_proj = ITCHead(dim), ITCHead(dim)
-            self.logit_vl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_vl_scale, self.logit_vl_bias = logit_parameters(config.itc_kind)
         if "vqa" in tasks:
             self.vqa_classifier = classifier(dim, 2 * dim, config.vqav2_label_size)
         if "nlvr2" in tasks:
             self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
         self.apply(partial(init_weights, std=config.init_std))
-        for token in (self.transformer.cls_token, self.transformer.mask_token, self.transformer.pos_embed):
-            if token is not None:
+        for name, token in self.named_parameters():
+            if name.endswith(("cls_token", "mask_token", "pos_embed")):
                 nn.init.trunc_normal_(token, std=config.init_std)
 
     def forward(self, batch: Batch, call: str = "step"):
@@ -142,6 +146,8 @@ class VLMo(FamilyModel):
         if "itc" in tasks or "itm" in tasks:
             texts["clean"] = batch["text_ids"]
         images = normalized(batch["image"], self.transformer.cls_token.dtype) if self.needs_image else None
+        masked_BP = batch["image_mask"] if "mim" in tasks else None
+        unseen_BP = masked_BP if self.config.mim_visible_only else None
         types = self.token_types()
         text = self.embed_texts(texts, types)
         mask = batch.get("text_masks")
@@ -157,19 +163,14 @@ class VLMo(FamilyModel):
             seen = self.patches_seen(batch)
             streams["image"] = Stream(image_rows_B=rows, image_tokens_K=seen, vl_twin=True, reads="class")
         if "mim" in tasks:
-            streams["mim"] = Stream(image_rows_B=rows)
-        wave1 = self.encode(streams, images, types[1], batch["image_mask"] if "mim" in tasks else None)
+            seen_BL = None if unseen_BP is None else F.pad(~unseen_BP, (1, 0), value=True)
+            streams["mim"] = Stream(image_rows_B=rows, seen_BL=seen_BL)
+        wave1 = self.encode(streams, images, types[1], masked_BP if unseen_BP is None else None)
 
-        if "mim" in tasks:
-            out_mim = mim_loss(
-                wave1["mim"].tokens_BLD,
-                given(images, "image"),
-                batch["image_mask"],
-                self.mim_score,
-                self.mim_target,
-                self.collector,
-            )
-            self.record(out, "mim", out_mim)
+        if masked_BP is not None:
+            predicted = self.mim_score(wave1["mim"].tokens_BLD, masked_BP)
+            loss = mim_loss(predicted, given(images, "image"), masked_BP, self.mim_target, self.collector)
+            self.record(out, "mim", loss)
         if "textmlm" in tasks:
             labels = batch["text_labels_mlm"]
             self.record(out, "textmlm", mlm_loss(wave1["textmlm"].tokens_BLD, labels, self.mlm_score, self.collector))
@@ -178,9 +179,10 @@ class VLMo(FamilyModel):
             self.record(out, "mlm", mlm_loss(wave1["mlm"].tokens_BLD, labels, self.mlm_score, self.collector))
         if "itc" in tasks:
             draws: tuple[Draw, Draw] | None = None
+            found = self.itc_features(wave1["image"], wave1["text"]) | self.logit_terms() | self.keys(batch)
             if "itm" in tasks:
-                draws = draws_of(batch["sample_id"], batch["image_id"], int(batch["negative_seed"]), self.collector)
-            found = self.itc_features(wave1["image"], wave1["text"]) | self.log_scales()
+                ids, seed = (batch["sample_id"], batch["image_id"]), int(batch["negative_seed"])
+                draws = draws_of(*ids, seed, self.collector, found.get("keys"))
             contrasted = self.add_contrast(out, found, draws)
         if "itm" in tasks:
             negatives = self.negatives(batch, contrasted)
@@ -205,9 +207,16 @@ class VLMo(FamilyModel):
         chosen = torch.randperm(patches, generator=generator, device="cpu")[:count].sort().values
         return sent(F.pad(1 + chosen, (1, 0)), self.transformer.cls_token.device)
 
-    def log_scales(self) -> dict[str, Tensor]:
-        scales: dict[str, Tensor] = {"logit_scale": self.logit_scale}
-        return scales | {"logit_vl_scale": self.logit_vl_scale} if self.has_twin else scales
+    def logit_terms(self) -> dict[str, Tensor]:
+        """What logits are multiplied with, as a logarithm, and with the sigmoid loss what is added to them."""
+        names = ["logit_scale", "logit_bias", *(["logit_vl_scale", "logit_vl_bias"] if self.has_twin else [])]
+        return {name: term for name in names if (term := getattr(self, name)) is not None}
+
+    def keys(self, batch: Batch) -> dict[str, Tensor]:
+        """What pairs are known by, where others than themselves may be their positives."""
+        if self.config.positives == "pair":
+            return {}
+        return {"keys": keys_of(batch["image_id"], batch["text_ids"], batch["text_masks"])}
 
     def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
         """image, text_ids, text_masks -> what add_contrast needs, from one walk: features [B, D], logit scales."""
@@ -224,24 +233,29 @@ class VLMo(FamilyModel):
             ),
         }
         encoded = self.encode(streams, images, types[1])
-        scales = {name: scale.clone() for name, scale in self.log_scales().items()}
-        return self.itc_features(encoded["image"], encoded["text"]) | scales
+        terms = {name: term.clone() for name, term in self.logit_terms().items()}
+        return self.itc_features(encoded["image"], encoded["text"]) | terms | self.keys(batch)
 
     def add_contrast(
         self, out: StepOutput, found: Mapping[str, Tensor], draws: tuple[Draw, Draw] | None = None
     ) -> Contrasted:
         """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter. draws: of hard
         negatives, which come with the result."""
-        image, text = found["image"], found["text"]
-        scale = scale_of(found["logit_scale"], image)
-        loss, ratios, contrasted = itc_loss(image, text, scale, self.collector, draws)
-        out.values["itc/logit_scale"] = scale.detach()
+
+        def one(prefix: str, draws: tuple[Draw, Draw] | None = None):
+            image, text = found[f"{prefix}image"], found[f"{prefix}text"]
+            scale, bias = scale_of(found[f"logit_{prefix}scale"], image), found.get(f"logit_{prefix}bias")
+            out.values[f"itc/{prefix}logit_scale"] = scale.detach()
+            if bias is not None:
+                bias = bias.reshape(()).to(image.dtype)
+                out.values[f"itc/{prefix}logit_bias"] = bias.detach()
+            return itc_loss(image, text, scale, self.collector, draws, found.get("keys"), bias)
+
+        loss, ratios, contrasted = one("", draws)
         if self.has_twin:
-            vl_scale = scale_of(found["logit_vl_scale"], image)
-            vl_loss, vl_ratios, _ = itc_loss(found["vl_image"], found["vl_text"], vl_scale, self.collector)
+            vl_loss, vl_ratios, _ = one("vl_")
             loss = (loss + vl_loss) / 2
             ratios |= {f"vl_{name}": ratio for name, ratio in vl_ratios.items()}
-            out.values["itc/vl_logit_scale"] = vl_scale.detach()
         self.record(out, "itc" if self.has_twin else "irtr", (loss, ratios))
         return contrasted
 

@@ -41,6 +41,9 @@ class Stream(NamedTuple):
     vl_twin: bool = False
     reads: Literal["all", "text", "class"] = "all"  # tokens that come out: all, those of the text, the first one
     image_tokens_K: Tensor | None = None  # which tokens of the images, the class token's 0 first, int64; None: all
+    seen_BL: Tensor | None = (
+        None  # bool, which tokens of each image, of images alone; None: all. The others come out as padding
+    )
 
     def check(self) -> None:
         if self.text_BLD is None and self.image_rows_B is None:
@@ -49,6 +52,8 @@ class Stream(NamedTuple):
             raise ValueError("a stream needs text_BLD and text_mask_BL together")
         if self.reads == "text" and self.text_BLD is None:
             raise ValueError("a stream without text_BLD cannot be read for its text")
+        if self.seen_BL is not None and (self.text_BLD is not None or self.image_tokens_K is not None):
+            raise ValueError("seen_BL is for images alone, without image_tokens_K")
         if self.joint and self.vl_twin:
             raise ValueError("vl_twin is for streams of one modality; a joint stream is in the VL experts already")
 
@@ -199,12 +204,12 @@ class MultiWayTransformer(nn.Module):
         return x_BLD if self.pos_embed is None else x_BLD + self.pos_embed
 
     def place(self, streams: Sequence[Stream], folds: Sequence[Fold | None], order: Sequence[Kind]) -> list[Piece]:
-        """Gives each kind of tokens its rows, in the order given. folds: of the streams' texts."""
+        """Gives each kind of tokens its rows, in the order given. folds: as of folds_of."""
         pieces: list[Piece] = []
         start = 0
         for kind in order:
-            fold = None if kind.image else given(folds[kind.owner], "text_mask_BL")
             stream = streams[kind.owner]
+            fold = None if kind.image and stream.joint else folds[kind.owner]
             if fold is not None:
                 length = fold.length
             elif stream.image_tokens_K is not None:
@@ -264,7 +269,9 @@ class MultiWayTransformer(nn.Module):
 
 
 def folds_of(streams: Sequence[Stream]) -> list[Fold | None]:
-    return [None if stream.text_mask_BL is None else Fold.of_mask(stream.text_mask_BL) for stream in streams]
+    """Of the streams' texts, or of their images where there are no texts; None: of images that are whole."""
+    masks = [stream.seen_BL if stream.text_mask_BL is None else stream.text_mask_BL for stream in streams]
+    return [None if mask_BL is None else Fold.of_mask(mask_BL) for mask_BL in masks]
 
 
 def embedded(stream: Stream, piece: Piece, images_BLD: Tensor | None) -> Tensor:
@@ -273,7 +280,7 @@ def embedded(stream: Stream, piece: Piece, images_BLD: Tensor | None) -> Tensor:
         rows_BLD = given(images_BLD, "image_BCHW").index_select(0, given(stream.image_rows_B, "image_rows_B"))
         if stream.image_tokens_K is not None:
             rows_BLD = rows_BLD.index_select(1, stream.image_tokens_K)
-        return rows_BLD.flatten(0, 1)
+        return piece.run.packed(rows_BLD)
     return piece.run.packed(given(stream.text_BLD, "text_BLD"))
 
 
