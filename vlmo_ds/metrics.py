@@ -18,6 +18,8 @@ from typing import Any
 from vlmo_ds.data.storage import write_atomically
 
 FILE = "metrics.jsonl"
+PACE = "pace.jsonl"  # and for how fast they train
+SCORES = "evaluations.jsonl"  # the same for what is measured while stages train
 # How `dump` begins a line. Parsing 400,000 lines of JSON takes seconds, looking at their two ends does not.
 BEGINNING = re.compile(rb'\{"stage": "([A-Za-z0-9_-]+)", "step": (\d{1,18}), "step_of_run": (\d{1,18})[,}]')
 Place = tuple[str, int, int]  # stage, step, step of the run

@@ -15,7 +15,12 @@ from torch import Tensor
 from vlmo_ds.config import RecipeError
 from vlmo_ds.manifest import MANIFEST, fault_of
 
-WEIGHTS, STAGE = "model.safetensors", "stage.json"  # in a stage's final folder
+FINAL, EMA, BEST = RESULTS = (
+    "final",
+    "ema",
+    "best",
+)  # folders of a stage: its last weights, their moving average, those of the best score
+WEIGHTS, STAGE = "model.safetensors", "stage.json"  # in each of them
 NESTED = ("state_dict", "module", "model")  # where releases keep the weights
 
 

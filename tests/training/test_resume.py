@@ -21,7 +21,7 @@ from vlmo_ds.recipe_file import parse_recipe
 from vlmo_ds.training import resume
 from vlmo_ds.training.command import Command
 from vlmo_ds.training.lock import RunLock
-from vlmo_ds.training.weights import write_final
+from vlmo_ds.training.weights import write_result
 
 PIECE = {"w": torch.zeros(3)}
 
@@ -34,7 +34,7 @@ def command_of(folder: Path, resume_from: str = "auto", stages=None, **changes) 
 
 def finish_stage(run: Path, stage: str, steps: int = 3) -> Path:
     folder = run / "checkpoints" / stage / "final"
-    write_final(folder, PIECE, {"stage": stage, "steps": steps})
+    write_result(folder, PIECE, {"stage": stage, "steps": steps})
     return folder
 
 
@@ -307,10 +307,10 @@ def test_files_have_the_modes_that_the_umask_says(tmp_path):
 import os; os.umask(0o027)
 import torch
 from pathlib import Path
-from vlmo_ds.training.weights import write_final, write_weights
+from vlmo_ds.training.weights import write_result, write_weights
 from vlmo_ds.data.storage import write_atomically
 folder = Path({str(tmp_path)!r})
-write_final(folder / "final", {{"w": torch.zeros(3)}}, {{}})
+write_result(folder / "final", {{"w": torch.zeros(3)}}, {{}})
 write_weights(folder / "w.safetensors", {{"w": torch.zeros(3)}})
 write_atomically(folder / "a.json", b"x")
 """

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlmo_ds.distributed import heartbeat
+from vlmo_ds.distributed.clock import timed
 
 
 class _Gather(torch.autograd.Function):
@@ -28,7 +29,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, local: Tensor, group) -> Tensor:
         ctx.group = group
         out = local.new_empty((dist.get_world_size(group) * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(out, local.contiguous(), group=group)
+        with timed("all_gather_into_tensor"):
+            dist.all_gather_into_tensor(out, local.contiguous(), group=group)
         return out
 
     @staticmethod
@@ -38,7 +40,8 @@ class _Gather(torch.autograd.Function):
 
 def summed_to_owners(table: Tensor, group) -> Tensor:
     local = table.new_empty(len(table) // dist.get_world_size(group), *table.shape[1:])
-    dist.reduce_scatter_tensor(local, table.contiguous(), group=group)
+    with timed("reduce_scatter_tensor"):
+        dist.reduce_scatter_tensor(local, table.contiguous(), group=group)
     return local
 
 
@@ -60,13 +63,15 @@ class _Fetch(torch.autograd.Function):
         ctx.order = mine.argsort(stable=True).to(table.device)  # received rows come by their owner
         ctx.group, ctx.batch = collector.group, batch
         received = table.new_empty(batch, *table.shape[1:])
-        dist.all_to_all_single(received, table[ctx.sent], ctx.receive_sizes, ctx.send_sizes, group=ctx.group)
+        with timed("all_to_all_single"):
+            dist.all_to_all_single(received, table[ctx.sent], ctx.receive_sizes, ctx.send_sizes, group=ctx.group)
         return torch.empty_like(received).index_copy_(0, ctx.order, received)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         returned = grad.new_empty(len(ctx.sent), *grad.shape[1:])
-        dist.all_to_all_single(returned, grad[ctx.order], ctx.send_sizes, ctx.receive_sizes, group=ctx.group)
+        with timed("all_to_all_single"):
+            dist.all_to_all_single(returned, grad[ctx.order], ctx.send_sizes, ctx.receive_sizes, group=ctx.group)
         return grad.new_zeros(ctx.batch, *grad.shape[1:]).index_add_(0, ctx.sent, returned), None, None
 
 
@@ -91,7 +96,8 @@ class Collector:
         """Sum over ranks, without gradient."""
         total = value.detach().clone()
         if self.world_size > 1:
-            dist.all_reduce(total, group=self.group)
+            with timed("all_reduce"):
+                dist.all_reduce(total, group=self.group)
         return total
 
     def global_mean(self, local_sum: Tensor, local_count: Tensor) -> Tensor:
@@ -105,13 +111,15 @@ class Collector:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(group=self.group)
+            with timed("barrier"):
+                dist.barrier(group=self.group)
 
     def from_rank0(self, value: Any) -> Any:
         """Rank 0's Python object, on every rank."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.group)
+            with timed("broadcast_object_list"):
+                dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def attempt_on_rank0(self, action: Callable[[], object], *errors: type[Exception]) -> tuple[object, str | None]:
@@ -126,11 +134,21 @@ class Collector:
         with heartbeat.waiting("waiting for rank 0"):
             return self.from_rank0(outcome)
 
+    def broadcast(self, value: Tensor) -> None:
+        """Gives every rank rank 0's values, in place."""
+        if self.world_size > 1:
+            where = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+            moved = value.to(where)
+            with timed("broadcast"):
+                dist.broadcast(moved, src=0, group=self.group)
+            if moved is not value:
+                value.copy_(moved)
+
     def each_rank(self, value: object) -> list:
         """Every rank's Python object, in rank order, on every rank."""
         found: list = [value] * self.world_size
         if self.world_size > 1:
-            with heartbeat.waiting():
+            with heartbeat.waiting(), timed("all_gather_object"):
                 dist.all_gather_object(found, value, group=self.group)
         return found
 
@@ -174,7 +192,8 @@ class Collector:
         ]
         receive_sizes = [sum(n * w for n, w in zip(row, widths, strict=True)) for row in counts]
         received = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=device)
-        dist.all_to_all_single(received, torch.cat(send), receive_sizes, send_sizes, group=self.group)
+        with timed("all_to_all_single"):
+            dist.all_to_all_single(received, torch.cat(send), receive_sizes, send_sizes, group=self.group)
 
         out = [torch.empty_like(rows) for rows in flat]
         start = 0

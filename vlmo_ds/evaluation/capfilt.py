@@ -439,6 +439,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, about in (("caption", "writes captions"), ("filter", "leaves captions out that do not fit")):
         one = commands.add_parser(name, help=about, description=about)
         one.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
+        runs.choose_weights(one)
         one.add_argument("--shards", nargs="+", required=True)
         one.add_argument("--output", type=Path, required=True, help="folder of the new set")
         one.add_argument("--source", choices=[HUMAN, WEB], default=WEB, help="of captions that say nothing of it")
@@ -473,12 +474,12 @@ def main() -> None:
         raise RecipeError(f"--threshold is {args.threshold}; accepted: a probability, from 0 to 1")
     collector = join_ranks()
     call = "caption_step" if args.command == "caption" else "match"
-    _, _, final = runs.find_stage(args.run, call)
-    _, _, model, tokenizer = runs.open_run(args.run, call)
+    _, _, weights = runs.find_stage(args.run, call, args.weights)
+    _, _, model, tokenizer = runs.open_run(args.run, call, args.weights)
     if not torch.cuda.is_available():
         model.double()  # the number of threads shows in the last digits of float32, and so could that of ranks in a score's
     model.eval()
-    about = {"command": args.command, "run": str(args.run), "weights": f"{crc32(final / WEIGHTS):08x}"}
+    about = {"command": args.command, "run": str(args.run), "weights": f"{crc32(weights / WEIGHTS):08x}"}
     names = {"filter": ("threshold", "synthetic"), "caption": ("captions", "top_p", "min_length", "max_length", "seed")}
     about |= {name: getattr(args, name) for name in (*names[args.command], "source", "batch_size")}
     progress = args.output.with_name(args.output.name + writer.PARTIAL) / writer.PROGRESS

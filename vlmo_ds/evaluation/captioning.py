@@ -263,7 +263,7 @@ def main() -> None:
     if args.unscored and (args.output or not args.captions):
         raise RecipeError("--unscored writes no scores: name a file for the captions with --captions, and no --output")
     runs.check_outputs(output=args.output, captions=args.captions)
-    _, recipe, model, tokenizer = runs.open_run(args.run, "caption_step")
+    _, recipe, model, tokenizer = runs.open_run(args.run, "caption_step", args.weights)
     given = {name: getattr(args, name) for name in CaptioningConfig.model_fields if hasattr(args, name)}
     config = CaptioningConfig.of(settings_for(recipe.captioning, args.method), "captioning", **given)
     captioned = evaluate(model, config, tokenizer, model.collector, scored=not args.unscored)

@@ -13,18 +13,18 @@ from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.transforms import EncodedImage
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation.table import due
+from vlmo_ds.evaluation.table import planned
 from vlmo_ds.progress import progress
 
 Reader = Callable[[Any], Iterator[tuple[str, list[bytes]]]]  # of its section: name and pictures of all that is read
 
 
 def check_held_out(recipe: Recipe, collector: Collector) -> None:
-    """Reads all that the evaluation after the last stage will read. Every rank calls, and decodes a share of the pictures.
+    """Reads all that the evaluations will read. Every rank calls, and decodes a share of the pictures.
 
     Raises DataError on every rank, naming the setting and the first sample that cannot be used.
     """
-    for setting, evaluation in due(recipe).items():
+    for setting, evaluation in planned(recipe).items():
         config = getattr(recipe, setting)
         found = collector.each_rank(first_fault(config, evaluation.read, setting, collector))
         if faults := [fault for fault in found if fault]:

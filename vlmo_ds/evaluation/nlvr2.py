@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path, help="write lines of identifier,True or False here")
     args = parser.parse_args()
     runs.check_outputs(output=args.output)
-    _, recipe, model, tokenizer = runs.open_run(args.run, "compare")
+    _, recipe, model, tokenizer = runs.open_run(args.run, "compare", args.weights)
     config = EvaluationConfig.of(recipe.nlvr2, "nlvr2", shards=args.shards)
     rows = evaluate(model, config, tokenizer, model.collector)
     metrics = scores(rows)

@@ -73,9 +73,10 @@ def thin(values: Sequence[tuple[int, float]], most: int = 200) -> list[tuple[int
     return [(group[-1][0], sum(v for _, v in group) / len(group)) for group in groups]
 
 
-def read_metrics(run: Path) -> dict[str, list[dict]]:
+def read_metrics(run: Path, name: str = metrics.FILE) -> dict[str, list[dict]]:
+    """The records of each stage."""
     stages: dict[str, list[dict]] = {}
-    file = run / metrics.FILE
+    file = run / name
     for record in metrics.records(file) if file.exists() else ():
         stages.setdefault(record["stage"], []).append(record)
     return stages
@@ -83,6 +84,7 @@ def read_metrics(run: Path) -> dict[str, list[dict]]:
 
 def curves(run: Path) -> str:
     figures = []
+    measured = read_metrics(run, metrics.SCORES)
     for stage, records in read_metrics(run).items():
         names = [k for k in records[0] if k.startswith("loss/")]
         losses = {n.removeprefix("loss/"): points(records, n) for n in names}
@@ -90,7 +92,20 @@ def curves(run: Path) -> str:
         ratios = [k for k in records[0] if k.endswith(("accuracy", "/score")) and "vl_" not in k]
         if ratios:
             figures.append(curve(f"{stage}: accuracy by step", {n: points(records, n) for n in ratios}))
+        figures += score_curves(stage, measured.get(stage, []))
     return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def score_curves(stage: str, records: list[dict]) -> list[str]:
+    """What was measured on held-out shards while a stage trained: a figure for each table of numbers."""
+    names = [name for name in (records[-1] if records else {}) if "/" in name and "vl_" not in name]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition("/")[0], []).append(name)
+    return [
+        curve(f"{stage}: {group} by step", {n.rpartition("/")[2]: points(records, n) for n in members})
+        for group, members in groups.items()
+    ]
 
 
 def points(records: list[dict], name: str) -> list[tuple[int, float]]:

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--max_images", type=number(int, 0), help="use the first so many images; 0: all")
     args = parser.parse_args()
     runs.check_outputs(output=args.output)
-    _, recipe, model, tokenizer = runs.open_run(args.run, "encode_text")
+    _, recipe, model, tokenizer = runs.open_run(args.run, "encode_text", args.weights)
     given = {name: getattr(args, name) for name in ("shards", "rerank", "max_images", "folds")}
     config = RetrievalConfig.of(recipe.retrieval, "retrieval", **given)
     data = load_set(config, recipe.model.image_size, recipe.model.max_text_len, tokenizer)

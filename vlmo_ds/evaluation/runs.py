@@ -31,28 +31,37 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.progress import progress
 from vlmo_ds.recipe_file import load_recipe
-from vlmo_ds.weights_file import read_weights
+from vlmo_ds.weights_file import BEST, EMA, FINAL, RESULTS, read_weights
 
 
-def find_stage(path: Path, call: str | None = None) -> tuple[Path, Recipe, Path]:
-    """(run, recipe, final folder) of a run's directory, whose last finished stage that trains this call of the model (None:
-    any) is taken, or of checkpoints/<stage>/final inside it."""
-    run = path.resolve().parents[2] if path.name == "final" else path
+def find_stage(path: Path, call: str | None = None, weights: str | None = None) -> tuple[Path, Recipe, Path]:
+    """(run, recipe, folder of weights) of a run's directory, whose last finished stage that trains this call of the model (None:
+    any) is taken, or of checkpoints/<stage>/final inside it. weights: which of RESULTS, None: final, or what the path names."""
+    named = path.name in RESULTS
+    if named and weights not in (None, path.name):
+        raise RecipeError(f"--weights {weights} asks for other weights than {path}; accepted: one of them")
+    run = path.resolve().parents[2] if named else path
     recipe = load_recipe(run / "recipe.yaml")
-    if path.name == "final":
+    if named:
         if path.parent.name not in [stage.name for stage in recipe.stages]:
             raise RecipeError(f"{path} is no stage of its run's recipe ({', '.join(s.name for s in recipe.stages)})")
         stage = next(stage for stage in recipe.stages if stage.name == path.parent.name)
         if call is not None and call not in stage.gives:
             raise RecipeError(f"{path} was trained for {', '.join(stage.tasks)}; {wanted_for(recipe, call)}")
         return run, recipe, path
+    weights = weights or FINAL
     for stage in reversed(recipe.stages):
-        folder = run / "checkpoints" / stage.name / "final"
+        folder = run / "checkpoints" / stage.name / weights
         if (call is None or call in stage.gives) and folder.is_dir():
             return run, recipe, folder
     stages = "; ".join(f"{stage.name}: {', '.join(stage.tasks)}" for stage in recipe.stages)
     wanted = "" if call is None else f" that trains what is asked ({wanted_for(recipe, call)})"
-    raise RecipeError(f"{run} has no finished stage{wanted}; its recipe has {stages}")
+    what = {
+        FINAL: "finished stage",
+        EMA: "stage with a moving average (ema)",
+        BEST: "stage with a best score (evaluate.best)",
+    }
+    raise RecipeError(f"{run} has no {what[weights]}{wanted}; its recipe has {stages}")
 
 
 def wanted_for(recipe: Recipe, call: str) -> str:
@@ -62,19 +71,21 @@ def wanted_for(recipe: Recipe, call: str) -> str:
 
 
 def load_model(recipe: Recipe, folder: Path) -> FamilyModel:
-    """A stage's final weights in a plain module."""
+    """Weights of a stage, from a folder of it, in a plain module."""
     stage = next(stage for stage in recipe.stages if stage.name == folder.parent.name)
     model = recipe.family.build(recipe.model, stage.weights, Collector())
     model.load_state_dict(read_weights(folder))
     return model.eval()
 
 
-def open_run(path: Path, call: str) -> tuple[Path, Recipe, FamilyModel, PreTrainedTokenizerBase]:
-    """(run, recipe, model on this machine's device, tokenizer) of a run's folder, or of a stage's final folder in it.
+def open_run(
+    path: Path, call: str, weights: str | None = None
+) -> tuple[Path, Recipe, FamilyModel, PreTrainedTokenizerBase]:
+    """(run, recipe, model on this machine's device, tokenizer) of a run's folder, or of a stage's folder of weights in it.
 
-    call: what is asked of the model, which a stage has to have trained.
+    call: what is asked of the model, which a stage has to have trained; weights: as of find_stage.
     """
-    run, recipe, folder = find_stage(path, call)
+    run, recipe, folder = find_stage(path, call, weights)
     model = load_model(recipe, folder)
     if torch.cuda.is_available():
         model.cuda()
@@ -238,9 +249,16 @@ def batches_of_entries(
 def parser(about: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
+    choose_weights(made)
     made.add_argument("--shards", nargs="+", help="held-out shards (default: the recipe's)")
     made.add_argument("--output", type=Path, help="write the metrics to this JSON file")
     return made
+
+
+def choose_weights(parser: argparse.ArgumentParser) -> None:
+    """The option --weights."""
+    about = "a stage's last weights, their moving average, or those of the best score (default: the last)"
+    parser.add_argument("--weights", choices=RESULTS, help=about)
 
 
 def check_outputs(**files: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import CaptioningConfig, EvaluationConfig, Recipe, RetrievalConfig, VQAConfig
+from vlmo_ds.config import CaptioningConfig, EvaluationConfig, Recipe, RetrievalConfig, StageConfig, VQAConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import captioning, nlvr2, retrieval, runs, vqa
 from vlmo_ds.evaluation.captioning import Captioned
@@ -86,7 +86,31 @@ TABLE: dict[str, Evaluation] = {
 }
 
 
+def flat(metrics: Mapping[str, Any], name: str = "") -> dict[str, float]:
+    """Numbers of nested tables, by the path to each. name: what all paths begin with."""
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        path = f"{name}/{key}" if name else key
+        if isinstance(value, Mapping):
+            found |= flat(value, path)
+        elif isinstance(value, (int, float)):
+            found[path] = float(value)
+    return found
+
+
 def due(recipe: Recipe) -> dict[str, Evaluation]:
-    """Those that the recipe has settings for, and whose call its last stage trains."""
-    gives = recipe.stages[-1].gives
-    return {name: one for name, one in TABLE.items() if getattr(recipe, name) and one.call in gives}
+    """Those of the last stage."""
+    return due_in(recipe, recipe.stages[-1])
+
+
+def planned(recipe: Recipe) -> dict[str, Evaluation]:
+    """Those of the last stage, and of stages that are measured while they train."""
+    found = due(recipe)
+    for stage in recipe.stages:
+        found |= due_in(recipe, stage) if stage.evaluate_every else {}
+    return found
+
+
+def due_in(recipe: Recipe, stage: StageConfig) -> dict[str, Evaluation]:
+    """Those that the recipe has settings for, and whose call the stage trains."""
+    return {name: one for name, one in TABLE.items() if getattr(recipe, name) and one.call in stage.gives}

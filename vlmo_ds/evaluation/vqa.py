@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--submission", type=Path, help="write question_id and answer of every question here")
     args = parser.parse_args()
     runs.check_outputs(output=args.output, submission=args.submission)
-    run, recipe, model, tokenizer = runs.open_run(args.run, "answer")
+    run, recipe, model, tokenizer = runs.open_run(args.run, "answer", args.weights)
     own = run / ANSWERS
     for option in ("submission", "output"):
         file = getattr(args, option)

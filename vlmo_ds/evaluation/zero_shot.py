@@ -119,7 +119,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     runs.check_outputs(output=args.output)
-    _, _, model, tokenizer = runs.open_run(args.run, "encode_text")
+    _, _, model, tokenizer = runs.open_run(args.run, "encode_text", args.weights)
     templates = read_lines(args.templates, "templates") if args.templates else TEMPLATES
     if without := next((t for t in templates if "{}" not in t), None):
         raise RecipeError(f"{args.templates}: '{without}' has no {{}} for the name of a class")

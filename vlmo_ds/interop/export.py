@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.data.tokenizer import ClipTokenizer, load_tokenizer
-from vlmo_ds.evaluation.runs import find_stage
+from vlmo_ds.evaluation.runs import choose_weights, find_stage
 from vlmo_ds.evaluation.vqa import read_answers
 from vlmo_ds.families.huggingface import appearing
 from vlmo_ds.families.interface import Family
@@ -35,6 +35,7 @@ OPEN_CLIPS_OWN = 49408  # words of the vocabulary that open_clip has in itself
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
+    choose_weights(parser)
     parser.add_argument("--output", type=Path, help="folder for transformers; must not be there yet")
     parser.add_argument("--official", type=Path, help="file with the official parameter names")
     parser.add_argument("--open_clip", type=Path, metavar="FOLDER", help="folder for open_clip; must not be there yet")
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.output or args.official or args.open_clip):
         parser.error("nothing to write: give --output, --official or --open_clip")
     try:
-        run, recipe, folder = find_stage(args.run)
+        run, recipe, folder = find_stage(args.run, weights=args.weights)
         stage = next(s for s in recipe.stages if s.name == folder.parent.name)
         weights = read_weights(folder)
         tokenizer = load_tokenizer(str(run / "tokenizer"), *recipe.family.tokenizer)

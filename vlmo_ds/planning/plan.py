@@ -193,6 +193,8 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
         optimizer = (MASTER + MOMENTS) * partitioned(trained, ranks)
         live = zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", 1e9))
         buffers = b * (min(live, count) + min(zero.get("reduce_bucket_size", 5e8), learnt))
+    if stage.ema:
+        optimizer += MASTER * learnt / ranks
     host = 0.0
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         host, optimizer = host + optimizer + gradients, 0.0

@@ -2,7 +2,7 @@
 
 checkpoints/<stage>/step-00000100/
     rank-00000.safetensors   what this rank had of each parameter: float32 weights and Adam's moments as
-                             "<kind>/<first element>/<name>", frozen weights and buffers too
+                             "<kind>/<first element>/<name>", their moving averages, frozen weights and buffers too
     state.json               stage, step, recipe, counters, schedule, loss scale, shapes
     manifest.json            size and CRC-32 of every file
 
@@ -48,9 +48,11 @@ from vlmo_ds.training.state import (
     refuse_moved,
     set_progress,
 )
-from vlmo_ds.training.weights import sync, write_weights
+from vlmo_ds.training.weights import restore_replaced, sync, write_weights
+from vlmo_ds.weights_file import RESULTS
 
 STATE = "state.json"
+AVERAGE = "average"  # kind of a moving average of a weight
 PARTS = re.compile(r"rank-\d{5,}\.safetensors")
 FORMAT = 1
 DISK_ERRORS = (OSError, SafetensorError)
@@ -111,8 +113,9 @@ def tried_again(collector: Collector, action: Callable[[], None], times: int, wh
 def clear_leftovers(folder: Path) -> None:
     """Makes a stage's folder, and removes from it what a killed process was writing; nothing that anybody else has put there."""
     folder.mkdir(parents=True, exist_ok=True)
+    restore_replaced(folder)
     for leftover in folder.glob("*.tmp"):
-        if re.fullmatch(r"(step-\d+|final)\.tmp", leftover.name) and leftover.is_dir():
+        if re.fullmatch(rf"(step-\d+|{'|'.join(RESULTS)})\.tmp", leftover.name) and leftover.is_dir():
             shutil.rmtree(leftover)
 
 
@@ -161,10 +164,12 @@ class CheckpointWriter:
         frozen: Mapping[str, Tensor],
         about: Mapping[str, Any],
         averages: Mapping[str, Held] = NOTHING,
+        moving_average: Mapping[str, Held] = NOTHING,
     ) -> str:
         """Copies the state and begins to write it. Returns why it cannot be written, the same on every rank, or "".
 
-        frozen: copies of what does not move (frozen_state); Moved where it has. averages: as full_state's.
+        frozen: copies of what does not move (frozen_state); Moved where it has. averages: as full_state's. moving_average: this
+        rank's part of that of the trained weights.
         """
         refuse_moved(engine, frozen, self.collector)
         self.step = step
@@ -173,6 +178,9 @@ class CheckpointWriter:
             self.step = None
             return problem
         tensors = snapshot(engine, frozen, averages, self.collector)
+        tensors |= {
+            f"{AVERAGE}/{start}/{name}": values.to("cpu", copy=True) for name, (start, values) in moving_average.items()
+        }
         state = {"format": FORMAT, "step": step, **about, "aliases": aliases(engine.module), **progress(engine)}
         self.problem = ""
         self.thread = threading.Thread(target=self.write, args=(tensors, state))
@@ -331,14 +339,23 @@ class Reader:
             raise RecipeError(f"checkpoint {self.path} holds {found} of {count} elements of {kind} {name}")
         return out
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's whole state dict: trained and frozen parameters under all of their names, and buffers."""
+    @property
+    def has_average(self) -> bool:
+        """Whether the stage had a moving average of its weights."""
+        return any(kind == AVERAGE for kind, _ in self.parts)
+
+    def weights(self, average: bool = False) -> dict[str, Tensor]:
+        """The model's whole state dict: trained and frozen parameters under all of their names, and buffers. average: the moving average
+        of the trained ones; RecipeError where there is none."""
+        if average and not self.has_average:
+            raise RecipeError(f"checkpoint {self.path} has no moving average of the weights: its stage has no ema")
         shapes = self.state["shapes"]
         whole = {}
         for kind, name in self.parts:
             if kind in ("weight", "buffer"):
                 shape = torch.Size(shapes[name])
-                whole[name] = self.read(kind, name, 0, shape.numel()).view(shape)
+                of = AVERAGE if average and (AVERAGE, name) in self.parts else kind
+                whole[name] = self.read(of, name, 0, shape.numel()).view(shape)
         return whole | {alias: whole[name].clone() for alias, name in self.state["aliases"].items()}
 
 
@@ -379,6 +396,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     consolidate.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a stage's (its newest whole one)")
     consolidate.add_argument("--output", type=Path, help="default: <checkpoint>.safetensors")
+    consolidate.add_argument(
+        "--weights", choices=("trained", "ema"), default="trained", help="ema: their moving average"
+    )
     args = parser.parse_args(argv)
     path = args.checkpoint
     try:
@@ -390,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         reader = Reader(path)
         output = args.output or path.with_suffix(".safetensors")
-        weights = reader.weights()
+        weights = reader.weights(average=args.weights == "ema")
         write_weights(output, weights)
     except (RecipeError, *DISK_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,6 +28,8 @@ Settings are those of the recipe, key=value, such as stages.joint.steps=100. The
   stages.<name>.optimizer.*    learning rate and AdamW's settings
   stages.<name>.schedule.*     warm-up and decay
   stages.<name>.init.*         initial weights
+  stages.<name>.ema.*          a moving average of the weights
+  stages.<name>.evaluate.*     what is measured every evaluate_every steps, the best weights, an early end
   retrieval.*, vqa.*, nlvr2.*, captioning.*  what is evaluated after the last stage
   loss_spike.*                 a guard against jumps of the loss
   name, seed, keep_checkpoints, background_checkpoints, checkpoint_failures, max_nonfinite_steps, check_ranks
@@ -160,6 +162,7 @@ def check_shards_are_there(command: Command) -> None:
     for stage in command.stages:
         for source in stage.data.mixture.values():
             expand(source.shards)
+        expand(stage.evaluate.held_out)
     for name in EVALUATIONS:
         if held_out := getattr(command.recipe, name):
             expand(held_out.shards)

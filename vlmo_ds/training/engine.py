@@ -22,6 +22,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from vlmo_ds.config import StageConfig
+from vlmo_ds.distributed import clock
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
@@ -90,6 +91,7 @@ def start_distributed(timeout: float = 600) -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     through = "torchrun://" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout), verbose=False, init_method=through)
+    clock.watch(deepspeed.comm.comm.cdb)
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vlmo_ds.blocks.branch import compile_branches
 from vlmo_ds.blocks.kernels import use_kernels
 from vlmo_ds.config import Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, batches, spec_for
@@ -26,20 +27,23 @@ from vlmo_ds.families.step import FamilyModel, StepOutput
 from vlmo_ds.ledger import StageClock
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.averages import Averages
-from vlmo_ds.training.ds_config import merge, micro_batch
+from vlmo_ds.training.ds_config import is_half, merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
 from vlmo_ds.training.guard import Guessing, ReplacedSamples, Rollback, SkippedSteps, SpikeGuard, check_ranks, roll_back
 from vlmo_ds.training.host import freed_memory_returned
 from vlmo_ds.training.monitor import Monitor, global_metrics
+from vlmo_ds.training.moving_average import MovingAverage
 from vlmo_ds.training.optim import optimizer_step, set_trainable
+from vlmo_ds.training.pace import DATA, WINDOW, WRITING, Pace, flops_of, tokens_of
+from vlmo_ds.training.scores import Scores
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.state import full_state, layout_of, refuse_moved, set_weights
 from vlmo_ds.training.watch import BUILDING, GATHERING
-from vlmo_ds.training.weights import frozen_state, write_final
-from vlmo_ds.weights_file import read_weights, vocabulary_of
+from vlmo_ds.training.weights import frozen_state, write_result
+from vlmo_ds.weights_file import BEST, EMA, FINAL, read_weights, vocabulary_of
 
-ASKED, WRITING = "asked to stop", "writing a checkpoint"  # counts among those that a step sums over ranks
+ASKED, BUSY = "asked to stop", "writing a checkpoint"  # counts among those that a step sums over ranks
 
 
 class Run(NamedTuple):
@@ -63,7 +67,7 @@ class Run(NamedTuple):
         before = self.recipe.stages[: self.recipe.stages.index(stage)]
         files = [Path(file) for file in stage.init.files]
         if stage.init.weights == "previous" and before:
-            files = [self.folder_of(before[-1]) / "final"]
+            files = [self.folder_of(before[-1]) / FINAL]
         found: dict[str, Tensor] = {}
         for file in files:
             weights = read_weights(file)
@@ -137,6 +141,8 @@ def build_model(
                 print(f"{stage.name}:   {change}", flush=True)
     try:
         use_kernels(model, recipe.model.kernels)
+        if recipe.model.compile == "blocks":
+            compile_branches(model)
     except ValueError as error:
         raise RecipeError(f"model.{error}") from None
     trained = set_trainable(model, stage)
@@ -228,6 +234,9 @@ class StageTraining:
         self.engine = build_engine(model, stage, merge(run.ds_config, stage, collector.world_size))
         self.averages.attach(self.engine)
         self.first = checkpoint.restore(self.engine, reader) if reader else 0
+        self.moving_average = MovingAverage(self.engine, stage.ema, reader) if stage.ema else None
+        if self.moving_average and self.moving_average.begun_anew and collector.rank == 0:
+            print(f"{stage.name}: {resume_from} has no moving average: it begins with the weights there", flush=True)
         saved = reader.state if reader else {}
         self.skip = saved.get("skip", 0) if skip is None else skip
         if reader and collector.rank == 0:
@@ -244,6 +253,9 @@ class StageTraining:
         self.writer = checkpoint.CheckpointWriter(
             folder, recipe.keep_checkpoints, recipe.background_checkpoints, collector
         )
+        half = is_half(merge(run.ds_config, stage, collector.world_size))
+        self.pace = Pace(flops_of(recipe.model, stage), half, collector.world_size, collector.rank)
+        self.scores = Scores(run, stage) if stage.evaluate_every else None
         self.failures = checkpoint.FailedCheckpoints(recipe.checkpoint_failures, folder, collector.rank == 0)
         shapes = {**self.shapes, **buffer_shapes}
         self.about = checkpoint.about_run(stage.name, recipe.model_dump(mode="json"), shapes, self.engine)
@@ -271,10 +283,16 @@ class StageTraining:
         before, after = self.run.recipe.stages[:number], self.run.recipe.stages[number + 1 :]
         samples_ahead = sum(s.steps * s.global_batch_size for s in after)
         self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before), samples_ahead)
+        if self.scores:
+            self.scores.remember(self.run.monitor.earlier_scores())
+            self.evaluate(self.first)
+            if self.scores.exhausted:
+                return None
         begin, end = ((step + self.skip) * self.accumulation for step in (self.first, stage.steps))
         stream = batches(self.dataset, begin, end, stage.data.workers, stage.data.prefetch)
         self.engine.train()
         rollback = None
+        self.pace.begin()
         for step in range(self.first, stage.steps):
             metrics, asked = self.step(step, stream)
             spike = self.guard.look(step + 1, metrics["loss"]) if self.guard else None
@@ -282,7 +300,10 @@ class StageTraining:
                 self.failures.count(self.writer.finish())
                 rollback = roll_back(spike, self.skip, self.writer.folder, collector)
                 break
-            last = step + 1 == stage.steps  # a stage can be made longer from there
+            with self.pace.left_out():
+                self.evaluate(step + 1)
+            ends = self.scores is not None and self.scores.exhausted
+            last = ends or step + 1 == stage.steps  # a stage can be made longer from there
             due = stage.checkpoint_every and ((step + 1) % stage.checkpoint_every == 0 or last)
             if due or asked:
                 self.checkpoint(step + 1, wait=asked)
@@ -290,6 +311,8 @@ class StageTraining:
                 raise Stopped(
                     f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
                 )
+            if ends:
+                break
         self.failures.count(self.writer.finish())
         return rollback
 
@@ -313,10 +336,15 @@ class StageTraining:
         self.followed = skipped
         if keys and not skipped:
             engine.module.push(keys)
-        flags = {ASKED: float(run.stop.asked()), WRITING: float(self.writer.busy)}
+        if self.moving_average and not skipped:
+            self.moving_average.follow(step + 1)
+        flags = {ASKED: float(run.stop.asked()), BUSY: float(self.writer.busy)}
+        flags |= self.pace.told()
         metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags}, run.collector)
+        self.pace.step({name: counts.pop(name) for name in self.pace.told()})
         asked = bool(counts.pop(ASKED))
-        self.failures.count(self.writer.settle(counts.pop(WRITING)))
+        with self.pace.part(WRITING):
+            self.failures.count(self.writer.settle(counts.pop(BUSY)))
         metrics["lr"] = lr
         norm = engine.get_global_grad_norm()
         if norm is not None:
@@ -330,7 +358,9 @@ class StageTraining:
         if near:
             clamp_scales(engine, near)
         metrics |= self.replaced.look(counts, step + 1 + self.skip)
-        run.monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size)
+        run.monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size, self.pace)
+        if (step + 1) % WINDOW == 0 or step + 1 == stage.steps:
+            run.monitor.paced(step + 1, stage, run.collector.each_rank(self.pace.of_window()), self.writer.folder)
         for warning in self.guessing.look(step + 1, metrics):
             if run.collector.rank == 0:
                 print(warning, file=sys.stderr, flush=True)
@@ -342,7 +372,10 @@ class StageTraining:
         stage, run = self.stage, self.run
         number = (step + self.skip) * self.accumulation + part
         heartbeat.beat(f"reading the data of step {step + 1} of {stage.name}")
-        batch = self.replaced.take(next(stream))
+        with self.pace.part(DATA):
+            raw = next(stream)
+        batch = self.replaced.take(raw)
+        self.pace.tokens += tokens_of(batch, run.recipe.model.patches)
         taken.append({key: batch[key] for key in ("sample_id", "image_id")})
         if stage.log_images_every and part == 0 and step % stage.log_images_every == 0:
             run.monitor.images(step + 1, batch, run.tokenizer)
@@ -389,16 +422,43 @@ class StageTraining:
 
     def checkpoint(self, step: int, wait: bool) -> None:
         """Begins to write a checkpoint of so many steps; wait: until it is there."""
+        with self.pace.part(WRITING):
+            self.write_checkpoint(step, wait)
+
+    def write_checkpoint(self, step: int, wait: bool) -> None:
         self.failures.count(self.writer.finish())
         if step == self.stage.steps:  # beside those that are kept to go back to
             self.writer.keep = self.run.recipe.keep_checkpoints + 1
         memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
         memory |= {"guessing": self.guessing.memory, "followed": self.followed}
-        problem = self.writer.start(self.engine, step, self.frozen, {**self.about, **memory}, self.averages.held)
+        moving = self.moving_average.held if self.moving_average else {}
+        problem = self.writer.start(
+            self.engine, step, self.frozen, {**self.about, **memory}, self.averages.held, moving
+        )
         self.failures.count((step, problem) if problem else None)
         if wait or not self.run.recipe.background_checkpoints:
             self.failures.count(self.writer.finish())
         self.note_time()
+
+    def evaluate(self, step: int) -> None:
+        """Measures the weights after so many steps, if that is due."""
+        if self.scores is None or not self.scores.is_due(step):
+            return
+        state = self.state()
+        if self.stage.evaluate.weights == "ema" and self.moving_average:
+            state = self.moving_average.into(state, self.run.collector)
+        found, best = self.scores.take(state, step)
+        if best:
+            self.publish(
+                BEST, state, step=step, score={self.stage.evaluate.best: found[self.stage.evaluate.best or ""]}
+            )
+        self.run.monitor.evaluated(step, found)
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's float32 state dict (rank 0's; every rank has to call)."""
+        heartbeat.beat(f"{GATHERING} {self.stage.name}")
+        refuse_moved(self.engine, self.frozen, self.run.collector)
+        return full_state(self.engine, self.frozen, self.shapes, self.averages.held)
 
     def note_time(self) -> None:
         if self.run.collector.rank == 0:
@@ -406,16 +466,26 @@ class StageTraining:
 
     def write_final(self) -> None:
         """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""
+        state = self.state()
+        if self.moving_average:
+            self.publish(EMA, self.moving_average.into(state, self.run.collector))
+        self.publish(FINAL, state)  # last: a stage that has it is finished
+
+    def publish(self, name: str, state: Mapping[str, Tensor], **about: Any) -> None:
+        """Weights (rank 0's) as a folder of the stage, with what its stage.json tells beside. RecipeError where it cannot be written."""
         run = self.run
-        heartbeat.beat(f"{GATHERING} {self.stage.name}")
-        refuse_moved(self.engine, self.frozen, run.collector)
-        state = full_state(self.engine, self.frozen, self.shapes, self.averages.held)
-        meta = {"stage": self.stage.name, "steps": self.stage.steps, "tasks": self.stage.weights}
+        meta = {
+            "stage": self.stage.name,
+            "steps": self.stage.steps,
+            "tasks": self.stage.weights,
+            "weights": name,
+            **about,
+        }
         meta["vocabulary"] = self.about["vocabulary"]
-        folder = self.writer.folder / "final"
+        folder = self.writer.folder / name
         what = f"the result of stage '{self.stage.name}' cannot be written to {folder}"
         problem = checkpoint.tried_again(
-            run.collector, lambda: write_final(folder, state, meta), run.recipe.checkpoint_failures, what
+            run.collector, lambda: write_result(folder, state, meta), run.recipe.checkpoint_failures, what
         )
         if problem:
             raise RecipeError(

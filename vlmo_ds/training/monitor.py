@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds import metrics
+from vlmo_ds.config import StageConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.step import StepOutput, added
 from vlmo_ds.metrics import AppendedFile
+from vlmo_ds.training.pace import Pace, Rank, advice, spreads, summary
 
 SHOWN_EVERY, SHOWN_EVERY_IN_A_LOG = 2.0, 30.0  # seconds between two lines, on a terminal and elsewhere
+SUMMED_UP_EVERY = 60.0  # seconds between two lines about all ranks
 TOLD_EVERY = 60.0  # seconds between two words about a full disk
 
 
@@ -58,8 +61,10 @@ class Monitor:
         self.active = rank == 0
         self.run = run
         self.metrics: AppendedFile | None = None
+        self.scores: AppendedFile | None = None
+        self.paces: AppendedFile | None = None
         self.curves: Curves | None = None
-        self.shown_at = self.told_at = -math.inf
+        self.shown_at = self.told_at = self.summed_up_at = -math.inf
         self.show_every = SHOWN_EVERY if sys.stdout.isatty() else SHOWN_EVERY_IN_A_LOG
 
     def begin(self, stage: str, step: int, offset: int, samples_ahead: int) -> None:
@@ -68,15 +73,13 @@ class Monitor:
         offset: steps of the stages before; samples_ahead: of the stages after.
         """
         self.stage, self.offset, self.samples_ahead = stage, offset, samples_ahead
-        self.started, self.samples = time.monotonic(), 0
+        self.told_kinds: set[str] = set()
         if not self.active:
             return
         self.close()
-        path = self.run / metrics.FILE
-        last, notes = metrics.begin_stage(path, stage, step)
-        for note in notes:
-            print(f"warning: {note}", file=sys.stderr, flush=True)
-        self.metrics = AppendedFile(path)
+        last, self.metrics = begun(self.run / metrics.FILE, stage, step)
+        _, self.scores = begun(self.run / metrics.SCORES, stage, step)
+        _, self.paces = begun(self.run / metrics.PACE, stage, step)
         later = last > offset + step  # a stage after this one has been trained before it
         self.curves = Curves(self.run / "tensorboard", None if later else offset + step + 1)
 
@@ -86,29 +89,68 @@ class Monitor:
             raise ValueError(f"{self.run}: no stage has begun to write its metrics")
         return self.metrics, self.curves
 
-    def log(self, step: int, steps: int, values: Mapping[str, float], samples: int) -> None:
+    def log(self, step: int, steps: int, values: Mapping[str, float], samples: int, pace: Pace) -> None:
         """step: optimiser steps done in this stage; samples: of this step, over all ranks."""
-        self.samples += samples
         if not self.active:
             return
         number = self.offset + step
         record = {"stage": self.stage, "step": step, "step_of_run": number, **values}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         lines, curves = self.opened()
-        lines.append(metrics.dump(finite))
-        rate = self.samples / max(time.monotonic() - self.started, 1e-9)
-        scalars = {**values, "throughput/samples_per_second": rate}
-        curves.add({f"{self.stage}/{name}": value for name, value in scalars.items()}, number)
+        lines.append(metrics.dump(finite(record)))
+        speed = pace.scalars(samples)
+        curves.add({f"{self.stage}/{name}": value for name, value in {**values, **speed}.items()}, number)
         self.tell_of_problems()
         if step == steps or time.monotonic() - self.shown_at > self.show_every:
             self.shown_at = time.monotonic()
             parts = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-            left = int(((steps - step) * samples + self.samples_ahead) / rate)
+            left = steps - step + self.samples_ahead / samples
             print(
-                f"{self.stage:>8} {step:>6}/{steps}  loss {values['loss']:.4f} ({parts})  lr {values['lr']:.2e}  "
-                f"{rate:.1f} samples/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
+                f"{self.stage:>8} {step:>6}/{steps}  loss {values['loss']:.4f} ({parts})  lr {values['lr']:.2e}  {pace.line(speed, left)}",
                 flush=True,
             )
+
+    def paced(self, step: int, stage: StageConfig, ranks: Sequence[Rank], folder: Path) -> None:
+        """What the ranks have told of their last steps: into pace.jsonl, at times a line, and what to do about it once."""
+        if not self.active:
+            return
+        found = spreads(ranks)
+        record: dict[str, Any] = {
+            "stage": self.stage,
+            "step": step,
+            "step_of_run": self.offset + step,
+            "world_size": len(ranks),
+        }
+        for name, spread in found.items():
+            record[name] = {**spread._asdict(), "who": spread.who.name}
+        if self.paces is not None:
+            self.paces.append(metrics.dump(record))
+        if time.monotonic() - self.summed_up_at > SUMMED_UP_EVERY:
+            self.summed_up_at = time.monotonic()
+            print(f"{self.stage:>8} {step:>6}: {summary(found, len(ranks))}", flush=True)
+        for kind, words in advice(ranks, stage, folder).items():
+            if kind not in self.told_kinds:
+                self.told_kinds.add(kind)
+                print(f"{self.stage:>8} {step:>6}: {words}", file=sys.stderr, flush=True)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """What an evaluation has measured after so many steps of the stage; a file of its own has it, so that metrics.jsonl is the same
+        without evaluations."""
+        if not self.active:
+            return
+        number = self.offset + step
+        if self.scores is not None:
+            self.scores.append(
+                metrics.dump(finite({"stage": self.stage, "step": step, "step_of_run": number, **values}))
+            )
+        _, curves = self.opened()
+        curves.add({f"{self.stage}/{name}": value for name, value in values.items()}, number)
+
+    def earlier_scores(self) -> Iterator[dict[str, Any]]:
+        """What has been measured of this stage so far."""
+        path = self.run / metrics.SCORES
+        return (
+            (record for record in metrics.records(path) if record["stage"] == self.stage) if path.exists() else iter(())
+        )
 
     def tell_of_problems(self) -> None:
         problems = [file.problem for file in self.opened() if file.problem]
@@ -127,13 +169,26 @@ class Monitor:
 
     def close(self) -> None:
         """Closes the files; lines that still cannot be written are told of."""
-        for file in (self.metrics, self.curves):
+        for file in (self.metrics, self.scores, self.paces, self.curves):
             try:
                 if file is not None:
                     file.close()
             except OSError as error:
                 print(f"warning: {error}", file=sys.stderr, flush=True)
-        self.metrics = self.curves = None
+        self.metrics = self.scores = self.paces = self.curves = None
+
+
+def begun(path: Path, stage: str, step: int) -> tuple[int, AppendedFile]:
+    """(last step of the run that is left, a file of records) from a stage's step on."""
+    last, notes = metrics.begin_stage(path, stage, step)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    return last, AppendedFile(path)
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """null, as JSON has it, for what is no finite number."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 class Curves:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmo_ds import ledger
+from vlmo_ds import ledger, metrics
 from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import source_shards
 from vlmo_ds.data.shards import Shard
@@ -24,7 +24,7 @@ from vlmo_ds.manifest import MANIFEST, fault_of
 from vlmo_ds.recipe_file import parse_recipe, read_yaml
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.command import Command
-from vlmo_ds.weights_file import STAGE
+from vlmo_ds.weights_file import EMA, FINAL, STAGE
 
 # Settings of a stage that do not change what is trained: a run may go on with other values.
 FREE_OF_STAGE = (
@@ -42,6 +42,7 @@ FREE_OF_STAGE = (
 FREE = (
     *EVALUATIONS,
     "model.kernels",
+    "model.compile",
     "keep_checkpoints",
     "checkpoint_failures",
     "background_checkpoints",
@@ -55,11 +56,13 @@ DATA = "data.json"
 OWN_FILES = (
     "recipe.yaml",
     "ds_config.json",
-    "metrics.jsonl",
+    metrics.FILE,
+    metrics.SCORES,
+    metrics.PACE,
     ledger.FILE,
     "answers.json",
     "captions.json",
-    *(f"{name}.json" for name in EVALUATIONS),
+    *(f"{name}{of}.json" for name in EVALUATIONS for of in ("", f"_{EMA}")),
     DATA,
 )
 BLOCK, MOST_BLOCKS = (
@@ -74,7 +77,7 @@ def stage_folder(run: Path, stage: StageConfig) -> Path:
 
 
 def is_finished(run: Path, stage: StageConfig) -> bool:
-    return (stage_folder(run, stage) / "final").is_dir()
+    return (stage_folder(run, stage) / FINAL).is_dir()
 
 
 def is_begun(run: Path, stage: StageConfig) -> bool:
@@ -143,6 +146,8 @@ def may_change(key: str, before: Any, now: Any) -> bool:
     parts = key.split(".")
     if key.startswith(FREE) or key.endswith(FREE_OF_STAGE) or "shards" in parts[2:]:
         return True
+    if parts[0] == "stages" and parts[2:3] and parts[2] in ("ema", "evaluate", "evaluate_every"):
+        return True
     if key in ("model.vocab_size", "model.vqav2_label_size") and now == 0:
         return True
     return parts[0] == "stages" and parts[-1] == "steps" and len(parts) == 3 and before is not None and now > before
@@ -168,7 +173,7 @@ def check_results(command: Command) -> None:
     recipe, stages, run = command.recipe, command.stages, command.folder
     for number, stage in enumerate(recipe.stages):
         later = [s for s in recipe.stages[number + 1 :] if is_begun(run, s)]
-        final = stage_folder(run, stage) / "final"
+        final = stage_folder(run, stage) / FINAL
         if not is_finished(run, stage):
             continue
         if steps_of(final) not in (None, stage.steps):

@@ -26,9 +26,10 @@ from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation.circumstances import hardware
 from vlmo_ds.evaluation.held_out import check_held_out
+from vlmo_ds.evaluation.overlap import overlap
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
-from vlmo_ds.evaluation.table import Finished, Outcome, due
+from vlmo_ds.evaluation.table import Finished, Outcome, due, flat, planned
 from vlmo_ds.families.interface import TEXTS
 from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
@@ -52,6 +53,7 @@ from vlmo_ds.training.resume import (
 )
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.watch import Watch
+from vlmo_ds.weights_file import EMA, FINAL
 
 TOKENIZER_TEXTS = 200_000
 
@@ -67,7 +69,7 @@ def run(command: Command) -> int:
         refuse_by_device(command.ds_config, args.deepspeed_config)
         join(args.timeout)
         stop.listen()
-        with Watch(args.timeout, stop):
+        with Watch(args.timeout, stop, command.folder):
             run_stages(command, stop)
     except (RecipeError, DataError, Diverged) as error:
         if rank == 0:
@@ -152,6 +154,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
         check_held_out(recipe, collector)
+        on_rank0(collector, lambda: warn_of_overlap(recipe, command.stages))
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
         monitor = Monitor(folder, collector.rank)
         run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards)
@@ -226,6 +229,8 @@ def check_before_start(command: Command) -> dict[str, list[list[str]]]:
     check_resume(args, recipe, stages, run)
     for stage in stages:
         source_shards(stage.data)
+        if stage.evaluate.held_out:
+            list_shards(stage.evaluate.held_out)
     for name in EVALUATIONS:
         if held_out := getattr(recipe, name):
             list_shards(held_out.shards)
@@ -291,7 +296,7 @@ def check_data(
             f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces"
             f"{f' and the model {extra} words of its own' if extra else ''}: take 0 (as many as that) or more"
         )
-    for name, evaluation in due(recipe).items():
+    for name, evaluation in planned(recipe).items():
         try:
             evaluation.check(getattr(recipe, name), recipe.model.max_text_len, tokenizer)
         except RecipeError as error:
@@ -301,6 +306,23 @@ def check_data(
             check_samples(build_dataset(recipe, stage, tokenizer, collector))
         except DataError as error:
             raise RecipeError(f"stages.{stage.name}.data: {error}") from None
+
+
+def warn_of_overlap(recipe: Recipe, stages: list[StageConfig]) -> None:
+    """Tells where held-out pictures are training pictures."""
+    training = [(stage, [s for source in source_shards(stage.data) for s in source]) for stage in stages]
+    sets = {name: getattr(recipe, name).shards for name in planned(recipe)}
+    sets |= {f"stages.{stage.name}.evaluate.held_out": stage.evaluate.held_out for stage in stages}
+    for name, shards in sets.items():
+        for stage, theirs in training if shards else ():
+            shared, looked_at = overlap(list_shards(shards), theirs)
+            if shared:
+                print(
+                    f"warning: {name}: {shared} of {looked_at} held-out pictures that were looked at are among those that stage "
+                    f"'{stage.name}' trains on: its scores are not of unseen pictures",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def write_resolved(run: Path, recipe: Recipe, ds_config: dict, stages: list[StageConfig], world_size: int) -> None:
@@ -320,18 +342,25 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
     """Evaluation after the last stage, and the report."""
     started = time.monotonic()
     ranks = collector.each_rank(hardware())
-    final = run / "checkpoints" / recipe.stages[-1].name / "final"
+    folder = run / "checkpoints" / recipe.stages[-1].name
     finished = Finished(recipe, run, tokenizer, collector)
     outcomes: dict[str, Outcome] = {}
-    for name, evaluation in due(recipe).items() if final.is_dir() else ():
-        outcomes[name] = evaluation.measure(load_model(recipe, final).to(device()), finished, getattr(recipe, name))
+    for name, evaluation in due(recipe).items():
+        for weights in (FINAL, EMA):
+            if (folder / weights).is_dir():
+                model = load_model(recipe, folder / weights).to(device())
+                outcome = evaluation.measure(model, finished, getattr(recipe, name))
+                if weights == EMA:
+                    outcomes[f"{name}_{EMA}"] = Outcome(outcome.metrics, f"by the moving average: {outcome.text}")
+                else:
+                    outcomes[name] = outcome
 
     def publish() -> None:
         for name, outcome in outcomes.items():
             write_atomically(run / f"{name}.json", as_json(outcome.metrics))
             for file, content in outcome.files.items():
                 write_atomically(run / file, content)
-        tables = {name: outcome.metrics for name, outcome in outcomes.items() if not outcome.pictures}
+        tables = {name: flat(outcome.metrics) for name, outcome in outcomes.items() if not outcome.pictures}
         data, result = next((o.pictures for o in outcomes.values() if o.pictures), (None, None))
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
         seconds = time.monotonic() - started

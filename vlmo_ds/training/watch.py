@@ -15,11 +15,15 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from vlmo_ds.distributed import heartbeat
+from vlmo_ds.distributed import clock, heartbeat
+from vlmo_ds.training import post_mortem
 from vlmo_ds.training.exit_status import ASKED_TO_STOP, LOST_A_RANK
 from vlmo_ds.training.signals import Stopped, StopRequest
 
@@ -33,10 +37,11 @@ TOGETHER = ("step", "starting", BUILDING, GATHERING)
 
 
 class Watch:
-    """Used as a context around training. limit: seconds that a rank may take between two signs of life."""
+    """Used as a context around training. limit: seconds that a rank may take between two signs of life; folder: of the run, for what is
+    left of one that ends badly."""
 
-    def __init__(self, limit: float, stop: StopRequest):
-        self.limit, self.stop = limit, stop
+    def __init__(self, limit: float, stop: StopRequest, folder: Path):
+        self.limit, self.stop, self.folder = limit, stop, folder / post_mortem.FOLDER
         self.silence = min(MOST_SILENCE, limit)
         self.interval = min(self.silence / 10, MOST_INTERVAL)
         self.active = dist.is_initialized() and dist.get_world_size() > 1
@@ -50,6 +55,7 @@ class Watch:
         )  # what the rank does, since when, whether it waits for others
         self.ended = threading.Event()
         self.failed = False  # a collective has failed on this rank
+        self.failed_in: tuple[tuple[str, float, bool], str] | None = None  # what it did, and the traceback
         self.round_began = time.monotonic()
         self.thread: threading.Thread | None = None
 
@@ -57,7 +63,10 @@ class Watch:
         heartbeat.listen(self.note)
         if self.active:
             name = [uuid.uuid4().hex]  # torchrun's store outlives the ranks
+            if self.rank == 0:
+                post_mortem.prepare(self.folder)
             dist.broadcast_object_list(name)
+            self.evidence = post_mortem.PostMortem(self.folder, self.rank)
             self.store = dist.PrefixStore(name[0], self.connect())
             self.report()
             dist.barrier()  # every rank has reported before any looks
@@ -75,16 +84,19 @@ class Watch:
             self.state = ("done", time.monotonic(), True)
             with contextlib.suppress(RuntimeError):
                 self.report()
+            self.evidence.close()
         elif is_of_communication(error) and not self.stop.received:  # a launcher stops the ranks that are left itself
             print(
                 f"rank {self.rank} on {self.host}: {error}; looking for the rank at fault", file=sys.stderr, flush=True
             )
+            self.failed_in = self.state, "".join(traceback.format_exception(error))
             self.state = ("waiting for the rank at fault", time.monotonic(), True)
             self.failed = True
             self.thread.join(3 * self.silence)  # ends the process when it is found
         self.ended.set()
         self.thread.join()
         if kind is not None and kind is not Stopped and not is_of_communication(error):
+            self.evidence.close()  # its traceback says it all
             time.sleep(2 * self.interval)  # most errors come to all ranks at once: each ends with its own
             self.tell(error)
             if self.rank == 0:
@@ -145,18 +157,25 @@ class Watch:
             if found["doing"] == "done":
                 continue
             if silent > (AT_FAULT * self.interval if self.failed else self.silence):
-                self.accuse(f"{who} has not been heard of for {silent:.0f} s; its last words: {found['doing']}")
+                state = post_mortem.process_state(found["pid"]) if found["host"] == self.host else ""
+                self.accuse(
+                    f"{who} has not been heard of for {silent:.0f} s; its last words: {found['doing']}{state and f'; {state}'}"
+                )
             elif found["for"] > self.limit and not found["rests"] and not found["doing"].startswith(TOGETHER):
                 self.accuse(f"{who} hangs: {found['for']:.0f} s in '{found['doing']}', the limit is {self.limit:.0f} s")
             elif found["for"] > self.limit + 2 * self.silence and (not found["rests"] or self.all_stand_still()):
-                self.accuse(f"no rank goes on: {who} has been {found['for']:.0f} s in '{found['doing']}'")
+                odd, long = post_mortem.out_of_step(self.entries()), f"{found['for']:.0f} s in '{found['doing']}'"
+                self.accuse(f"no rank goes on: {odd or f'{who} has been ' + long}")
 
     def all_stand_still(self) -> bool:
         """Whether no rank has begun anything for `limit` seconds. Rank 0 alone asks all of them."""
         if self.rank:
             return False
-        entries = [json.loads(self.store.get(f"rank-{rank}")) for rank in range(self.ranks)]
-        return all(entry["for"] > self.limit for entry in entries)
+        return all(entry["for"] > self.limit for entry in self.entries())
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What all ranks have last reported."""
+        return [json.loads(self.store.get(f"rank-{rank}")) for rank in range(self.ranks)]
 
     def leave_if_asked(self) -> None:
         """Where nothing is lost by it, the ranks leave as soon as one of them is asked to stop."""
@@ -168,17 +187,21 @@ class Watch:
         if self.store.check([STOP]):
             if self.rank == 0:
                 print(message, flush=True)
+            self.evidence.close()
             time.sleep(3 * self.interval)  # the store is in rank 0's process, and the others have yet to ask it
             sys.stdout.flush()
             os._exit(ASKED_TO_STOP)
 
     def report(self) -> None:
+        self.evidence.arm(self.silence / 2)
         doing, since, rests = self.state
         entry = {
             "host": self.host,
             "doing": doing,
             "for": round(time.monotonic() - since, 1),
             "rests": rests,
+            "pid": os.getpid(),
+            "collective": clock.last,
             "at": time.time(),
         }
         self.store.set(f"rank-{self.rank}", json.dumps(entry))
@@ -191,7 +214,19 @@ class Watch:
     def leave(self, message: str, tell: bool = False) -> None:
         """Ends this process; one rank of each machine says why."""
         if tell or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: rank {self.rank} on {self.host} stops: {message}", file=sys.stderr, flush=True)
+            print(
+                f"error: rank {self.rank} on {self.host} stops: {message} (stacks of the ranks that are left: {self.folder})",
+                file=sys.stderr,
+                flush=True,
+            )
+        (doing, since, _), failure = self.failed_in or (self.state, "")
+        number, collective = clock.last
+        facts = {"rank": f"{self.rank} on {self.host}, process {os.getpid()}"}
+        facts |= {
+            "doing": f"{doing}, for {time.monotonic() - since:.0f} s",
+            "last collective": f"{collective}, the {number}th",
+        }
+        self.evidence.write(message, facts, failure)
         time.sleep(3 * self.interval)  # the store may be in this very process, and the others have yet to ask it
         sys.stdout.flush()
         os._exit(LOST_A_RANK)

@@ -15,7 +15,7 @@ from vlmo_ds.data.storage import mode_of_umask, write_atomically
 from vlmo_ds.families.interface import matches
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.manifest import crc32, write_manifest
-from vlmo_ds.weights_file import STAGE, WEIGHTS
+from vlmo_ds.weights_file import RESULTS, STAGE, WEIGHTS
 
 
 def frozen_state(model: FamilyModel) -> dict[str, Tensor]:
@@ -24,8 +24,11 @@ def frozen_state(model: FamilyModel) -> dict[str, Tensor]:
     return {n: p.detach().float().cpu().clone() for n, p in still if not matches(n, model.family.averaged)}
 
 
-def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
-    """Publishes a stage's result in one rename (rank 0)."""
+REPLACED = ".replaced.tmp"  # end of the name that a folder has while another takes its place
+
+
+def write_result(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
+    """Publishes weights of a stage in one rename (rank 0). What the folder held before goes once the new one is there."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -34,8 +37,21 @@ def write_final(folder: Path, state: Mapping[str, Tensor], meta: Mapping[str, ob
     write_atomically(temporary / STAGE, json.dumps(meta, indent=1).encode())
     write_manifest(temporary, {name: crc32(temporary / name) for name in (WEIGHTS, STAGE)})
     sync(temporary / WEIGHTS)
+    replaced = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        folder.replace(replaced)
     temporary.replace(folder)
     sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Gives a stage's result its name back where a start was killed between two renames; removes it where the new one is there."""
+    for name in RESULTS:
+        replaced = folder / (name + REPLACED)
+        if replaced.is_dir() and not (folder / name).exists():
+            replaced.replace(folder / name)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
