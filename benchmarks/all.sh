@@ -19,6 +19,7 @@ golden() { if [ -f "../shared/golden/$1.pt" ]; then echo --golden "../shared/gol
 python benchmarks/startup.py --output "$(result startup)"
 python benchmarks/step.py --arch vlmo_base_patch16 coca_ViT-B-32 blip_ViT-B-16 --batch 4 8 --dtype "${precisions[@]}" --output "$(result step)"
 python benchmarks/step.py --recompute none cheap blocks --batch 8 --dtype "${precisions[@]: -1}" --output "$(result recompute)"
+python benchmarks/step.py --compile none blocks --batch 4 --dtype "${precisions[@]}" --output "$(result compile)"
 python benchmarks/baseline.py $(golden vlmo_A) --dtype "${precisions[@]}" --output "$(result baseline)"
 python benchmarks/coca_step.py $(golden coca_A) --dtype "${precisions[@]}" --output "$(result coca_step)"
 python benchmarks/blip_step.py $(golden blip_A) --dtype "${precisions[@]}" --output "$(result blip_step)"

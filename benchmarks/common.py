@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from vlmo_ds.blocks.branch import compile_branches
 from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.training.host import freed_memory_returned, prepare_cpu
@@ -255,6 +256,8 @@ def one_step(settings: dict, version: str, dtype: str, captions: str, build: Cal
         prepare_cpu()
     with freed_memory_returned() if kept else nullcontext():  # as in training, where it is kept from then on
         step = build(settings, version, getattr(torch, dtype), captions, device)
+    if settings.get("compile") == "blocks":
+        compile_branches(step.model)
     return {
         "version": version,
         **{name: value for name, value in settings.items() if name != "repeats"},

@@ -1,6 +1,6 @@
 """Seconds, memory and parts of a step with all objectives, of every family.
 
-    python benchmarks/step.py [--arch NAME ...] [--batch N ...] [--dtype NAME ...] [--recompute HOW ...] [--output FILE]
+    python benchmarks/step.py [--arch NAME ...] [--batch N ...] [--dtype NAME ...] [--recompute HOW ...] [--compile HOW ...] [--output FILE]
 
 One process for each setting, forward and backward on random pairs (BLIP with its teacher), captions of COCO's lengths or full ones. The useful
 work is counted from the shapes (families.*.cost); recomputation and padding do not count. Parts are shares of the time that operations took,
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--recompute", nargs="+", default=["cheap"], help="none, cheap, blocks or a number, as in a recipe"
     )
+    parser.add_argument("--compile", nargs="+", choices=["none", "blocks"], default=["none"], help="as in a recipe")
     parser.add_argument("--captions", choices=["COCO", "full"], default="COCO")
     parser.add_argument("--image_size", type=int, help="default: the architecture's")
     parser.add_argument("--memory", nargs="+", choices=["kept", "returned"], default=["kept"], help=MEMORY)
@@ -58,8 +59,8 @@ def main() -> None:
         print(json.dumps(found))
         return
     results = []
-    for arch, dtype, batch, recompute, memory in itertools.product(
-        args.arch, args.dtype, args.batch, args.recompute, args.memory
+    for arch, dtype, batch, recompute, compiled, memory in itertools.product(
+        args.arch, args.dtype, args.batch, args.recompute, args.compile, args.memory
     ):
         how = int(recompute) if recompute.isdigit() else recompute
         setting = {
@@ -67,6 +68,7 @@ def main() -> None:
             "dtype": dtype,
             "batch": batch,
             "recompute": how,
+            "compile": compiled,
             "memory": memory,
             "repeats": args.repeats,
         }

@@ -12,6 +12,7 @@ COMMANDS = {
     "quickstart": ("vlmo_ds.quickstart", "make data and pretrain a small model on it, with a report at the end"),
     "recipe": ("vlmo_ds.recipe", "print every setting with its meaning, or a recipe as it is resolved"),
     "plan": ("vlmo_ds.planning.plan", "memory, bytes on the wire, time and cost of a recipe on so many GPUs"),
+    "doctor": ("vlmo_ds.planning.doctor", "look at data and settings, and let every task learn one batch by heart"),
     "preflight": ("vlmo_ds.planning.preflight", "look at the machines before a run"),
     "supervise": ("vlmo_ds.planning.supervise", "start a run again when it falls"),
     "checkpoint": ("vlmo_ds.training.checkpoint", "one file of weights from a checkpoint"),

@@ -267,6 +267,15 @@ class OptimizerConfig(Settings):
         0.01, ge=0, le=100, description="not applied to biases, norms, positions, tokens and scales"
     )
     head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the fine-tuning classifiers over lr")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a block over that of the one above it; embeddings are below the first (BEiT)",
+    )
+    lr_multipliers: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        {}, description="pattern of parameter names -> learning rate over lr; of several that fit the first"
+    )
     gradient_clipping: float = Field(0.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
 

@@ -113,7 +113,9 @@ def evidence(folder, rank, function):
     found = (folder / "run" / "post_mortem" / f"rank-{rank:05d}.txt").read_text()
     cause = (folder / "run" / "post_mortem" / "cause.txt").read_text().strip()
     assert f"cause: {cause}" in found and "Current thread 0x" in found and function in found, found
-    assert re.search(r"^doing: .+, for \d+ s\nlast collective: (?!wrapper)\w+, the \d+th\nprocesses: ", found, re.M), found
+    assert re.search(r"^doing: .+, for \d+ s\nlast collective: (?!wrapper)\w+, the \d+th\nprocesses: ", found, re.M), (
+        found
+    )
     return cause
 
 

@@ -1,11 +1,13 @@
-"""Learning-rate schedules."""
+"""Learning-rate schedules, and learning rates of single layers and parameters."""
 
 import pytest
 import torch
 from conftest import ROOT, tiny_recipe
 
+from vlmo_ds.config import RecipeError
+from vlmo_ds.families import FAMILIES
 from vlmo_ds.recipe_file import parse_recipe
-from vlmo_ds.training.optim import learning_rate
+from vlmo_ds.training.optim import learning_rate, parameter_groups
 
 
 def rates(steps: int, **schedule) -> list[float]:
@@ -30,3 +32,77 @@ def test_decay_to_the_end():
     assert rates(6, name="linear", warmup_steps=2) == [0, 0.5, 1, 0.75, 0.5, 0.25]
     assert rates(4, name="cosine", warmup_steps=0) == pytest.approx([1, 0.854, 0.5, 0.146], abs=1e-3)
     assert rates(4, name="constant", warmup_steps=2) == [0, 0.5, 1, 1]
+
+
+def groups_of(family: str, tasks: list[str], model: dict, **optimizer) -> dict[str, float]:
+    """Learning rate over lr of every parameter."""
+    of = FAMILIES[family]
+    data = {"shards": ["-"]}
+    stage = of.stage(
+        name="a",
+        tasks=dict.fromkeys(tasks),
+        data=data,
+        global_batch_size=8,
+        steps=10,
+        optimizer={"lr": 2.0, **optimizer},
+    )
+    with torch.device("meta"):
+        built = of.build(of.config(**model, vocab_size=30), stage.weights, None)
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    groups = parameter_groups(built, stage)
+    assert len({group["name"] for group in groups}) == len(groups)
+    return {names[id(parameter)]: group["lr"] / 2.0 for group in groups for parameter in group["params"]}
+
+
+VLMO = {"embed_dim": 8, "depth": 3, "num_heads": 2, "vlffn_start_layer_index": 2}
+
+
+def test_layers_learn_more_slowly_the_lower_they_are():
+    found = groups_of("vlmo", ["itc", "mlm"], VLMO, layer_decay=0.5)
+    assert found["transformer.blocks.2.mlp_vl.fc1.weight"] == found["transformer.blocks.2.norm1.bias"] == 0.5
+    assert found["transformer.blocks.0.attn.qkv.weight"] == 0.125
+    assert {found[name] for name in found if "embed" in name or name == "transformer.cls_token"} == {0.0625}
+    assert (
+        found["transformer.norm.weight"]
+        == found["mlm_score.decoder.weight"]
+        == found["relative_position_bias_table"]
+        == 1
+    )
+    assert found["logit_scale"] == 1 and set(found.values()) == {1, 0.5, 0.25, 0.125, 0.0625}
+
+
+def test_each_stack_has_its_own_depth():
+    sizes = {
+        "vision_layers": 4,
+        "text_layers": 2,
+        "vision_width": 8,
+        "vision_head_width": 4,
+        "text_width": 8,
+        "text_heads": 2,
+    }
+    more = {"decoder_layers": 3, "decoder_heads": 2, "pooler_heads": 2, "embed_dim": 8}
+    found = groups_of("coca", ["itc", "caption"], sizes | more, layer_decay=0.5)
+    assert found["visual.transformer.resblocks.0.attn.in_proj_weight"] == 0.5**4
+    assert (
+        found["text.transformer.resblocks.1.ln_1.weight"] == 0.5
+        and found["text_decoder.cross_attn.0.ln_1.weight"] == 0.5**3
+    )
+    assert found["visual.conv1.weight"] == found["text.token_embedding.weight"] == 0.5**5 and found["visual.proj"] == 1
+
+
+def test_multipliers_by_pattern_come_on_top():
+    multipliers = {"*.blocks.1.*": 3.0, "*.mlp_text.*": 7.0, "logit_scale": 0.1}
+    found = groups_of("vlmo", ["itc"], VLMO, layer_decay=0.5, lr_multipliers=multipliers)
+    assert (
+        found["transformer.blocks.1.mlp_text.fc1.weight"] == 0.25 * 3
+        and found["transformer.blocks.0.mlp_text.fc1.weight"] == 0.125 * 7
+    )
+    assert found["logit_scale"] == pytest.approx(0.1) and found["logit_vl_scale"] == 1
+    with pytest.raises(RecipeError, match="lr_multipliers: 'blocks.*' fits no parameter that is trained"):
+        groups_of("vlmo", ["itc"], VLMO, lr_multipliers={"blocks.*": 2.0})
+
+
+def test_without_them_groups_are_what_they_were():
+    found = groups_of("vlmo", ["vqa"], VLMO | {"vqav2_label_size": 5}, head_lr_multiplier=20)
+    assert {value for name, value in found.items() if name.startswith("vqa_classifier")} == {20}
+    assert {value for name, value in found.items() if not name.startswith("vqa_classifier")} == {1}

@@ -80,6 +80,23 @@ def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, synthetic, r
     assert "retrieval/text_to_image/itc" in (measured / "report/index.html").read_text()
 
 
+def test_deepspeeds_monitors_get_the_same_scalars(tmp_path, synthetic):
+    recipe = recipe_of(synthetic, 3, 2, evaluate={"held_out": [str(synthetic / "test")]}) | {"retrieval": None}
+    file = write_yaml(tmp_path / "recipe.yaml", recipe)
+    ds_config = {
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"},
+        "steps_per_print": 10**9,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    options = ["--recipe", file, "--deepspeed_config", tmp_path / "ds.json", "--output_dir", tmp_path / "run"]
+    run_ranks(["train_ds.py", *options], 1)
+    metrics, scores = (lines_of(tmp_path / "run", name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+    for records, name in ((metrics, "loss/itc"), (scores, "held_out/loss/itc")):
+        rows = (tmp_path / "csv" / f"joint_{name.replace('/', '_')}.csv").read_text().splitlines()[1:]
+        found = {int(step): float(value) for step, value in (row.split(",") for row in rows)}
+        assert found == pytest.approx({record["step_of_run"]: record[name] for record in records})
+
+
 def test_held_out_losses_do_not_depend_on_ranks(tmp_path, synthetic):
     evaluate = {"held_out": [str(synthetic / "test")], "weights": "ema"}
     found = []

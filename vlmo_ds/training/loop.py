@@ -282,7 +282,8 @@ class StageTraining:
         number = self.run.recipe.stages.index(stage)
         before, after = self.run.recipe.stages[:number], self.run.recipe.stages[number + 1 :]
         samples_ahead = sum(s.steps * s.global_batch_size for s in after)
-        self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before), samples_ahead)
+        beside = self.engine.monitor.write_events if self.engine.monitor.enabled else None
+        self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before), samples_ahead, beside)
         if self.scores:
             self.scores.remember(self.run.monitor.earlier_scores())
             self.evaluate(self.first)

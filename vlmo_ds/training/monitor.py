@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.step import StepOutput, added
 from vlmo_ds.metrics import AppendedFile
 from vlmo_ds.training.pace import Pace, Rank, advice, spreads, summary
+
+Event = tuple[str, float, int]  # name, value, step of the run
 
 SHOWN_EVERY, SHOWN_EVERY_IN_A_LOG = 2.0, 30.0  # seconds between two lines, on a terminal and elsewhere
 SUMMED_UP_EVERY = 60.0  # seconds between two lines about all ranks
@@ -67,11 +69,15 @@ class Monitor:
         self.shown_at = self.told_at = self.summed_up_at = -math.inf
         self.show_every = SHOWN_EVERY if sys.stdout.isatty() else SHOWN_EVERY_IN_A_LOG
 
-    def begin(self, stage: str, step: int, offset: int, samples_ahead: int) -> None:
+    def begin(
+        self, stage: str, step: int, offset: int, samples_ahead: int, also: Callable[[list[Event]], None] | None = None
+    ) -> None:
         """Opens the files at a stage's step; lines of this stage past it (of a run that died later) are cut off.
 
-        offset: steps of the stages before; samples_ahead: of the stages after.
+        offset: steps of the stages before; samples_ahead: of the stages after; also: gets the scalars as TensorBoard does (DeepSpeed's
+        monitors: Weights & Biases, csv).
         """
+        self.also = also
         self.stage, self.offset, self.samples_ahead = stage, offset, samples_ahead
         self.told_kinds: set[str] = set()
         if not self.active:
@@ -98,7 +104,7 @@ class Monitor:
         lines, curves = self.opened()
         lines.append(metrics.dump(finite(record)))
         speed = pace.scalars(samples)
-        curves.add({f"{self.stage}/{name}": value for name, value in {**values, **speed}.items()}, number)
+        self.draw(curves, {**values, **speed}, number)
         self.tell_of_problems()
         if step == steps or time.monotonic() - self.shown_at > self.show_every:
             self.shown_at = time.monotonic()
@@ -143,7 +149,14 @@ class Monitor:
                 metrics.dump(finite({"stage": self.stage, "step": step, "step_of_run": number, **values}))
             )
         _, curves = self.opened()
-        curves.add({f"{self.stage}/{name}": value for name, value in values.items()}, number)
+        self.draw(curves, values, number)
+
+    def draw(self, curves: Curves, values: Mapping[str, float], number: int) -> None:
+        """number: step of the run."""
+        scalars = {f"{self.stage}/{name}": value for name, value in values.items()}
+        curves.add(scalars, number)
+        if self.also is not None:
+            self.also([(name, value, number) for name, value in scalars.items()])
 
     def earlier_scores(self) -> Iterator[dict[str, Any]]:
         """What has been measured of this stage so far."""
@@ -233,11 +246,11 @@ class Curves:
 
 def event(**fields: Any) -> bytes:
     """One record of TensorBoard's file."""
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event as Record
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     buffer = io.BytesIO()
-    RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    RecordWriter(buffer).write(Record(wall_time=time.time(), **fields).SerializeToString())
     return buffer.getvalue()
 
 

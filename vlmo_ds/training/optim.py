@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -43,22 +45,54 @@ def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
     return trained
 
 
+BLOCK = re.compile(
+    r"(.*?(?:^|\.)(?:blocks|resblocks|cross_attn|layers?))\.(\d+)\."
+)  # of a stack: its name, and the block's number
+BELOW = re.compile(r"embed|cls_token|mask_token|cls_emb|conv1\.|ln_pre")  # what comes before the first block
+
+
+def layer_multipliers(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Learning rate of each parameter over lr: `decay` for every block that is above it in its stack, and once more for what comes before
+    the first block (BEiT, arXiv:2106.08254, appendix; all parameters of a block alike). 1 for what is in no block."""
+    names = list(names)
+    depths: dict[str, int] = {}
+    for name in names:
+        if found := BLOCK.match(name):
+            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    below = decay ** (max(depths.values(), default=0) + 1)
+    multipliers = {}
+    for name in names:
+        found = BLOCK.match(name)
+        multipliers[name] = (
+            decay ** (depths[found[1]] - int(found[2])) if found else below if BELOW.search(name) else 1.0
+        )
+    return multipliers
+
+
 def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict]:
-    """Up to four groups: decayed or not, backbone or head. Only trainable parameters are in them."""
+    """Groups of trainable parameters: decayed or not, by their learning rate. RecipeError for a pattern that fits none."""
     config, family = stage.optimizer, stage.family
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            head = matches(name, family.heads) and config.head_lr_multiplier != 1.0
-            groups.setdefault((matches(name, family.no_decay), head), []).append(parameter)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    multipliers = layer_multipliers((name for name, _ in model.named_parameters()), config.layer_decay)
+    for pattern in config.lr_multipliers:
+        if not any(matches(name, [pattern]) for name in trained):
+            raise RecipeError(
+                f"stages.{stage.name}.optimizer.lr_multipliers: '{pattern}' fits no parameter that is trained"
+            )
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        head = matches(name, family.heads) and config.head_lr_multiplier != 1.0
+        factor = config.head_lr_multiplier if head else multipliers[name]
+        factor *= next((value for pattern, value in config.lr_multipliers.items() if matches(name, [pattern])), 1.0)
+        groups.setdefault((matches(name, family.no_decay), head, factor), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": 0.0 if no_decay else config.weight_decay,
-            "lr": config.lr * (config.head_lr_multiplier if head else 1.0),
-            "name": f"{'head' if head else 'backbone'}{'-no-decay' if no_decay else ''}",
+            "lr": config.lr * factor,
+            "name": f"{'head' if head else 'backbone'}{'-no-decay' if no_decay else ''}{'' if head or factor == 1 else f'-times-{factor:.3g}'}",
         }
-        for (no_decay, head), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (no_decay, head, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
