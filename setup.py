@@ -33,6 +33,7 @@ setup(
         "deepspeed>=0.19.3",
         "transformers>=4.50",
         "tokenizers",
+        "fsspec",
         "huggingface_hub",
         "ftfy",
         "webdataset>=0.2.100",
@@ -51,6 +52,18 @@ setup(
     extras_require={
         "arrow": ["pyarrow"],
         "captioning": CAPTIONING,
-        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "pyarrow", *CAPTIONING],
+        "s3": ["s3fs"],
+        "test": [
+            "pytest",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-psutil",
+            "types-tqdm",
+            "pyarrow",
+            "s3fs",
+            "moto[server]",
+            *CAPTIONING,
+        ],
     },
 )

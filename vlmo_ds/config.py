@@ -668,6 +668,10 @@ class Recipe(Settings):
     background_checkpoints: bool = Field(
         True, description="write checkpoints while training goes on, from a copy in host memory"
     )
+    checkpoint_copy: str | None = Field(
+        None,
+        description="a second place for checkpoints and results: a URL that fsspec knows, such as s3://bucket/runs/mine; null: none",
+    )
     checkpoint_failures: int = Field(
         3, ge=0, description="checkpoints in a row that may fail to be written (a full disk) before the run stops"
     )

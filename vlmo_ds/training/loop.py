@@ -27,6 +27,7 @@ from vlmo_ds.families.step import FamilyModel, StepOutput
 from vlmo_ds.ledger import StageClock
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.averages import Averages
+from vlmo_ds.training.checkpoint_copy import Copies
 from vlmo_ds.training.ds_config import is_half, merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
 from vlmo_ds.training.gradient_cache import cached_contrast
@@ -57,6 +58,7 @@ class Run(NamedTuple):
     monitor: Monitor
     stop: StopRequest
     known_shards: dict[str, list[list[str]]]  # resume.check_shards
+    copies: Copies | None = None  # rank 0's, of a run whose checkpoints have a second place
 
     def folder_of(self, stage: StageConfig) -> Path:
         """Where a stage's checkpoints and its result are."""
@@ -298,7 +300,7 @@ class StageTraining:
             metrics, asked = self.step(step, stream)
             spike = self.guard.look(step + 1, metrics["loss"]) if self.guard else None
             if spike:
-                self.failures.count(self.writer.finish())
+                self.published(self.writer.finish())
                 rollback = roll_back(spike, self.skip, self.writer.folder, collector)
                 break
             with self.pace.left_out():
@@ -309,12 +311,14 @@ class StageTraining:
             if due or asked:
                 self.checkpoint(step + 1, wait=asked)
             if asked and not last:
+                if self.run.copies:
+                    self.run.copies.finish()
                 raise Stopped(
                     f"stopped in stage '{stage.name}' at step {step + 1}; the same command goes on from there"
                 )
             if ends:
                 break
-        self.failures.count(self.writer.finish())
+        self.published(self.writer.finish())
         return rollback
 
     def step(self, step: int, stream: Iterator[dict]) -> tuple[dict[str, float], bool]:
@@ -345,7 +349,7 @@ class StageTraining:
         self.pace.step({name: counts.pop(name) for name in self.pace.told()})
         asked = bool(counts.pop(ASKED))
         with self.pace.part(WRITING):
-            self.failures.count(self.writer.settle(counts.pop(BUSY)))
+            self.published(self.writer.settle(counts.pop(BUSY)))
         metrics["lr"] = lr
         norm = engine.get_global_grad_norm()
         if norm is not None:
@@ -427,7 +431,7 @@ class StageTraining:
             self.write_checkpoint(step, wait)
 
     def write_checkpoint(self, step: int, wait: bool) -> None:
-        self.failures.count(self.writer.finish())
+        self.published(self.writer.finish())
         if step == self.stage.steps:  # beside those that are kept to go back to
             self.writer.keep = self.run.recipe.keep_checkpoints + 1
         memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
@@ -438,7 +442,7 @@ class StageTraining:
         )
         self.failures.count((step, problem) if problem else None)
         if wait or not self.run.recipe.background_checkpoints:
-            self.failures.count(self.writer.finish())
+            self.published(self.writer.finish())
         self.note_time()
 
     def evaluate(self, step: int) -> None:
@@ -460,6 +464,12 @@ class StageTraining:
         heartbeat.beat(f"{GATHERING} {self.stage.name}")
         refuse_moved(self.engine, self.frozen, self.run.collector)
         return full_state(self.engine, self.frozen, self.shapes, self.averages.held)
+
+    def published(self, outcome: tuple[int, str] | None) -> None:
+        """Counts a checkpoint that the writer is done with, and begins to copy it to its second place."""
+        self.failures.count(outcome)
+        if outcome and not outcome[1] and self.run.copies:
+            self.run.copies.begin(self.writer.folder / f"step-{outcome[0]:08d}")
 
     def note_time(self) -> None:
         if self.run.collector.rank == 0:
@@ -492,6 +502,8 @@ class StageTraining:
             raise RecipeError(
                 f"{what}: {problem}; once that is mended, the same command goes on from the stage's last checkpoint"
             )
+        if run.copies:
+            run.copies.publish(folder)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ FREE = (
     "model.kernels",
     "model.compile",
     "keep_checkpoints",
+    "checkpoint_copy",
     "checkpoint_failures",
     "background_checkpoints",
     "max_nonfinite_steps",
@@ -52,6 +53,17 @@ FREE = (
     "name",
 )
 DATA = "data.json"
+# What a run goes on with beside its checkpoints; its recipe first.
+COPIED = (
+    "recipe.yaml",
+    "ds_config.json",
+    metrics.FILE,
+    metrics.SCORES,
+    metrics.PACE,
+    ledger.FILE,
+    "answers.json",
+    DATA,
+)
 # Files at the top of a run's directory that write_atomically writes.
 OWN_FILES = (
     "recipe.yaml",

@@ -33,6 +33,7 @@ from vlmo_ds.evaluation.table import Finished, Outcome, due, flat, planned
 from vlmo_ds.families.interface import TEXTS
 from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
+from vlmo_ds.training.checkpoint_copy import Copies
 from vlmo_ds.training.command import Command
 from vlmo_ds.training.command import main as main
 from vlmo_ds.training.ds_config import merge, precision_of, refuse_by_device, refuse_by_models
@@ -44,6 +45,7 @@ from vlmo_ds.training.loop import Run, build_dataset, train_stage
 from vlmo_ds.training.monitor import Monitor
 from vlmo_ds.training.precision import begun_in, settle
 from vlmo_ds.training.resume import (
+    COPIED,
     check_results,
     check_resume,
     check_shards,
@@ -145,6 +147,9 @@ def run_stages(command: Command, stop: StopRequest) -> None:
     lock = RunLock(folder)
     on_rank0(collector, lambda: take(lock, folder))
     try:
+        copies: list[Copies] = []
+        if recipe.checkpoint_copy:
+            on_rank0(collector, lambda: copies.append(opened_copies(recipe, folder)))
         ds_config, line = settle(command.ds_config, collector.from_rank0(begun_in(folder)), collector)
         if collector.rank == 0:
             print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
@@ -157,7 +162,9 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         on_rank0(collector, lambda: warn_of_overlap(recipe, command.stages))
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
         monitor = Monitor(folder, collector.rank)
-        run = Run(recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards)
+        run = Run(
+            recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards, copies[0] if copies else None
+        )
         stop.at_once = None
         try:
             for stage in command.stages:
@@ -170,6 +177,13 @@ def run_stages(command: Command, stop: StopRequest) -> None:
     finally:
         stop.at_once = None
         lock.release()
+
+
+def opened_copies(recipe: Recipe, folder: Path) -> Copies:
+    """The second place of a run's checkpoints, from which what this one lacks has come back."""
+    copies = Copies(recipe.checkpoint_copy or "", folder, COPIED, recipe.keep_checkpoints)
+    copies.restore(recipe.stages)
+    return copies
 
 
 def take(lock: RunLock, folder: Path) -> None:
