@@ -258,10 +258,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Settings):
-    """AdamW (arXiv:1711.05101) with the reference's values."""
+    """AdamW (arXiv:1711.05101) with the reference's values, or Lion."""
 
+    name: Literal["adamw", "lion"] = Field(
+        "adamw",
+        description="lion (arXiv:2302.06675) wants a learning rate 3 to 10 times lower, and a decay as much higher",
+    )
     lr: float = Field(2e-4, gt=0, le=10, description="peak learning rate")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's betas, from 0 to below 1")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's or Lion's betas, from 0 to below 1")
     eps: float = Field(1e-8, gt=0, lt=1, description="AdamW's epsilon")
     weight_decay: float = Field(
         0.01, ge=0, le=100, description="not applied to biases, norms, positions, tokens and scales"

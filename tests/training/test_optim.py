@@ -1,12 +1,15 @@
 """Learning-rate schedules, and learning rates of single layers and parameters."""
 
+import json
+
 import pytest
 import torch
-from conftest import ROOT, tiny_recipe
+from conftest import ROOT, run_ranks, tiny_recipe, write_yaml
 
 from vlmo_ds.config import RecipeError
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.recipe_file import parse_recipe
+from vlmo_ds.training.lion import Lion
 from vlmo_ds.training.optim import learning_rate, parameter_groups
 
 
@@ -106,3 +109,63 @@ def test_without_them_groups_are_what_they_were():
     found = groups_of("vlmo", ["vqa"], VLMO | {"vqav2_label_size": 5}, head_lr_multiplier=20)
     assert {value for name, value in found.items() if name.startswith("vqa_classifier")} == {20}
     assert {value for name, value in found.items() if not name.startswith("vqa_classifier")} == {1}
+
+
+def test_lion_is_the_papers():
+    """Algorithm 2, written out."""
+    torch.manual_seed(0)
+    weight = torch.randn(7, dtype=torch.float32)
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = Lion([{"params": [parameter], "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95))
+    momentum = torch.zeros(7)
+    for _ in range(5):
+        gradient = torch.randn(7)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * torch.sign(0.9 * momentum + 0.1 * gradient)
+        momentum = 0.95 * momentum + 0.05 * gradient
+    torch.testing.assert_close(parameter.detach(), weight)
+    assert optimizer.state[parameter].keys() == {"exp_avg"}
+
+
+@pytest.mark.parametrize(
+    "ranks, zero, again",
+    [
+        (1, 0, 2),
+        (2, 2, 1),
+        (2, 3, 2),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in ((1, 2, 1), (1, 3, 1), (2, 0, 1))),
+    ],
+)
+def test_lion_is_the_same_on_any_ranks_and_goes_on_from_its_checkpoint(
+    tmp_path, synthetic, lion_alone, ranks, zero, again
+):
+    found = trained_by_lion(tmp_path, synthetic, ranks, zero, 3)
+    found = trained_by_lion(tmp_path, synthetic, again, zero, 6)
+    assert [record["step"] for record in found] == list(range(1, 7))
+    for ours, theirs in zip(found, lion_alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def lion_alone(tmp_path_factory, synthetic):
+    return trained_by_lion(tmp_path_factory.mktemp("lion"), synthetic, 1, 0, 6)
+
+
+def trained_by_lion(folder, data, ranks, zero, steps) -> list[dict]:
+    recipe = tiny_recipe(data, retrieval=None)
+    schedule = {"name": "constant", "warmup_steps": 1}
+    optimizer = {"name": "lion", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}
+    joint = recipe["stages"][-1] | {
+        "init": {"weights": "fresh"},
+        "steps": steps,
+        "schedule": schedule,
+        "optimizer": optimizer,
+    }
+    file = write_yaml(folder / "recipe.yaml", recipe | {"stages": [joint | {"checkpoint_every": 3}]})
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero}, "steps_per_print": 10**9}))
+    run_ranks(
+        ["train_ds.py", "--recipe", file, "--deepspeed_config", folder / "ds.json", "--output_dir", folder / "run"],
+        ranks,
+    )
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -172,15 +172,16 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
     trained = [p for p in everything if p.requires_grad]
     count, learnt = (sum(p.numel() for p in some) for some in (everything, trained))
     gradient = 4 if merged.get("data_types", {}).get("grad_accum_dtype") == "fp32" else b
+    moments = MOMENTS if stage.optimizer.name == "adamw" else MOMENTS // 2
     weights: float
     optimizer: float
     buffers = 0.0
     if level == 0:
         weights, gradients = b * count, b * learnt
-        optimizer = (MOMENTS + (MASTER if half else 0)) * learnt
+        optimizer = (moments + (MASTER if half else 0)) * learnt
     elif level < 3:
         part, overlap = flat_partition([group["params"] for group in parameter_groups(model, stage)], ranks)
-        weights, gradients, optimizer = b * count, gradient * overlap, (MASTER + MOMENTS) * part
+        weights, gradients, optimizer = b * count, gradient * overlap, (MASTER + moments) * part
         buckets = 2 if zero.get("overlap_comm") else 1
         buffers = b * (
             buckets * min(zero.get("reduce_bucket_size", 5e8), learnt)
@@ -190,7 +191,7 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
         small = persistent(everything, zero)
         weights = b * (partitioned(everything, ranks) + sum(p.numel() for p in small))
         gradients = gradient * partitioned(trained, ranks)
-        optimizer = (MASTER + MOMENTS) * partitioned(trained, ranks)
+        optimizer = (MASTER + moments) * partitioned(trained, ranks)
         live = zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", 1e9))
         buffers = b * (min(live, count) + min(zero.get("reduce_bucket_size", 5e8), learnt))
     if stage.ema:

@@ -36,7 +36,6 @@ from vlmo_ds.data.storage import mode_of_umask
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.manifest import MANIFEST, crc32, fault_of, listed, write_manifest
 from vlmo_ds.training.state import (
-    MOMENTS,
     NOTHING,
     Held,
     PartitionedLayout,
@@ -379,7 +378,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, reader: Reader) -> int:
     layout.create_moments(reader.state["optimizer_steps"])
     for name, parameter in layout.parameters.items():
         if span := layout.held(parameter):
-            for kind in MOMENTS:
+            for kind in layout.moments:
                 layout.set(parameter, kind, reader.read(kind, name, *span))
     set_progress(engine, reader.state)
     return int(reader.state["step"])

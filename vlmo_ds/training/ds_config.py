@@ -427,6 +427,10 @@ def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[s
             value = list(value) if isinstance(value, tuple) else value
             settle(params, key, f"optimizer.params.{key}", value, f"optimizer.{key}")
     settle_accumulation(merged, stage, accumulation)
+    if (
+        stage.optimizer.name != "adamw"
+    ):  # DeepSpeed knows AdamW alone, and would have it compiled where states are in host memory
+        merged |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if (merged.get("zero_optimization", {}).get("zero_hpz_partition_size") or 1) > 1:
         part = merged["zero_optimization"]["zero_hpz_partition_size"]
         if world_size % part:

@@ -26,7 +26,7 @@ from vlmo_ds.distributed import clock
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
-from vlmo_ds.training.optim import adamw, learning_rate, parameter_groups
+from vlmo_ds.training.optim import build_optimizer, learning_rate, parameter_groups
 from vlmo_ds.training.state import layout_of, set_weights
 
 
@@ -108,7 +108,7 @@ def build_engine(model: FamilyModel, stage: StageConfig, merged: dict[str, Any])
     model.offload_checkpoints(merged.get("activation_checkpointing", {}).get("cpu_checkpointing", False))
     offloaded = "device" in merged.get("zero_optimization", {}).get("offload_optimizer", {})
     compile_ops(merged)
-    optimizer = adamw(parameter_groups(model, stage), stage.optimizer, offloaded=offloaded)
+    optimizer = build_optimizer(parameter_groups(model, stage), stage.optimizer, offloaded=offloaded)
     if offloaded or not torch.cuda.is_available():  # whether DeepSpeed insists on its compiled CPU Adam
         merged.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
     exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if is_half(merged) else {}

@@ -21,6 +21,7 @@ from transformers import (
 from vlmo_ds.config import OptimizerConfig, RecipeError, StageConfig
 from vlmo_ds.families.interface import matches
 from vlmo_ds.families.step import FamilyModel
+from vlmo_ds.training.lion import Lion
 
 
 def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
@@ -96,9 +97,11 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict]:
     ]
 
 
-def adamw(groups: list[dict], config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
-    """torch's AdamW in one kernel, on a CPU too (three times faster there, benchmarks/results/precision_*.json); DeepSpeed's compiled
+def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
+    """Lion, or torch's AdamW in one kernel, on a CPU too (three times faster there, benchmarks/results/precision_*.json); DeepSpeed's compiled
     CPU Adam where a GPU run keeps its optimiser states in host memory."""
+    if config.name == "lion":
+        return Lion(groups, config.lr, config.betas)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if offloaded and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlmo_ds.distributed.collector import Collector
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of an optimiser that does not say which it has
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -46,7 +46,7 @@ NOTHING: Mapping[str, Held] = {}
 class Layout:
     """ZeRO-0: every rank holds everything, and answers for an even share of each parameter when it is written.
 
-    Subclasses: what ZeRO-1/2 and ZeRO-3 make of it. `kind` is "weight" or one of MOMENTS; values are flat and float32.
+    Subclasses: what ZeRO-1/2 and ZeRO-3 make of it. `kind` is "weight" or one of `moments`; values are flat and float32.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine):
@@ -54,6 +54,11 @@ class Layout:
         self.optimizer = engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Kinds of the optimiser's states."""
+        return moments_of(self.inner)
 
     @cached_property
     def master(self) -> dict[int, Tensor]:
@@ -203,9 +208,13 @@ def clipped(start: int, count: int, total: int) -> Span | None:
     return (start, count) if count > 0 else None
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return getattr(optimizer, "moments", MOMENTS)
+
+
 def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> dict[str, Any]:
-    """An AdamW state of zero moments: torch's counts its steps in a tensor, DeepSpeed's in a number."""
-    state: dict[str, Any] = {kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in MOMENTS}
+    """A state of zero moments: torch's AdamW counts its steps in a tensor, DeepSpeed's in a number."""
+    state: dict[str, Any] = {kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in moments_of(optimizer)}
     if isinstance(optimizer, torch.optim.AdamW):
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         state["step"] = torch.tensor(float(steps), device=parameter.device if on_device else "cpu")
@@ -259,7 +268,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, int, dic
     for name, parameter in layout.parameters.items():
         span = layout.written(parameter)
         if span:
-            yield name, span[0], {kind: layout.get(parameter, kind) for kind in ("weight", *MOMENTS)}
+            yield name, span[0], {kind: layout.get(parameter, kind) for kind in ("weight", *layout.moments)}
 
 
 def set_weights(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]) -> None:
