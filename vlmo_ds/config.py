@@ -150,8 +150,6 @@ class TokenizerConfig(Settings):
     vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
 
 
-EVALUATIONS = ("retrieval", "vqa", "nlvr2", "captioning")  # sections of a recipe: what is measured on held-out shards
-
 Transform = Literal[
     "square_transform", "square_transform_randaug", "pixelbert", "pixelbert_randaug", "crop_flip", "crop_flip_randaug"
 ]
@@ -364,8 +362,7 @@ class ScoresConfig(Settings):
     )
     best: str | None = Field(
         None,
-        description="a metric, such as retrieval/text_to_image/itc/R@1 or held_out/loss, whose best weights are kept in <stage>/best; of "
-        "losses the lowest is the best",
+        description="a metric, such as held_out/loss, whose best weights are kept in <stage>/best; of losses the lowest is the best",
     )
     patience: int = Field(
         0, ge=0, description="evaluations without a better value after which the stage ends; 0: never"
@@ -715,6 +712,13 @@ class Recipe(Settings):
                 f"vqa.method is 'generate', and {self.family.name} chooses among the answers of its list; accepted: 'list'"
             )
         return self
+
+
+EVALUATIONS = tuple(  # sections of a recipe: what is measured on held-out shards
+    name
+    for name, field in Recipe.model_fields.items()
+    if any(isinstance(part, type) and issubclass(part, HeldOutConfig) for part in get_args(field.annotation))
+)
 
 
 def number(kind: type, least: float | None = None) -> Callable[[str], Any]:

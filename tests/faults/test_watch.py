@@ -173,11 +173,13 @@ def test_a_good_end_leaves_no_post_mortem_and_a_new_start_keeps_an_old_one(tmp_p
 
 def test_who_is_out_of_step_is_the_one_that_is_not_where_most_are():
     def entries(*places):
-        return [{"host": f"node{rank}", "collective": list(place)} for rank, place in enumerate(places)]
+        about = {"doing": "step 3 of image", "for": 9.0}
+        return [{"host": f"node{rank}", "collective": list(place), **about} for rank, place in enumerate(places)]
 
     assert out_of_step(entries((7, "all_reduce"), (7, "all_reduce"))) == ""
     assert out_of_step(entries((7, "all_reduce"), (7, "barrier"), (7, "all_reduce"))) == (
-        "rank 1 on node1 is at another collective than the others: barrier, the 7th, in place of all_reduce, the 7th"
+        "rank 1 on node1 is at another collective than the others: barrier, the 7th, in place of all_reduce, the 7th; "
+        "rank 1 has been 9 s in 'step 3 of image'"
     )
     found = out_of_step(entries((9, "gather"), (7, "all_reduce"), (9, "gather"), (7, "all_reduce"), (9, "gather")))
     assert found.startswith(

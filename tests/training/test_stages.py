@@ -117,6 +117,7 @@ def test_a_run_leaves_what_it_should(finished):
         "ds_config.json",
         "stages.json",
         "metrics.jsonl",
+        "pace.jsonl",
         "tensorboard",
         "checkpoints",
         "report",

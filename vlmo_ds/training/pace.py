@@ -172,7 +172,8 @@ class Pace:
         total = max(sum(step.total for step in steps), 1e-9)
         seconds = total / len(steps)
         found = {"seconds_per_step": seconds, "samples_per_second": samples / seconds}
-        found["tokens_per_second"] = sum(tokens for _, tokens in self.recent) / total
+        tokens = [tokens for _, tokens in self.recent] or [float(self.ranks * self.last_tokens)]
+        found["tokens_per_second"] = sum(tokens) / total
         found["tflops_per_device"] = self.flops / seconds / self.ranks / 1e12
         if self.rate:
             found["share_of_device_rate"] = 1e12 * found["tflops_per_device"] / self.rate
@@ -188,9 +189,11 @@ class Pace:
         seconds = found["seconds_per_step"]
         shares = ", ".join(f"{name} {found[f'share_{name}']:.0%}" for name in ("data", "ranks", "writing"))
         of_rate = f" ({found['share_of_device_rate']:.0%})" if self.rate else ""
+        rate = found["tflops_per_device"]
+        flops = f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1000 * rate:.3g} GFLOP/s"
         return (
             f"{seconds:.3g} s/step ({shares})  {found['samples_per_second']:.1f} samples/s  "
-            f"{short(found['tokens_per_second'])} tokens/s  {found['tflops_per_device']:.3g} TFLOP/s{of_rate}  "
+            f"{short(found['tokens_per_second'])} tokens/s  {flops}{of_rate}  "
             f"{found['peak_memory_gb']:.1f} GB  {hours(time.monotonic() - self.started)} gone  {hours(left * seconds)} left"
         )
 

@@ -105,8 +105,8 @@ def process_state(pid: int) -> str:
 
 
 def out_of_step(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Which ranks are at another collective than most, in words; nothing where all are at the same. entries: of each rank `host`, and
-    `collective`, the number and the name of its last."""
+    """Which ranks are at another collective than most, in words; nothing where all are at the same. entries: of each rank `host`,
+    `collective`, the number and the name of its last, what it is `doing` and `for` how many seconds."""
     places = [tuple(entry["collective"]) for entry in entries]
     if len(set(places)) < 2:
         return ""
@@ -116,5 +116,5 @@ def out_of_step(entries: Sequence[Mapping[str, Any]]) -> str:
     names = ", ".join(f"rank {rank} on {entries[rank]['host']}" for rank in odd)
     return (
         f"{names} {'is' if len(odd) == 1 else 'are'} at another collective than the others: {places[first][1]}, the {places[first][0]}th, in "
-        f"place of {usual[1]}, the {usual[0]}th"
+        f"place of {usual[1]}, the {usual[0]}th; rank {first} has been {entries[first]['for']:.0f} s in '{entries[first]['doing']}'"
     )

@@ -84,7 +84,6 @@ class Watch:
             self.state = ("done", time.monotonic(), True)
             with contextlib.suppress(RuntimeError):
                 self.report()
-            self.evidence.close()
         elif is_of_communication(error) and not self.stop.received:  # a launcher stops the ranks that are left itself
             print(
                 f"rank {self.rank} on {self.host}: {error}; looking for the rank at fault", file=sys.stderr, flush=True
@@ -95,8 +94,8 @@ class Watch:
             self.thread.join(3 * self.silence)  # ends the process when it is found
         self.ended.set()
         self.thread.join()
+        self.evidence.close()  # a good end; or an error, whose traceback says it all
         if kind is not None and kind is not Stopped and not is_of_communication(error):
-            self.evidence.close()  # its traceback says it all
             time.sleep(2 * self.interval)  # most errors come to all ranks at once: each ends with its own
             self.tell(error)
             if self.rank == 0:
