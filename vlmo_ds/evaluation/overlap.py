@@ -13,7 +13,7 @@ from vlmo_ds.data.shards import Shard, offsets
 from vlmo_ds.data.storage import DataError, is_remote
 from vlmo_ds.distributed import heartbeat
 
-LOOKED_AT, CANDIDATES = 200, 64  # held-out samples, and training samples as long as one of them
+LOOKED_AT, CANDIDATES = 64, 16  # held-out samples, and training samples as long as one of them
 
 
 def lengths_of(shard: Shard) -> np.ndarray:
@@ -23,7 +23,7 @@ def lengths_of(shard: Shard) -> np.ndarray:
 
 
 def overlap(held_out: Sequence[Shard], training: Sequence[Shard]) -> tuple[int, int]:
-    """(held-out samples whose picture is in the training shards, as many as were looked at)."""
+    """(held-out samples whose picture was found in the training shards, as many as were looked at)."""
     own = [shard for shard in held_out if not is_remote(shard.url) and shard.samples]
     theirs = [shard for shard in training if not is_remote(shard.url) and shard.samples]
     total = sum(shard.samples for shard in own)

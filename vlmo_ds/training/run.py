@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import check_samples, source_shards
-from vlmo_ds.data.shards import ANSWERS, answer_list, list_shards
+from vlmo_ds.data.shards import ANSWERS, Shard, answer_list, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed import heartbeat
@@ -30,7 +30,7 @@ from vlmo_ds.evaluation.overlap import overlap
 from vlmo_ds.evaluation.report import write_report
 from vlmo_ds.evaluation.runs import as_json, load_model
 from vlmo_ds.evaluation.table import Finished, Outcome, due, flat, planned
-from vlmo_ds.families.interface import TEXTS
+from vlmo_ds.families.interface import IMAGES, TEXTS
 from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.checkpoint_copy import Copies
@@ -159,7 +159,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
         check_held_out(recipe, collector)
-        on_rank0(collector, lambda: warn_of_overlap(recipe, command.stages))
+        on_rank0(collector, lambda: warn_of_overlap(recipe, command.stages, folder))
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
         monitor = Monitor(folder, collector.rank)
         run = Run(
@@ -322,17 +322,23 @@ def check_data(
             raise RecipeError(f"stages.{stage.name}.data: {error}") from None
 
 
-def warn_of_overlap(recipe: Recipe, stages: list[StageConfig]) -> None:
-    """Tells where held-out pictures are training pictures."""
-    training = [(stage, [s for source in source_shards(stage.data) for s in source]) for stage in stages]
+def warn_of_overlap(recipe: Recipe, stages: list[StageConfig], folder: Path) -> None:
+    """Tells, at a run's first start, where held-out pictures are training pictures."""
+    if (folder / "recipe.yaml").exists():
+        return
+    training: dict[tuple[str, ...], tuple[StageConfig, list[Shard]]] = {}
+    for stage in stages:
+        found = [s for source in source_shards(stage.data) for s in source]
+        if stage.reads & IMAGES:
+            training.setdefault(tuple(shard.url for shard in found), (stage, found))
     sets = {name: getattr(recipe, name).shards for name in planned(recipe)}
     sets |= {f"stages.{stage.name}.evaluate.held_out": stage.evaluate.held_out for stage in stages}
     for name, shards in sets.items():
-        for stage, theirs in training if shards else ():
+        for stage, theirs in training.values() if shards else ():
             shared, looked_at = overlap(list_shards(shards), theirs)
             if shared:
                 print(
-                    f"warning: {name}: {shared} of {looked_at} held-out pictures that were looked at are among those that stage "
+                    f"warning: {name}: {shared} of {looked_at} held-out pictures that were looked at, or more, are among those that stage "
                     f"'{stage.name}' trains on: its scores are not of unseen pictures",
                     file=sys.stderr,
                     flush=True,
