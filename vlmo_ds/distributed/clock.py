@@ -45,24 +45,22 @@ def timed(name: str, another: bool = True) -> Iterator[None]:
         return
     _inside = True
     last = last[0] + another, name
-    started, event = time.perf_counter(), mark()
+    on_gpu = torch.cuda.is_available()
+    started, event = time.perf_counter(), mark() if on_gpu and measured else None
     try:
         yield
     finally:
         _inside = False
-        if event is None:
-            _seconds += time.perf_counter() - started
-        elif measured:
+        if event is not None:
             _events.append((event, mark()))
+        elif not on_gpu:
+            _seconds += time.perf_counter() - started
 
 
-def mark() -> Any:
-    """An event of the GPU's queue, None where there is no GPU."""
-    if not torch.cuda.is_available():
-        return None
+def mark() -> torch.cuda.Event:
+    """In the GPU's queue."""
     event = torch.cuda.Event(enable_timing=True)
-    if measured:
-        event.record()
+    event.record()
     return event
 
 
