@@ -124,10 +124,12 @@ class _Contrast(torch.autograd.Function):
         grad = grad / 2
         grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
         grad_scale = torch.zeros_like(scale)
+        grad_GD = torch.empty_like(
+            both_G2D[:, 0], memory_format=torch.contiguous_format
+        )  # of one modality, then of the other
         for mine, (q_BD, other_BD, lse_B) in enumerate(((image_BD, text_BD, lse[0]), (text_BD, image_BD, lse[1]))):
             k_GD = both_G2D[:, 1 - mine]
             scaled_BD = q_BD * (scale * grad)
-            grad_GD = torch.empty_like(k_GD, memory_format=torch.contiguous_format)
             mixed_BD = torch.zeros_like(q_BD)  # of the columns, by their share of the softmax
             for first in range(0, len(k_GD), ctx.chunk):
                 k_CD = k_GD[first : first + ctx.chunk]
