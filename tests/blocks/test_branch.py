@@ -1,7 +1,10 @@
 """Compiled feed-forward branches give what the others give."""
 
+import json
+
 import pytest
 import torch
+from conftest import run_ranks, tiny_recipe, write_yaml
 from families.blip.tiny import tiny_batch as blip_batch
 from families.blip.tiny import tiny_model as blip
 from families.coca.tiny import tiny_batch as coca_batch
@@ -79,3 +82,21 @@ def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("a-compiler-that-is-not-there",))
     with pytest.raises(ValueError, match="needs g\\+\\+, which is not installed; accepted here: none"):
         branch.compile_branches(vlmo())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks, zero", [(1, 0), (2, 2), (2, 3)])
+def test_a_run_with_compiled_branches_has_the_losses_of_one_without(tmp_path, synthetic, ranks, zero):
+    found = []
+    for compiled in ("none", "blocks"):
+        folder = tmp_path / compiled
+        folder.mkdir()
+        recipe = tiny_recipe(synthetic, retrieval=None)
+        recipe["model"]["compile"] = compiled
+        file = write_yaml(folder / "recipe.yaml", recipe)
+        (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero}, "steps_per_print": 10**9}))
+        options = ["--recipe", file, "--deepspeed_config", folder / "ds.json", "--output_dir", folder / "run"]
+        run_ranks(["train_ds.py", *options], ranks, timeout=600)
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["loss"] for line in lines])
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 9
