@@ -10,7 +10,7 @@ import torch
 from conftest import run_ranks, tiny_recipe, write_yaml
 
 from vlmo_ds.families import FAMILIES
-from vlmo_ds.training.pace import Pace, Rank, Seconds, advice, flops_of, spreads, summary, tokens_of
+from vlmo_ds.training.pace import Pace, Rank, Seconds, advice, flops_of, rate_of_device, spreads, summary, tokens_of
 
 STEPS = 12
 
@@ -163,3 +163,23 @@ def test_useful_work_and_tokens_are_counted():
     config = FAMILIES["vlmo"].config(vocab_size=100)
     one, two = (flops_of(config, stage().model_copy(update={"global_batch_size": size})) for size in (8, 16))
     assert two == pytest.approx(2 * one) and one > 1e9
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla T4", 65),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_a_gpus_rate_is_known_by_words_of_its_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert rate_of_device(half=True) == (tflops and tflops * 1e12) and rate_of_device(half=False) is None

@@ -185,3 +185,12 @@ def test_weights_that_a_run_has_not_are_named(tmp_path, synthetic):
         find_stage(tmp_path, "encode_text", "ema")
     with pytest.raises(RecipeError, match="--weights best asks for other weights than"):
         find_stage(tmp_path / "checkpoints" / "joint" / "final", "encode_text", "best")
+
+
+@pytest.mark.parametrize("name", ["ema", "best", "final"])
+def test_a_run_may_be_called_as_a_folder_of_weights_is(tmp_path, synthetic, name):
+    run = tmp_path / name
+    (run / "checkpoints" / "joint" / "final").mkdir(parents=True)
+    write_yaml(run / "recipe.yaml", parse_recipe(tiny_recipe(synthetic), "r").model_dump(mode="json"))
+    assert find_stage(run, "encode_text")[2] == run / "checkpoints" / "joint" / "final"
+    assert find_stage(run / "checkpoints" / "joint" / "final")[0] == run

@@ -55,18 +55,14 @@ class Positives:
         """[B] bool: whether a column of each row is one."""
         return (self.key_BK == self.key_GK[column_B]).any(-1) | (column_B == self.label_B)
 
-    def count(self, chunk: int) -> Tensor:
-        """[B] int64."""
-        starts = range(0, len(self.key_GK), chunk)
-        return torch.stack([self.of(slice(first, first + chunk)).sum(1) for first in starts]).sum(0)
-
 
 class Rows(NamedTuple):
-    """What B rows of logits come to: their logsumexp, the sum of their positives (their own label's where there are no others), how many
-    have their largest at a positive, a negative for each where one is drawn."""
+    """What B rows of logits come to: their logsumexp, the sum and the number of their positives (their own label where there are no others),
+    how many have their largest at a positive, a negative for each where one is drawn."""
 
     lse_B: Tensor
     positive_B: Tensor
+    count_B: Tensor
     right: Tensor
     negative_B: Tensor | None
 
@@ -83,18 +79,23 @@ def rows_of(
     """One pass over the columns of scale * q @ k.T."""
     lse_B = q_BD.new_full((len(q_BD),), float("-inf"))
     best, drawn = Best(q_BD), Best(q_BD)
-    positive_B = scale * (q_BD * k_GD[label_B]).sum(1) if positives is None else torch.zeros_like(lse_B)
+    positive_B, count_B = torch.zeros_like(lse_B), torch.zeros_like(label_B)
+    if positives is None:
+        positive_B, count_B = scale * (q_BD * k_GD[label_B]).sum(1), torch.ones_like(label_B)
     for first in range(0, len(k_GD), chunk):
         columns = slice(first, first + chunk)
         logits_BC = (q_BD @ k_GD[columns].t()).mul_(scale)
         lse_B = torch.logaddexp(lse_B, logits_BC.logsumexp(1))
         best.see(logits_BC, first)
         if positives is not None:
-            positive_B += logits_BC.where(positives.of(columns), 0.0).sum(1)
+            same_BC = positives.of(columns)
+            positive_B += logits_BC.where(same_BC, 0.0).sum(1)
+            count_B += same_BC.sum(1)
         if draw is not None:
             draw.see(drawn, logits_BC, first)
     found_B = best.column_B == label_B if positives is None else positives.has(best.column_B)
-    return Rows(lse_B, positive_B, found_B.sum().to(q_BD.dtype), None if draw is None else drawn.column_B)
+    right = found_B.sum().to(q_BD.dtype)
+    return Rows(lse_B, positive_B, count_B, right, None if draw is None else drawn.column_B)
 
 
 class _Contrast(torch.autograd.Function):
@@ -109,10 +110,9 @@ class _Contrast(torch.autograd.Function):
             rows_of(q_BD, both_G2D[:, other], scale, label_B, positives, draw, chunk)
             for q_BD, other, draw in ((image_BD, 1, draws and draws[0]), (text_BD, 0, draws and draws[1]))
         ]
-        count_B = 1 if positives is None else positives.count(chunk)
         ctx.save_for_backward(image_BD, text_BD, both_G2D, scale, label_B, *(rows.lse_B for rows in found))
-        ctx.collector, ctx.positives, ctx.count_B, ctx.chunk = collector, positives, count_B, chunk
-        loss = sum((rows.lse_B - rows.positive_B / count_B).sum() for rows in found) / 2
+        ctx.collector, ctx.positives, ctx.count_B, ctx.chunk = collector, positives, found[0].count_B, chunk
+        loss = sum((rows.lse_B - rows.positive_B / rows.count_B).sum() for rows in found) / 2
         others = [tensor for rows in found for tensor in (rows.right, rows.negative_B) if tensor is not None]
         ctx.mark_non_differentiable(*others)
         return loss, *(value for rows in found for value in (rows.right, rows.negative_B))
@@ -162,12 +162,12 @@ class _Sigmoid(torch.autograd.Function):
         ctx.save_for_backward(image_BD, text_GD, scale, bias)
         ctx.collector, ctx.positives, ctx.chunk = collector, positives, chunk
         right = positives.has(best.column_B).sum().to(image_BD.dtype)
-        ctx.mark_non_differentiable(right)
-        return loss, right
+        ctx.mark_non_differentiable(right, text_GD)
+        return loss, right, text_GD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx, grad: Tensor, *_):
         image_BD, text_GD, scale, bias = ctx.saved_tensors
         mixed_BD, grad_GD = torch.zeros_like(image_BD), torch.empty_like(text_GD)
         grad_bias = torch.zeros_like(bias)
@@ -242,12 +242,11 @@ def sigmoid_contrast(
     both directions are that of images. Memory: O(B * chunk + 2 * G * D)."""
     with torch.autocast(image_BD.device.type, enabled=False):
         positives = positives_of(image_BD, key_BK, collector)
-        loss, right = _Sigmoid.apply(image_BD, text_BD, scale, bias, collector, positives, chunk)
+        loss, right, text_GD = _Sigmoid.apply(image_BD, text_BD, scale, bias, collector, positives, chunk)
         text_B = image_B = None
         if draws is not None:
-            both_G2D = collector.gather(torch.stack((image_BD, text_BD), dim=1).detach())
-            text_B = sample_negatives(image_BD, both_G2D[:, 1], scale, draws[0], chunk=chunk)
-            image_B = sample_negatives(text_BD, both_G2D[:, 0], scale, draws[1], chunk=chunk)
+            text_B = sample_negatives(image_BD, text_GD, scale, draws[0], chunk=chunk)
+            image_B = sample_negatives(text_BD, collector.gather(image_BD.detach()), scale, draws[1], chunk=chunk)
     return Contrasted(loss, right, text_B, right, image_B)
 
 
@@ -297,7 +296,7 @@ class Draw:
         if bool((keys_GK == keys_GK[0]).any(1).all()):
             raise RecipeError(
                 f"itm needs a negative, but all {len(keys_GK)} pairs of the ranks' micro-batches have image_id "
-                f"{int(keys_GK[0, 0])}, or its caption: use micro-batches of at least two different images"
+                f"{int(keys_GK[0, 0])}{', or its caption' if keys_GK.shape[1] > 1 else ''}: use micro-batches of at least two different images"
             )
         self.seed, self.query_id_B, self.candidate_id_G = seed, query_id_B, candidate_id_G
         self.query_key_BK, self.candidate_key_GK = query_image_B.view(len(query_image_B), -1), keys_GK

@@ -29,7 +29,8 @@ def overlap(held_out: Sequence[Shard], training: Sequence[Shard]) -> tuple[int, 
     total = sum(shard.samples for shard in own)
     if not own or not theirs:
         return 0, 0
-    ends, lengths = np.cumsum([shard.samples for shard in own]), [lengths_of(shard) for shard in theirs]
+    ends = np.cumsum([shard.samples for shard in own])
+    own_lengths, lengths = ([lengths_of(shard) for shard in shards] for shards in (own, theirs))
     shared = looked_at = 0
     for number in np.unique(np.linspace(0, total - 1, min(LOOKED_AT, total)).astype(np.int64)):
         heartbeat.beat("comparing held-out with training pictures")
@@ -40,7 +41,7 @@ def overlap(held_out: Sequence[Shard], training: Sequence[Shard]) -> tuple[int, 
         except DataError:
             continue
         looked_at += 1
-        length = lengths_of(shard)[row]
+        length = own_lengths[place][row]
         candidates = [
             (of, int(at)) for of, values in zip(theirs, lengths, strict=True) for at in np.flatnonzero(values == length)
         ]

@@ -37,7 +37,7 @@ from vlmo_ds.weights_file import BEST, EMA, FINAL, RESULTS, read_weights
 def find_stage(path: Path, call: str | None = None, weights: str | None = None) -> tuple[Path, Recipe, Path]:
     """(run, recipe, folder of weights) of a run's directory, whose last finished stage that trains this call of the model (None:
     any) is taken, or of checkpoints/<stage>/final inside it. weights: which of RESULTS, None: final, or what the path names."""
-    named = path.name in RESULTS
+    named = path.name in RESULTS and path.resolve().parents[1].name == "checkpoints"
     if named and weights not in (None, path.name):
         raise RecipeError(f"--weights {weights} asks for other weights than {path}; accepted: one of them")
     run = path.resolve().parents[2] if named else path

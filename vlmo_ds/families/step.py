@@ -18,6 +18,13 @@ from vlmo_ds.families.interface import Family
 Batch = Mapping[str, Tensor]
 
 
+def inputs_of(batch: Mapping[str, Any], device: torch.device, negative_seed: int, step_seed: int) -> dict[str, Tensor]:
+    """A loader's batch as a model takes it: its tensors on a device, and by what hard negatives, and what is the same for all of a step, are
+    drawn."""
+    tensors = {name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)}
+    return {**tensors, "negative_seed": torch.tensor(negative_seed), "step_seed": torch.tensor(step_seed)}
+
+
 class StepOutput(NamedTuple):
     """What one forward pass gives back (a tuple, in which DeepSpeed finds the tensors).
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import Recipe, RecipeError, StageConfig, number
@@ -30,6 +29,7 @@ from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.transforms import EncodedImage
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.interface import IMAGES, TEXTS
+from vlmo_ds.families.step import inputs_of
 from vlmo_ds.recipe_file import QUICKSTART, load_recipe
 from vlmo_ds.training.command import chosen_stages
 from vlmo_ds.training.host import prepare_cpu
@@ -162,8 +162,7 @@ def by_heart(recipe: Recipe, stage: StageConfig, dataset: BatchDataset, seconds:
     model = build_model(recipe, stage, None, "a fresh initialisation", Collector()).train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    batch = {key: value.to(device) for key, value in dataset[0].items() if isinstance(value, Tensor)}
-    batch |= {"negative_seed": torch.tensor(1), "step_seed": torch.tensor(1)}
+    batch = inputs_of(dataset[0], device, negative_seed=1, step_seed=1)
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), betas=stage.optimizer.betas, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     first: dict[str, float] = {}

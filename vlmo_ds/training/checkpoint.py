@@ -176,10 +176,7 @@ class CheckpointWriter:
         if problem:
             self.step = None
             return problem
-        tensors = snapshot(engine, frozen, averages, self.collector)
-        tensors |= {
-            f"{AVERAGE}/{start}/{name}": values.to("cpu", copy=True) for name, (start, values) in moving_average.items()
-        }
+        tensors = snapshot(engine, frozen, averages, moving_average, self.collector)
         state = {"format": FORMAT, "step": step, **about, "aliases": aliases(engine.module), **progress(engine)}
         self.problem = ""
         self.thread = threading.Thread(target=self.write, args=(tensors, state))
@@ -264,9 +261,10 @@ def snapshot(
     engine: deepspeed.DeepSpeedEngine,
     frozen: Mapping[str, Tensor],
     averages: Mapping[str, Held],
+    moving_average: Mapping[str, Held],
     collector: Collector,
 ) -> dict[str, Tensor]:
-    """Copies in host memory of what this rank writes. What every rank has whole is dealt out to the ranks in turn."""
+    """Copies in host memory of what this rank writes, arguments as CheckpointWriter.start's. What every rank has whole is dealt out to the ranks in turn."""
     tensors = {
         f"{kind}/{start}/{name}": value.detach().to("cpu", torch.float32, copy=True)
         for name, start, kinds in fragments(engine)
@@ -280,6 +278,7 @@ def snapshot(
         for n, (start, part) in parts.items()
         if part.numel() and (isinstance(layout, PartitionedLayout) or collector.rank == 0)
     }
+    tensors |= {f"{AVERAGE}/{start}/{n}": part.to("cpu", copy=True) for n, (start, part) in moving_average.items()}
     everywhere = {**{f"weight/0/{n}": v for n, v in frozen.items()}, **buffer_entries(engine)}
     for number, (key, value) in enumerate(everywhere.items()):
         if number % collector.world_size == collector.rank:

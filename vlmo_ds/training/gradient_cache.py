@@ -31,12 +31,12 @@ def cached_contrast(
         found = [call(i, "contrast_features", {}) for i in range(parts)]
     scales = [name for name in found[0] if name.endswith(("_scale", "_bias"))]
     counts = {name: added(part[name] for part in found) for name in found[0] if name.endswith("_count")}
-    others = [name for name in found[0] if name not in scales and name not in counts]
-    features = [name for name in others if found[0][name].is_floating_point()]
+    by_sample = [name for name in found[0] if name not in scales and name not in counts]
+    features = [name for name in by_sample if found[0][name].is_floating_point()]
     sizes = [len(part["image"]) for part in found]
     whole = {name: torch.cat([part[name] for part in found]).requires_grad_() for name in features}
     whole |= {name: found[0][name].clone().requires_grad_() for name in scales}
-    keys = {name: torch.cat([part[name] for part in found]) for name in others if name not in features}
+    keys = {name: torch.cat([part[name] for part in found]) for name in by_sample if name not in features}
     del found
     out = StepOutput.empty()
     model.add_contrast(out, {**whole, **keys})

@@ -23,7 +23,7 @@ from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import Clamp, matches
-from vlmo_ds.families.step import FamilyModel, StepOutput
+from vlmo_ds.families.step import FamilyModel, StepOutput, inputs_of
 from vlmo_ds.ledger import StageClock
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.averages import Averages
@@ -37,7 +37,7 @@ from vlmo_ds.training.monitor import Monitor, global_metrics
 from vlmo_ds.training.moving_average import MovingAverage
 from vlmo_ds.training.optim import optimizer_step, set_trainable
 from vlmo_ds.training.pace import DATA, WINDOW, WRITING, Pace, flops_of, tokens_of
-from vlmo_ds.training.scores import Scores
+from vlmo_ds.training.scores import SEED, Scores, held_out_of
 from vlmo_ds.training.signals import Stopped, StopRequest
 from vlmo_ds.training.state import full_state, layout_of, refuse_moved, set_weights
 from vlmo_ds.training.watch import BUILDING, GATHERING
@@ -104,10 +104,12 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     collector: Collector,
     known_shards: list[list[str]] | None = None,
+    seed: int | None = None,
 ) -> BatchDataset:
+    """The data of a stage, for this rank. seed: of all that is drawn, None: the stage's own."""
     model = recipe.model
     micro, _ = micro_batch(stage, collector.world_size)
-    seed = stage_seed(recipe, stage)
+    seed = stage_seed(recipe, stage) if seed is None else seed
     spec = spec_for(stage.reads, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
     return BatchDataset(
         stage.data,
@@ -233,7 +235,8 @@ class StageTraining:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.counts = parameter_counts(model)
         buffer_shapes = {name: buffer.shape for name, buffer in model.named_buffers()}
-        self.engine = build_engine(model, stage, merge(run.ds_config, stage, collector.world_size))
+        merged = merge(run.ds_config, stage, collector.world_size)
+        self.engine = build_engine(model, stage, merged)
         self.averages.attach(self.engine)
         self.first = checkpoint.restore(self.engine, reader) if reader else 0
         self.moving_average = MovingAverage(self.engine, stage.ema, reader) if stage.ema else None
@@ -255,9 +258,13 @@ class StageTraining:
         self.writer = checkpoint.CheckpointWriter(
             folder, recipe.keep_checkpoints, recipe.background_checkpoints, collector
         )
-        half = is_half(merge(run.ds_config, stage, collector.world_size))
-        self.pace = Pace(flops_of(recipe.model, stage), half, collector.world_size, collector.rank)
-        self.scores = Scores(run, stage) if stage.evaluate_every else None
+        self.pace = Pace(flops_of(recipe.model, stage), is_half(merged), collector.world_size, collector.rank)
+        self.scores = None
+        if stage.evaluate_every:
+            held_out = None
+            if stage.evaluate.held_out:
+                held_out = build_dataset(recipe, held_out_of(stage), run.tokenizer, collector, seed=SEED)
+            self.scores = Scores(run, stage, held_out)
         self.failures = checkpoint.FailedCheckpoints(recipe.checkpoint_failures, folder, collector.rank == 0)
         shapes = {**self.shapes, **buffer_shapes}
         self.about = checkpoint.about_run(stage.name, recipe.model_dump(mode="json"), shapes, self.engine)
@@ -344,9 +351,9 @@ class StageTraining:
         if self.moving_average and not skipped:
             self.moving_average.follow(step + 1)
         flags = {ASKED: float(run.stop.asked()), BUSY: float(self.writer.busy)}
-        flags |= self.pace.told()
-        metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags}, run.collector)
-        self.pace.step({name: counts.pop(name) for name in self.pace.told()})
+        told = self.pace.told()
+        metrics, counts = global_metrics(outputs, {**self.replaced.of_step(), **flags, **told}, run.collector)
+        self.pace.step({name: counts.pop(name) for name in told})
         asked = bool(counts.pop(ASKED))
         with self.pace.part(WRITING):
             self.published(self.writer.settle(counts.pop(BUSY)))
@@ -387,10 +394,9 @@ class StageTraining:
         heartbeat.beat(f"step {step + 1} of {stage.name}")
         if self.compare:
             check_ranks(run.collector, number, stage, batch)
-        batch = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
         seed = self.seed * 1_000_003 + number
-        batch["negative_seed"] = torch.tensor(seed % 2**63)
-        batch["step_seed"] = torch.tensor((self.seed * 1_000_003 + step + self.skip) % 2**63)
+        step_seed = (self.seed * 1_000_003 + step + self.skip) % 2**63
+        batch = inputs_of(batch, device(), seed % 2**63, step_seed)
         # Dropout and stochastic depth need no saved state: they restart from a function of the step.
         return Pass(batch, (seed * 65_537 + run.collector.rank) % 2**64)
 

@@ -8,6 +8,7 @@ Nothing of it is in metrics.jsonl, which is the same for the same run.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket
 import statistics
@@ -29,7 +30,7 @@ SAMPLED_EVERY = 10  # steps, of which one is timed on a GPU
 DATA, RANKS, WRITING = "waiting for data", "in collectives", "writing checkpoints"
 MUCH = 0.1  # share of the time of a step that is worth a word
 SLOWER = 1.25  # times the median of computing that make a rank slow
-# Dense 16-bit TFLOP/s of a device by a part of its name (NVIDIA's data sheets), the longer names first.
+# Dense 16-bit TFLOP/s of a device by words of its name (NVIDIA's data sheets), the longer ones first.
 TFLOPS = {
     "GB200": 2500,
     "B200": 2250,
@@ -101,7 +102,7 @@ def rate_of_device(half: bool) -> float | None:
     if not (half and torch.cuda.is_available()):
         return None
     name = torch.cuda.get_device_name()
-    return next((1e12 * rate for part, rate in TFLOPS.items() if part in name), None)
+    return next((1e12 * rate for words, rate in TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def flops_of(model: ModelConfig, stage: StageConfig) -> float:

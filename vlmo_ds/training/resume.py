@@ -65,18 +65,7 @@ COPIED = (
     DATA,
 )
 # Files at the top of a run's directory that write_atomically writes.
-OWN_FILES = (
-    "recipe.yaml",
-    "ds_config.json",
-    metrics.FILE,
-    metrics.SCORES,
-    metrics.PACE,
-    ledger.FILE,
-    "answers.json",
-    "captions.json",
-    *(f"{name}{of}.json" for name in EVALUATIONS for of in ("", f"_{EMA}")),
-    DATA,
-)
+OWN_FILES = (*COPIED, "captions.json", *(f"{name}{of}.json" for name in EVALUATIONS for of in ("", f"_{EMA}")))
 BLOCK, MOST_BLOCKS = (
     4096,
     4000,

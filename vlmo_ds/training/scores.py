@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from vlmo_ds.config import RecipeError, StageConfig, nearest
-from vlmo_ds.data.loader import BatchDataset, batches, spec_for
+from vlmo_ds.data.loader import BatchDataset, batches
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.evaluation.table import Finished, due_in, flat
-from vlmo_ds.families.step import FamilyModel
-from vlmo_ds.training.ds_config import micro_batch
+from vlmo_ds.families.step import FamilyModel, inputs_of
 from vlmo_ds.training.engine import device
 from vlmo_ds.training.monitor import global_metrics
 
@@ -38,38 +37,25 @@ SEED = 20_070_913  # of their masks and negatives: the same at every evaluation
 class Scores:
     """The evaluations of a stage. best: the best value so far of the metric that is followed, and its step."""
 
-    def __init__(self, run: Run, stage: StageConfig):
+    def __init__(self, run: Run, stage: StageConfig, held_out: BatchDataset | None):
+        """held_out: the data of held_out_of(stage), where that names shards. RecipeError where they make no batch."""
         self.run, self.stage, self.config = run, stage, stage.evaluate
         self.every = stage.evaluate_every
         self.due = due_in(run.recipe, stage)
-        self.dataset = self.held_out() if self.config.held_out else None
+        self.held_out = held_out
+        self.batches = self.whole_batches(held_out) if held_out else 0
         self.best: tuple[float, int] | None = None
         self.since_best = 0  # evaluations
         self.measured_until = -1  # step of the newest that is written down
 
-    def held_out(self) -> BatchDataset:
-        """The held-out shards in batches of the stage's size, without augmentation."""
-        run, stage, model = self.run, self.stage, self.run.recipe.model
-        micro, _ = micro_batch(stage, run.collector.world_size)
-        plain: dict[str, Any] = {
-            "shards": self.config.held_out,
-            "sources": {},
-            "index": None,
-            "transform": "square_transform",
-        }
-        plain |= {"min_scale": None, "flip": True, "length_bucketing": 1, "mixing": "random"}
-        sizes = model.image_size, model.patch_size, model.max_text_len, SEED, model.vqav2_label_size
-        spec, rank, ranks = spec_for(stage.reads, *sizes), run.collector.rank, run.collector.world_size
-        data = stage.data.model_copy(update=plain)
-        found = BatchDataset(data, spec, run.tokenizer, rank=rank, world_size=ranks, batch_size=micro)
-        samples = sum(source.total for source in found.sources)
-        if samples < micro * ranks:
+    def whole_batches(self, held_out: BatchDataset) -> int:
+        samples, size = sum(source.total for source in held_out.sources), held_out.global_size
+        if samples < size:
             raise RecipeError(
-                f"stages.{stage.name}.evaluate.held_out has {samples} samples, and a batch over all ranks {micro * ranks}: "
-                f"accepted are shards of at least {micro * ranks}"
+                f"stages.{self.stage.name}.evaluate.held_out has {samples} samples, and a batch over all ranks {size}: accepted are "
+                f"shards of at least {size}"
             )
-        self.batches = min(self.config.batches, samples // (micro * ranks))
-        return found
+        return min(self.config.batches, samples // size)
 
     def remember(self, records: Iterator[Mapping[str, Any]]) -> None:
         """What earlier starts have measured of the stage, up to the step that this one goes on from (rank 0's); every rank calls."""
@@ -148,8 +134,8 @@ class Scores:
     @torch.no_grad()
     def measure(self, model: FamilyModel) -> dict[str, float]:
         found: dict[str, float] = {}
-        if self.dataset is not None:
-            found |= {f"{HELD_OUT}/{name}": value for name, value in self.losses(model, self.dataset).items()}
+        if self.held_out is not None:
+            found |= {f"{HELD_OUT}/{name}": value for name, value in self.losses(model, self.held_out).items()}
         run = self.run
         for name, evaluation in self.due.items():
             outcome = evaluation.measure(
@@ -163,12 +149,17 @@ class Scores:
         outputs = []
         for number, batch in enumerate(batches(dataset, 0, self.batches, 0)):
             heartbeat.beat(f"evaluation: held-out losses of {self.stage.name}")
-            inputs = {key: value.to(device()) for key, value in batch.items() if isinstance(value, Tensor)}
             torch.manual_seed(SEED + number)
-            inputs |= {name: torch.tensor(SEED + number) for name in ("negative_seed", "step_seed")}
-            outputs.append(model(inputs))
+            outputs.append(model(inputs_of(batch, device(), SEED + number, SEED + number)))
         found, _ = global_metrics(outputs, {}, self.run.collector)
         return found
+
+
+def held_out_of(stage: StageConfig) -> StageConfig:
+    """The stage with its held-out shards as data, without augmentation."""
+    plain: dict[str, Any] = {"shards": stage.evaluate.held_out, "sources": {}, "index": None, "mixing": "random"}
+    plain |= {"transform": "square_transform", "min_scale": None, "flip": True, "length_bucketing": 1}
+    return stage.model_copy(update={"data": stage.data.model_copy(update=plain)})
 
 
 @contextmanager
