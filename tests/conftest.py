@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +115,15 @@ def call(module: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def free_port() -> int:
+    """A port that nobody listens at, below those that the kernel gives to connections: none of these can take it until it is used."""
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    lowest = max(int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]), 12000)
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(lowest - 10000, lowest)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def start_ranks(command: list[str], ranks: int, **environment: str) -> list[preloaded.Process]:

@@ -20,11 +20,16 @@ def command(folder, data, stage=2, **changes):
 
 
 def wait_for(path, lines, processes, timeout=120):
-    """Until a file has so many lines, or a process has ended."""
+    """Until a file has so many lines; fails with the output of a process that ends before, or when none writes them in time (seconds)."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end and all(p.poll() is None for p in processes):
-        if path.exists() and path.read_text().count("\n") >= lines:
-            return
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        ended = [process for process in processes if process.poll() is not None]
+        if (ended or time.monotonic() > end) and not (path.exists() and path.read_text().count("\n") >= lines):
+            for process in processes:
+                process.kill()
+            outputs = [process.communicate()[0] or "" for process in processes]
+            why = "a process has ended" if ended else f"{timeout} s are over"
+            raise AssertionError(f"{path} has no {lines} lines and {why}:\n" + "\n".join(o[-3000:] for o in outputs))
         time.sleep(0.02)
 
 

@@ -28,13 +28,15 @@ def store():
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
+        for _ in range(900):
             try:
                 request = urllib.request.Request(f"{url}/runs", method="PUT")
                 urllib.request.urlopen(request, timeout=5)
                 break
             except OSError:
                 time.sleep(0.1)
+        else:
+            raise AssertionError(f"no S3 server at {url} (moto's has ended with {server.poll()})")
         yield {
             "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "a",
