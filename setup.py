@@ -5,8 +5,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Recipes and DeepSpeed configs lie where a clone shows them, and are data of the package where it is installed.
-SHIPPED = {"vlmo_ds.recipes": "launch/recipes", "vlmo_ds.ds_configs": "ds_configs"}
+# Recipes, DeepSpeed configs and recorded curves lie where a clone shows them, and are data of the package where it is installed.
+SHIPPED = {
+    "vlmo_ds.recipes": "launch/recipes",
+    "vlmo_ds.ds_configs": "ds_configs",
+    "vlmo_ds.references": "launch/references",
+}
 
 CAPTIONING = ["pycocoevalcap", "nltk"]  # scores of captions: BLEU, ROUGE-L, CIDEr; words without Java
 VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("vlmo_ds").joinpath("__init__.py").read_text())[1]
@@ -25,6 +29,7 @@ setup(
         "vlmo_ds": ["py.typed"],
         "vlmo_ds.recipes": ["*.yaml", "*/*.yaml"],
         "vlmo_ds.ds_configs": ["*.json"],
+        "vlmo_ds.references": ["*.json"],
     },
     entry_points={"console_scripts": ["vlmo = vlmo_ds.__main__:main"]},
     python_requires=">=3.10",

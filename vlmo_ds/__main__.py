@@ -13,6 +13,10 @@ COMMANDS = {
     "recipe": ("vlmo_ds.recipe", "print every setting with its meaning, or a recipe as it is resolved"),
     "plan": ("vlmo_ds.planning.plan", "memory, bytes on the wire, time and cost of a recipe on so many GPUs"),
     "doctor": ("vlmo_ds.planning.doctor", "look at data and settings, and let every task learn one batch by heart"),
+    "compare": (
+        "vlmo_ds.planning.compare",
+        "lay a run's curves over those of runs that went well, and say what is not as there",
+    ),
     "preflight": ("vlmo_ds.planning.preflight", "look at the machines before a run"),
     "supervise": ("vlmo_ds.planning.supervise", "start a run again when it falls"),
     "checkpoint": ("vlmo_ds.training.checkpoint", "one file of weights from a checkpoint"),

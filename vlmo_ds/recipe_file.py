@@ -15,9 +15,35 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlmo_ds import families, shipped
-from vlmo_ds.config import Recipe, RecipeError, Settings, nearest
+from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, Settings, nearest
 
 QUICKSTART = "launch/recipes/quickstart.yaml"  # the recipe of commands that name none
+# Settings that do not change what is trained: a run may go on with other values.
+FREE_OF_STAGE = (
+    ".checkpoint_every",
+    ".log_images_every",
+    ".workers",
+    ".prefetch",
+    ".max_bad_fraction",
+    ".index",
+    ".cache",
+    ".cache_size_gb",
+    ".tries",
+    ".stall_seconds",
+)
+FREE = (
+    *EVALUATIONS,
+    "model.kernels",
+    "model.compile",
+    "keep_checkpoints",
+    "checkpoint_copy",
+    "checkpoint_failures",
+    "background_checkpoints",
+    "max_nonfinite_steps",
+    "loss_spike",
+    "check_ranks",
+    "name",
+)
 LARGEST_YAML, MOST_YAML_VALUES, DEEPEST_YAML = 1 << 20, 50_000, 50  # bytes, values, levels
 
 
@@ -216,3 +242,36 @@ def known_settings(recipe: type[Recipe], location: Sequence[Any]) -> list[str]:
             if isinstance(inner, type) and get_origin(inner) is None and issubclass(inner, Settings):
                 model = inner
     return sorted(model.model_fields)
+
+
+# ---- two recipes beside each other ----
+
+
+def changed_settings(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (value before, value now) of what differs and changes what is trained, but for the shards' paths. None: not there."""
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not is_free(key, new.get(key))
+    }
+
+
+def is_free(key: str, now: Any) -> bool:
+    parts = key.split(".")
+    if key.startswith(FREE) or key.endswith(FREE_OF_STAGE) or "shards" in parts[2:]:
+        return True
+    if parts[0] == "stages" and parts[2:3] and parts[2] in ("ema", "evaluate", "evaluate_every"):
+        return True
+    return key in ("model.vocab_size", "model.vqav2_label_size") and now == 0
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names as a user writes them, stages.joint.steps, -> values."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = [(inner.get("name", i) if isinstance(inner, dict) else i, inner) for i, inner in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {k: v for key, inner in items for k, v in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()}

@@ -1,15 +1,20 @@
-"""Recipes and DeepSpeed configs that come with the project, found by name from anywhere."""
+"""Recipes, DeepSpeed configs and recorded curves that come with the project, found by name from anywhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-CLONE = {"recipes": PACKAGE.parent / "launch" / "recipes", "ds_configs": PACKAGE.parent / "ds_configs"}
-SUFFIX = {"recipes": ".yaml", "ds_configs": ".json"}
+CLONE = {
+    "recipes": PACKAGE.parent / "launch" / "recipes",
+    "ds_configs": PACKAGE.parent / "ds_configs",
+    "references": PACKAGE.parent / "launch" / "references",
+}
+SUFFIX = {"recipes": ".yaml", "ds_configs": ".json", "references": ".json"}
 PREFIXES = {
     "recipes": "launch/recipes/",
     "ds_configs": "ds_configs/",
+    "references": "launch/references/",
 }  # as in a clone, where the documentation names them
 
 

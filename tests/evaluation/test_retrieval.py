@@ -15,7 +15,8 @@ from vlmo_ds.config import RetrievalConfig
 from vlmo_ds.data.loader import collate
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import circumstances
-from vlmo_ds.evaluation.report import curve, duration, thin, write_report
+from vlmo_ds.evaluation.drawing import curve, thin
+from vlmo_ds.evaluation.report import duration, write_report
 from vlmo_ds.evaluation.retrieval import RetrievalSet, evaluate, recalls, rerank
 from vlmo_ds.evaluation.runs import Texts
 

@@ -42,7 +42,8 @@ from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError, is_remote, write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import meaning, runs
-from vlmo_ds.evaluation.report import STYLE, picture
+from vlmo_ds.evaluation.drawing import STYLE
+from vlmo_ds.evaluation.report import picture
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.generation.decoding import check_lengths, written
 from vlmo_ds.manifest import crc32

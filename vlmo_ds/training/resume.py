@@ -21,37 +21,11 @@ from vlmo_ds.data.loader import source_shards
 from vlmo_ds.data.shards import Shard
 from vlmo_ds.data.storage import is_remote, write_atomically
 from vlmo_ds.manifest import MANIFEST, fault_of
-from vlmo_ds.recipe_file import parse_recipe, read_yaml
+from vlmo_ds.recipe_file import changed_settings, parse_recipe, read_yaml
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.command import Command
 from vlmo_ds.weights_file import EMA, FINAL, STAGE
 
-# Settings of a stage that do not change what is trained: a run may go on with other values.
-FREE_OF_STAGE = (
-    ".checkpoint_every",
-    ".log_images_every",
-    ".workers",
-    ".prefetch",
-    ".max_bad_fraction",
-    ".index",
-    ".cache",
-    ".cache_size_gb",
-    ".tries",
-    ".stall_seconds",
-)
-FREE = (
-    *EVALUATIONS,
-    "model.kernels",
-    "model.compile",
-    "keep_checkpoints",
-    "checkpoint_copy",
-    "checkpoint_failures",
-    "background_checkpoints",
-    "max_nonfinite_steps",
-    "loss_spike",
-    "check_ranks",
-    "name",
-)
 DATA = "data.json"
 # What a run goes on with beside its checkpoints; its recipe first.
 COPIED = (
@@ -130,11 +104,10 @@ def compare_recipes(recipe: Recipe, old: Any, whose: str) -> None:
         earlier = parse_recipe(old, whose)
     except RecipeError as error:
         raise RecipeError(f"{whose} a recipe that cannot be read: choose another --output_dir ({error})") from None
-    before, now = flatten(earlier.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
     changed = [
-        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not may_change(key, before.get(key), now.get(key))
+        f"{key}: was {before!r}, is {now!r}"
+        for key, (before, now) in changed_settings(earlier, recipe).items()
+        if not longer(key, before, now)
     ]
     if changed:
         raise RecipeError(
@@ -143,26 +116,10 @@ def compare_recipes(recipe: Recipe, old: Any, whose: str) -> None:
         )
 
 
-def may_change(key: str, before: Any, now: Any) -> bool:
+def longer(key: str, before: Any, now: Any) -> bool:
+    """Whether a stage's steps are raised."""
     parts = key.split(".")
-    if key.startswith(FREE) or key.endswith(FREE_OF_STAGE) or "shards" in parts[2:]:
-        return True
-    if parts[0] == "stages" and parts[2:3] and parts[2] in ("ema", "evaluate", "evaluate_every"):
-        return True
-    if key in ("model.vocab_size", "model.vqav2_label_size") and now == 0:
-        return True
     return parts[0] == "stages" and parts[-1] == "steps" and len(parts) == 3 and before is not None and now > before
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names as a user writes them, stages.joint.steps, -> values."""
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = [(inner.get("name", i) if isinstance(inner, dict) else i, inner) for i, inner in enumerate(value)]
-    else:
-        return {prefix: value}
-    return {k: v for key, inner in items for k, v in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 # ---- results ----
