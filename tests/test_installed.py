@@ -55,6 +55,7 @@ def test_recipes_and_configs_are_found_from_an_empty_folder(installed, tmp_path)
     assert set(vlmo(installed, tmp_path, "recipe", "--list").split()) == set(shipped.names("recipes"))
     output = vlmo(installed, tmp_path, "train", "--deepspeed_config", "zero9", code=2)
     assert output.rstrip().endswith(f"in ds_configs: {', '.join(shipped.names('ds_configs'))}")
+    assert {path.stem for path in (installed / "vlmo_ds/references").glob("*.json")} == set(shipped.names("references"))
     (tmp_path / "quickstart").write_text("name: mine")  # a file of the user's comes first
     assert "recipe quickstart" in vlmo(installed, tmp_path, "recipe", "quickstart", code=2)
 

@@ -30,7 +30,7 @@ def curve(
     band: Sequence[tuple[int, float, float]] = (),
 ) -> str:
     """An SVG line chart. band: step, least and most of what is drawn behind the lines."""
-    left, bottom, top, right = 42, 22, 8, 6
+    left, bottom, top, right = 52, 22, 8, 6
     points = [p for values in series.values() for p in values] + [(step, high) for step, _, high in band]
     if not points:
         return ""

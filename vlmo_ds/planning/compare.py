@@ -376,7 +376,7 @@ def page(
             band = [(step, b.low, b.high) for step, b in pairs if b is not None]
             values = means(curves.get(stage, {}).get(name, {}), expected.steps)
             own = [(step, v) for step, v in zip(expected.steps, values, strict=True) if v is not None]
-            if own:
+            if any(value for _, value in own) or any(high for _, _, high in band):  # not what is 0 everywhere
                 figures.append(curve(f"{stage}: {name}", {run.name: own}, band=band))
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(str(run))}</title><style>{STYLE}</style><h1>{html.escape(str(run))}</h1>"
