@@ -94,7 +94,7 @@ def test_a_run_that_is_still_training(tmp_path, reference, capsys):
         ({"loss/textmlm": 1.5, "words:loss/mlm": 2}, [], "loss/textmlm above since step 8", "the texts: what reads texts alone is outside, images alone are inside"),
         ({"words:loss/mlm": 3, "loss/itc": 3}, [], "loss/mlm above since step 8", "the pairing: what reads an image and its text together is outside, what reads one of them is inside"),
         ({"loss/itc": 0.3, "loss/itm": 0.3}, [], "loss/itc below since step 8", "pairs are easier than the reference's"),
-        ({"loss/mim": 1.6, "loss/textmlm": 1.6}, ["stages.image.optimizer.weight_decay=0.5"], "loss/mim above", "what all stages share: optimizer, batch size, initial weights or precision. Settings differ as well: stages.image.optimizer.weight_decay 0.5, in the reference 0.05"),
+        ({"loss/mim": 1.6, "loss/textmlm": 1.6}, ["stages.image.optimizer.weight_decay=0.5"], "loss/mim above", "settings that differ: stages.image.optimizer.weight_decay 0.5, in the reference 0.05; if not these, what all stages share: optimizer, batch"),
     ],
     ids=["rate", "images", "texts", "pairing", "easy", "all"],
 )  # fmt: skip
@@ -147,7 +147,7 @@ def test_the_page_shows_the_band(tmp_path, reference):
 
 def bad(tmp_path, kind):
     path = tmp_path / "bad.json"
-    good = {"recipe": {}, "runs": [], "stages": {"a": {"steps": [8], "metrics": {"loss": [[1.0]]}}}}
+    good = {"recorded_by": "", "recipe": {}, "runs": [], "stages": {"a": {"steps": [8], "metrics": {"loss": [[1.0]]}}}}
     if kind == "no JSON":
         path.write_text("{")
     elif kind == "another JSON":

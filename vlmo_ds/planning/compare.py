@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,19 +74,23 @@ class StageCurves(BaseModel):
             bands.append(Band(low - margin, high + margin))
         return bands
 
+    def usual(self, name: str, stretch: int) -> float:
+        """Median of the runs; 0 where none has a number."""
+        return median([run[stretch] or 0.0 for run in self.metrics[name]])
+
 
 class Reference(BaseModel):
-    """Recorded curves. recipe: as it was resolved; runs: what is known of each; command: that made them."""
+    """Recorded curves. recipe: as it was resolved; runs: name, seed and precision of each; recorded_by: the version that did."""
 
+    recorded_by: str
     recipe: dict[str, Any]
     runs: list[dict[str, Any]]
-    command: str = ""
     stages: dict[str, StageCurves]
 
 
 class Finding(NamedTuple):
-    """A metric that is outside. side: above or below; value and band at its first stretch; ratio: of the value to the middle of the band, the
-    median over the stretches outside."""
+    """A metric that is outside. side: above or below; value and band at its first stretch; ratio: of the value to the reference's, the median
+    over the stretches outside."""
 
     stage: str
     metric: str
@@ -157,8 +162,20 @@ def recorded(runs: Sequence[Path]) -> Reference:
             steps=steps,
             metrics={name: [[rounded(v) for v in means(of[stage][name], steps)] for of in curves] for name in names},
         )
-    about = [{"name": run.name, "seed": recipe_of(run).seed} for run in runs]
-    return Reference(recipe=recipe.model_dump(mode="json"), runs=about, stages=stages)
+    about = [{"name": run.name, "seed": recipe_of(run).seed, "precision": precision_of(run)} for run in runs]
+    return Reference(
+        recorded_by=f"vlmo_ds {__version__}", recipe=recipe.model_dump(mode="json"), runs=about, stages=stages
+    )
+
+
+def precision_of(run: Path) -> str:
+    """bf16, fp16 or float32, by the DeepSpeed config of its stages; "" where it cannot be told."""
+    try:
+        stages = json.loads((run / "ds_config.json").read_text()).values()
+        found = {name for config in stages for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True}
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return ", ".join(sorted(found)) or "float32"
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -178,7 +195,6 @@ def read_reference(path: Path) -> Reference:
 
 def write_reference(path: Path, reference: Reference) -> None:
     """One line for each run's curve, so that changes can be read."""
-    import json
 
     def lines(value: Any, depth: int) -> str:
         if depth and isinstance(value, dict) and value:
@@ -238,26 +254,24 @@ def compare(curves: Mapping[str, Mapping[str, Mapping[int, float | None]]], refe
 
 def judge(stage: str, name: str, values: Mapping[int, float | None], expected: StageCurves) -> Finding | None:
     """The first streak outside; on the better side, which a run may reach sooner than others did, the one that it ends with."""
+    bands, found = expected.band(name), means(values, expected.steps)
     points = [
-        (step, value, band)
-        for step, value, band in zip(expected.steps, means(values, expected.steps), expected.band(name), strict=True)
-        if value is not None and band is not None
+        (i, value, band) for i, (value, band) in enumerate(zip(found, bands, strict=True)) if value is not None and band
     ]
     sides = ["above" if value > band.high else "below" if value < band.low else "" for _, value, band in points]
     needed = min(STREAK, len(points))
     for side in ("above", "below"):
-        streaks = [i for i in range(len(points) - needed + 1) if all(of == side for of in sides[i : i + needed])]
+        streaks = [k for k in range(len(points) - needed + 1) if all(of == side for of in sides[k : k + needed])]
         if better(name, side):
-            within = [i for i in range(len(points)) if sides[i] != side]
-            streaks = [i for i in streaks if i > max(within, default=-1)]
+            last_within = max((k for k, of in enumerate(sides) if of != side), default=-1)
+            streaks = [k for k in streaks if k > last_within]
         if streaks and needed:
-            step, value, band = points[streaks[0]]
-            ratios = [
-                v / ((b.low + b.high) / 2)
-                for (_, v, b), of in zip(points, sides, strict=True)
-                if of == side and b.low + b.high
-            ]
-            return Finding(stage, name, side, step, value, band, median(ratios) if ratios else math.nan)
+            first, value, band = points[streaks[0]]
+            outside = [(i, v) for (i, v, _), of in zip(points, sides, strict=True) if of == side]
+            ratios = [v / usual for i, v in outside if (usual := expected.usual(name, i))]
+            return Finding(
+                stage, name, side, expected.steps[first], value, band, median(ratios) if ratios else math.nan
+            )
     return None
 
 
@@ -295,48 +309,52 @@ def likely(found: Compared, recipe: Recipe, differing: Sequence[str], problem: s
     if rate:
         names = [line for line in differing if line.startswith(f"stages.{rate.stage}.")]
         return (
-            f"the learning rate: in stage {rate.stage} it is {rate.ratio:.2g} times the reference's"
+            f"the learning rate: in stage {rate.stage} it is {rate.ratio:.3g} times the reference's"
             + (f" ({names[0]})" if names else "")
             + ", and what comes after follows from it"
         )
+    first = found.outside[0].stage if found.outside else ""
+    names = [line for line in differing if line.startswith(("model.", f"stages.{first}."))]
+    if names:
+        return f"settings that differ: {'; '.join(names[:3])}; if not these, {by_what_is_read(found, recipe)}"
+    return by_what_is_read(found, recipe)
+
+
+def by_what_is_read(found: Compared, recipe: Recipe) -> str:
+    """The cause by which losses are outside: those of what reads images alone, texts alone, or both."""
     outside = {(f.stage, f.metric) for f in found.outside if f.metric.startswith("loss/")}
     images, texts, pairs = (tasks_of(recipe, kind) for kind in ({"image"}, {"text"}, {"image", "text"}))
     compared = outside | found.inside
-    if outside & images and not outside & texts:
+    if outside & images and outside & texts:
+        return "what all stages share: optimizer, batch size, initial weights or precision"
+    if outside & images:
         return (
             "the images: what reads images alone is outside"
             + (", texts alone are inside" if compared & texts else "")
             + ". Are they "
             "all alike, noise, or in another transform or normalisation than the reference's? `vlmo inspect SHARDS` shows them"
         )
-    if outside & texts and not outside & images:
+    if outside & texts:
         return (
             "the texts: what reads texts alone is outside"
             + (", images alone are inside" if compared & images else "")
             + ". Another "
             "tokenizer or language, captions that repeat or are cut? `vlmo doctor` counts these"
         )
-    if outside & images and outside & texts:
-        return "what all stages share: optimizer, batch size, initial weights or precision" + settings_named(differing)
+    if outside & pairs and all(f.side == "below" for f in found.outside if (f.stage, f.metric) in pairs):
+        return (
+            "pairs are easier than the reference's: captions that many images share, fewer candidates (global_batch_size), images of few "
+            "kinds"
+        )
     if outside & pairs:
-        easy = [f for f in found.outside if (f.stage, f.metric) in pairs]
-        if all(f.side == "below" for f in easy):
-            return (
-                "pairs are easier than the reference's: captions that many images share, fewer candidates (global_batch_size), images of few "
-                "kinds" + settings_named(differing)
-            )
         alone = compared & (images | texts)
         return (
             "the pairing: what reads an image and its text together is outside"
             + (", what reads one of them is inside" if alone else "")
-            + ". Are captions those of other images (shuffled labels, a table joined by the wrong key)? `vlmo inspect SHARDS` shows them side "
-            "by side; else the hand-over of weights (`init`)" + settings_named(differing)
+            + ". Are captions those of other images (shuffled labels, a table joined by the wrong key), or these images noise? `vlmo inspect "
+            "SHARDS` shows them side by side. Else the hand-over of weights (`init`)"
         )
-    return "nothing that usually does: look at the settings and versions that differ" + settings_named(differing)
-
-
-def settings_named(differing: Sequence[str]) -> str:
-    return f". Settings differ as well: {'; '.join(differing[:2])}" if differing else ""
+    return "nothing that is known: no loss is outside; look at what is, and at the versions"
 
 
 # ---- what is told ----
@@ -417,9 +435,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.record:
             reference = recorded([args.run, *args.reference])
-            reference.command = (
-                f"vlmo_ds {__version__}: {' '.join(['vlmo compare', *(sys.argv[1:] if argv is None else argv)])}"
-            )
             write_reference(args.record, reference)
             print(f"{args.record}: the curves of {len(reference.runs)} runs")
             return 0
