@@ -683,6 +683,12 @@ class Recipe(Settings):
     check_ranks: bool | None = Field(
         None, description="compare what the ranks are about to compute before every forward pass; null: under ZeRO-3"
     )
+    check_bits: int = Field(
+        0,
+        ge=0,
+        description="steps between two checks for machines that compute wrongly: a micro-batch computed twice, weights compared over ranks, "
+        "these before every checkpoint too; 0: none",
+    )
 
     @model_validator(mode="after")
     def check_names(self) -> Recipe:

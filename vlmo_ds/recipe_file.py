@@ -42,6 +42,7 @@ FREE = (
     "max_nonfinite_steps",
     "loss_spike",
     "check_ranks",
+    "check_bits",
     "name",
 )
 LARGEST_YAML, MOST_YAML_VALUES, DEEPEST_YAML = 1 << 20, 50_000, 50  # bytes, values, levels

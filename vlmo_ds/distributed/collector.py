@@ -83,9 +83,14 @@ class Collector:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(group) if self.distributed else 1
         self.rank = dist.get_rank(group) if self.distributed else 0
+        self.hears: Callable[[Tensor], None] | None = (
+            None  # gets what this rank gives to gather and sum (training.bits)
+        )
 
     def gather(self, local: Tensor) -> Tensor:
         """[B, ...] of each rank -> [W*B, ...] in rank order, differentiable. B must be the same on every rank."""
+        if self.hears:
+            self.hears(local)
         return local if self.world_size == 1 else _Gather.apply(local, self.group)
 
     def sum_to_owners(self, table: Tensor) -> Tensor:
@@ -94,6 +99,8 @@ class Collector:
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, without gradient."""
+        if self.hears:
+            self.hears(value)
         total = value.detach().clone()
         if self.world_size > 1:
             with timed("all_reduce"):

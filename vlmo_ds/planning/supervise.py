@@ -21,9 +21,10 @@ from vlmo_ds.data.storage import write_atomically
 from vlmo_ds.planning.preflight import answers, of_all, read_hostfile
 from vlmo_ds.recipe_file import QUICKSTART, load_recipe
 from vlmo_ds.training.ds_config import micro_batch
-from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, UNUSABLE
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, MISCOMPUTED, UNUSABLE
 
-FINAL = (DONE, UNUSABLE, DIVERGED, ASKED_TO_STOP)  # exit statuses after which another start would change nothing
+# Exit statuses after which another start would change nothing, or would compute wrongly again.
+FINAL = (DONE, UNUSABLE, DIVERGED, MISCOMPUTED, ASKED_TO_STOP)
 PAUSE = 5.0  # seconds before another start: ports and devices are given back
 
 

@@ -32,7 +32,7 @@ Settings are those of the recipe, key=value, such as stages.joint.steps=100. The
   stages.<name>.evaluate.*     what is measured every evaluate_every steps, the best weights, an early end
   retrieval.*, vqa.*, nlvr2.*, captioning.*  what is evaluated after the last stage
   loss_spike.*                 a guard against jumps of the loss
-  name, seed, keep_checkpoints, background_checkpoints, checkpoint_failures, max_nonfinite_steps, check_ranks
+  name, seed, keep_checkpoints, background_checkpoints, checkpoint_failures, max_nonfinite_steps, check_ranks, check_bits
 `vlmo recipe --explain` lists every setting with its type, default and meaning (from a clone: python -m vlmo_ds recipe --explain).
 """
 LAUNCHERS = {  # what they call a rank, its number on its machine, and how many there are
@@ -169,7 +169,7 @@ def check_shards_are_there(command: Command) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done; UNUSABLE, DIVERGED, LOST_A_RANK, ASKED_TO_STOP as docs/resuming.md says; 1 anything else."""
+    """Exit status: 0 done; UNUSABLE, DIVERGED, MISCOMPUTED, LOST_A_RANK, ASKED_TO_STOP as docs/resuming.md says; 1 anything else."""
     args = parse_arguments(argv)
     try:
         name_ranks()

@@ -27,6 +27,7 @@ from vlmo_ds.families.step import FamilyModel, StepOutput, inputs_of
 from vlmo_ds.ledger import StageClock
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.averages import Averages
+from vlmo_ds.training.bits import Bits
 from vlmo_ds.training.checkpoint_copy import Copies
 from vlmo_ds.training.ds_config import is_half, merge, micro_batch
 from vlmo_ds.training.engine import build_engine, device, release
@@ -249,6 +250,7 @@ class StageTraining:
         if reader:
             self.follow_schedule(reader.state["recipe"])
         self.compare = self.engine.zero_optimization_stage() == 3 if recipe.check_ranks is None else recipe.check_ranks
+        self.bits = Bits(run, stage, self.engine) if recipe.check_bits else None
         self.guard = SpikeGuard(recipe.loss_spike, saved.get("guard")) if recipe.loss_spike else None
         self.guessing = Guessing(stage, saved.get("guessing"))
         self.followed = bool(saved.get("followed", False))  # the teacher has, and the student has not moved since
@@ -340,6 +342,8 @@ class StageTraining:
             passes = list(passes)
             keys = self.keys(passes)
             passes = [one.beside({**keys, "part": part, "step": step}) for part, one in enumerate(passes)]
+        if bits_due := self.bits is not None and self.bits.is_due(step + 1):
+            passes = list(passes)
         if stage.gradient_cache:
             outputs = [self.gradient_cached(list(passes))]
         else:
@@ -377,6 +381,10 @@ class StageTraining:
             if run.collector.rank == 0:
                 print(warning, file=sys.stderr, flush=True)
         self.nonfinite.look(step + 1, skipped, engine, outputs, taken)
+        if self.bits and bits_due:
+            with self.pace.left_out():
+                self.bits.compare(step + 1)
+                self.bits.repeat(step + 1, next(iter(passes)))
         return metrics, asked
 
     def next_pass(self, step: int, part: int, stream: Iterator[dict], taken: list[dict[str, Tensor]]) -> Pass:
@@ -438,6 +446,8 @@ class StageTraining:
 
     def write_checkpoint(self, step: int, wait: bool) -> None:
         self.published(self.writer.finish())
+        if self.bits:
+            self.bits.compare(step)
         if step == self.stage.steps:  # beside those that are kept to go back to
             self.writer.keep = self.run.recipe.keep_checkpoints + 1
         memory = {"skip": self.skip, "guard": self.guard.memory if self.guard else None}
@@ -483,6 +493,8 @@ class StageTraining:
 
     def write_final(self) -> None:
         """Writes the stage's result; where that fails (a full disk) it is tried again, as often as a checkpoint is."""
+        if self.bits:
+            self.bits.compare(self.stage.steps)
         state = self.state()
         if self.moving_average:
             self.publish(EMA, self.moving_average.into(state, self.run.collector))

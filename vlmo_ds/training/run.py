@@ -33,12 +33,13 @@ from vlmo_ds.evaluation.table import Finished, Outcome, due, flat, planned
 from vlmo_ds.families.interface import IMAGES, TEXTS
 from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
+from vlmo_ds.training.bits import WrongBits
 from vlmo_ds.training.checkpoint_copy import Copies
 from vlmo_ds.training.command import Command
 from vlmo_ds.training.command import main as main
 from vlmo_ds.training.ds_config import merge, precision_of, refuse_by_device, refuse_by_models
 from vlmo_ds.training.engine import device, start_distributed
-from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, LOST_A_RANK, UNUSABLE
+from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, LOST_A_RANK, MISCOMPUTED, UNUSABLE
 from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.lock import RunLock
 from vlmo_ds.training.loop import Run, build_dataset, train_stage
@@ -73,10 +74,10 @@ def run(command: Command) -> int:
         stop.listen()
         with Watch(args.timeout, stop, command.folder):
             run_stages(command, stop)
-    except (RecipeError, DataError, Diverged) as error:
+    except (RecipeError, DataError, Diverged, WrongBits) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return leave(DIVERGED if isinstance(error, Diverged) else UNUSABLE)
+        return leave({Diverged: DIVERGED, WrongBits: MISCOMPUTED}.get(type(error), UNUSABLE))
     except Stopped as stopped:
         if rank == 0:
             print(stopped, flush=True)
