@@ -289,7 +289,7 @@ def test_the_quickstart_made_wrong(tmp_path, world, capsys, kind, status, cause)
         str(run),
         "seed=11",
     ]
-    stages = "image,text" if kind in ("rate", "noise") else "image,text,words"
+    stages = {"right": "image,text,words", "shuffled": "image,text,words,contrast"}.get(kind, "image,text")
     run_ranks(
         ["train_ds.py", *arguments, *settings, f"retrieval.shards=[{world}/synthetic/test]", "--stages", stages],
         2,
