@@ -256,15 +256,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Settings):
-    """AdamW (arXiv:1711.05101) with the reference's values, or Lion."""
+    """AdamW (arXiv:1711.05101) with the reference's values, Lion, or Muon."""
 
-    name: Literal["adamw", "lion"] = Field(
+    name: Literal["adamw", "lion", "muon"] = Field(
         "adamw",
-        description="lion (arXiv:2302.06675) wants a learning rate 3 to 10 times lower, and a decay as much higher",
+        description="lion (arXiv:2302.06675) wants a learning rate 3 to 10 times lower, and a decay as much higher; muon (arXiv:2502.16982) "
+        "takes the matrices of blocks at AdamW's learning rate, which the rest has",
     )
     lr: float = Field(2e-4, gt=0, le=10, description="peak learning rate")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's or Lion's betas, from 0 to below 1")
     eps: float = Field(1e-8, gt=0, lt=1, description="AdamW's epsilon")
+    momentum: Beta = Field(0.95, description="muon: what of a matrix's momentum stays in a step")
     weight_decay: float = Field(
         0.01, ge=0, le=100, description="not applied to biases, norms, positions, tokens and scales"
     )
@@ -279,6 +281,16 @@ class OptimizerConfig(Settings):
         {}, description="pattern of parameter names -> learning rate over lr; of several that fit the first"
     )
     gradient_clipping: float = Field(0.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    @model_validator(mode="after")
+    def check_read(self) -> OptimizerConfig:
+        for setting, readers in (("eps", ("adamw", "muon")), ("momentum", ("muon",))):
+            value, usual = getattr(self, setting), type(self).model_fields[setting].default
+            if value != usual and self.name not in readers:
+                raise ValueError(
+                    f"{setting} is {value}, which is for {' and '.join(readers)}, found name '{self.name}'; accepted: {usual}"
+                )
+        return self
 
 
 class ScheduleConfig(Settings):

@@ -1,15 +1,19 @@
-"""Learning-rate schedules, and learning rates of single layers and parameters."""
+"""Learning-rate schedules, learning rates of single layers and parameters, optimisers beside AdamW."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run_ranks, tiny_recipe, write_yaml
 
-from vlmo_ds.config import RecipeError
+from vlmo_ds.config import OptimizerConfig, RecipeError
+from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.recipe_file import parse_recipe
+from vlmo_ds.training.ds_config import merge
 from vlmo_ds.training.lion import Lion
+from vlmo_ds.training.muon import Muon, Piece, orthogonal
 from vlmo_ds.training.optim import learning_rate, parameter_groups
 
 
@@ -140,8 +144,8 @@ def test_lion_is_the_papers():
 def test_lion_is_the_same_on_any_ranks_and_goes_on_from_its_checkpoint(
     tmp_path, synthetic, lion_alone, ranks, zero, again
 ):
-    found = trained_by_lion(tmp_path, synthetic, ranks, zero, 3)
-    found = trained_by_lion(tmp_path, synthetic, again, zero, 6)
+    found = trained_by(LION, tmp_path, synthetic, ranks, zero, 3)
+    found = trained_by(LION, tmp_path, synthetic, again, zero, 6)
     assert [record["step"] for record in found] == list(range(1, 7))
     for ours, theirs in zip(found, lion_alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -149,13 +153,16 @@ def test_lion_is_the_same_on_any_ranks_and_goes_on_from_its_checkpoint(
 
 @pytest.fixture(scope="module")
 def lion_alone(tmp_path_factory, synthetic):
-    return trained_by_lion(tmp_path_factory.mktemp("lion"), synthetic, 1, 0, 6)
+    return trained_by(LION, tmp_path_factory.mktemp("lion"), synthetic, 1, 0, 6)
 
 
-def trained_by_lion(folder, data, ranks, zero, steps) -> list[dict]:
+LION = {"name": "lion", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}
+MUON = {"name": "muon", "lr": 1e-3, "weight_decay": 0.1, "gradient_clipping": 1.0}
+
+
+def trained_by(optimizer, folder, data, ranks, zero, steps) -> list[dict]:
     recipe = tiny_recipe(data, retrieval=None)
     schedule = {"name": "constant", "warmup_steps": 1}
-    optimizer = {"name": "lion", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}
     joint = recipe["stages"][-1] | {
         "init": {"weights": "fresh"},
         "steps": steps,
@@ -163,9 +170,111 @@ def trained_by_lion(folder, data, ranks, zero, steps) -> list[dict]:
         "optimizer": optimizer,
     }
     file = write_yaml(folder / "recipe.yaml", recipe | {"stages": [joint | {"checkpoint_every": 3}]})
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero}, "steps_per_print": 10**9}))
+    spread = {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": spread, "steps_per_print": 10**9}))
     run_ranks(
         ["train_ds.py", "--recipe", file, "--deepspeed_config", folder / "ds.json", "--output_dir", folder / "run"],
         ranks,
     )
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_muon_brings_matrices_near_to_orthogonal_ones_and_steps_as_wide_as_adamw():
+    torch.manual_seed(0)
+    for shape in ((8, 40), (40, 8), (16, 16)):
+        matrix = torch.randn(shape)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        found = orthogonal(matrix)
+        values = torch.linalg.svdvals(found)
+        assert found.shape == matrix.shape and values.min() > 0.3 and values.max() < 1.3
+        torch.testing.assert_close(u.T @ found @ v.T, torch.diag((u.T @ found @ v.T).diag()), rtol=0, atol=1e-4)
+    weight, bias = torch.nn.Parameter(torch.randn(16, 64)), torch.nn.Parameter(torch.randn(16))
+    before, beside = weight.detach().clone(), torch.nn.Parameter(bias.detach().clone())
+    groups = [
+        {"params": [weight], "weight_decay": 0.1, "muon": True},
+        {"params": [bias], "weight_decay": 0.0, "muon": False},
+    ]
+    muon = Muon(groups, 0.01, (0.9, 0.95), 1e-8, 0.9, fused=True)
+    adamw = torch.optim.AdamW([beside], 0.01, (0.9, 0.95), 1e-8, weight_decay=0.0, fused=True)
+    muon.place({id(weight): [Piece(weight.shape, 0, 0, weight.numel())]}, cut=False)
+    muon.state[weight]["exp_avg"] = torch.zeros_like(weight)
+    momentum = torch.zeros_like(weight)
+    for _ in range(3):
+        weight.grad, bias.grad = torch.randn_like(weight), torch.randn_like(bias)
+        beside.grad, gradient = bias.grad.clone(), weight.grad.clone()
+        muon.step()
+        adamw.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        step = orthogonal(0.1 * gradient + 0.9 * momentum) * 0.2 * 64**0.5
+        assert 0.1 < step.square().mean().sqrt() < 0.3
+        before = before * (1 - 0.01 * 0.1) - 0.01 * step
+    torch.testing.assert_close(weight.detach(), before)
+    assert torch.equal(bias, beside) and muon.state[weight].keys() == {"exp_avg"}
+
+
+def test_muon_takes_the_matrices_of_blocks_and_no_other():
+    recipe = parse_recipe(tiny_recipe(Path("x"), retrieval=None), "x")
+    stage = recipe.stages[-1].model_copy(update={"optimizer": OptimizerConfig(name="muon")})
+    model = recipe.family.build(recipe.model.model_copy(update={"vocab_size": 50}), stage.weights, Collector())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_muon = {names[id(p)] for group in parameter_groups(model, stage) if group["muon"] for p in group["params"]}
+    assert all(".blocks." in name and name.endswith(".weight") for name in by_muon)
+    assert {f"transformer.blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp_text.fc1")} <= by_muon
+    shapes = [parameter.dim() for name, parameter in model.named_parameters() if name in by_muon]
+    assert set(shapes) == {2} and len(by_muon) < len(names) / 2
+
+
+@pytest.mark.parametrize(
+    "optimizer, words",
+    [
+        (
+            {"name": "lion", "eps": 1e-6},
+            "eps is 1e-06, which is for adamw and muon, found name 'lion'; accepted: 1e-08",
+        ),
+        ({"name": "lion", "momentum": 0.9}, "momentum is 0.9, which is for muon, found name 'lion'; accepted: 0.95"),
+        ({"momentum": 0.9}, "momentum is 0.9, which is for muon, found name 'adamw'; accepted: 0.95"),
+        ({"name": "muon", "momentum": 1.0}, "optimizer.momentum: "),
+        ({"name": "sgd"}, "optimizer.name: "),
+    ],
+)
+def test_a_setting_that_the_optimiser_does_not_read_is_an_error(optimizer, words):
+    recipe = tiny_recipe(Path("x"), retrieval=None)
+    recipe["stages"][0]["optimizer"] = optimizer
+    with pytest.raises(RecipeError) as told:
+        parse_recipe(recipe, "x")
+    assert words in str(told.value) and str(told.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("key, value", [("device", "nvme"), ("ratio", 0.5)])
+def test_muon_needs_its_matrices_in_memory(key, value):
+    recipe = tiny_recipe(Path("x"), retrieval=None)
+    recipe["stages"][0]["optimizer"] = {"name": "muon"}
+    stage = parse_recipe(recipe, "x").stages[0]
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", key: value}}}
+    with pytest.raises(RecipeError, match=f"'muon'.*offload_optimizer.{key} = "):
+        merge(config, stage, 1)
+
+
+# (ranks, ZeRO stage) of the first three steps and of the next three
+MUON_RUNS = [((ranks, zero), (4 // ranks, 3 - zero)) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)]
+MUON_SHORT = (((2, 2), (1, 0)), ((2, 3), (2, 1)))
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [*MUON_SHORT, *(pytest.param(*pair, marks=pytest.mark.long) for pair in MUON_RUNS)],
+)
+def test_muon_is_the_same_on_any_ranks_and_goes_on_at_another_number(tmp_path, synthetic, muon_alone, first, second):
+    trained_by(MUON, tmp_path, synthetic, *first, 3)
+    found = trained_by(MUON, tmp_path, synthetic, *second, 6)
+    assert [record["step"] for record in found] == list(range(1, 7))
+    for ours, theirs in zip(found, muon_alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (
+            ours["step"],
+            ours["loss"] / theirs["loss"] - 1,
+        )
+
+
+@pytest.fixture(scope="module")
+def muon_alone(tmp_path_factory, synthetic):
+    return trained_by(MUON, tmp_path_factory.mktemp("muon"), synthetic, 1, 0, 6)

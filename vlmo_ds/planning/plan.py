@@ -172,7 +172,7 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
     trained = [p for p in everything if p.requires_grad]
     count, learnt = (sum(p.numel() for p in some) for some in (everything, trained))
     gradient = 4 if merged.get("data_types", {}).get("grad_accum_dtype") == "fp32" else b
-    moments = MOMENTS if stage.optimizer.name == "adamw" else MOMENTS // 2
+    moments = MOMENTS // 2 if stage.optimizer.name == "lion" else MOMENTS  # Muon's matrices have half, the rest all
     weights: float
     optimizer: float
     buffers = 0.0

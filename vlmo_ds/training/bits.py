@@ -141,7 +141,7 @@ class Bits:
         yield from self.engine.module.named_buffers()
         if self.engine.zero_optimization_stage() == 0:
             for name, parameter in layout.parameters.items():
-                for kind in ("weight", *layout.moments):
+                for kind in ("weight", *layout.moments(parameter)):
                     yield f"{name} (the optimiser's {kind})", layout.whole(parameter, kind)
 
     def plain_model(self) -> FamilyModel:

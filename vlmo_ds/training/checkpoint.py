@@ -377,7 +377,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, reader: Reader) -> int:
     layout.create_moments(reader.state["optimizer_steps"])
     for name, parameter in layout.parameters.items():
         if span := layout.held(parameter):
-            for kind in layout.moments:
+            for kind in layout.moments(parameter):
                 layout.set(parameter, kind, reader.read(kind, name, *span))
     set_progress(engine, reader.state)
     return int(reader.state["step"])

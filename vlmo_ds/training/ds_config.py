@@ -431,6 +431,13 @@ def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[s
         stage.optimizer.name != "adamw"
     ):  # DeepSpeed knows AdamW alone, and would have it compiled where states are in host memory
         merged |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    offloaded = merged.get("zero_optimization", {}).get("offload_optimizer", {})
+    for key, value, accepted in (("device", "nvme", "'none' or 'cpu'"), ("ratio", offloaded.get("ratio", 1), "1")):
+        if stage.optimizer.name == "muon" and offloaded.get(key, 1) == value != 1:
+            raise RecipeError(
+                f"stages.{stage.name}.optimizer.name is 'muon', whose matrices have to be in memory, and the DeepSpeed config has "
+                f"zero_optimization.offload_optimizer.{key} = {value!r}; accepted: {accepted}"
+            )
     if (merged.get("zero_optimization", {}).get("zero_hpz_partition_size") or 1) > 1:
         part = merged["zero_optimization"]["zero_hpz_partition_size"]
         if world_size % part:

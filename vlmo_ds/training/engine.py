@@ -26,7 +26,7 @@ from vlmo_ds.distributed import clock
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.training.ds_config import is_half
 from vlmo_ds.training.host import prepare_cpu
-from vlmo_ds.training.optim import build_optimizer, learning_rate, parameter_groups
+from vlmo_ds.training.optim import build_optimizer, learning_rate, parameter_groups, place_matrices
 from vlmo_ds.training.state import layout_of, set_weights
 
 
@@ -124,6 +124,7 @@ def build_engine(model: FamilyModel, stage: StageConfig, merged: dict[str, Any])
     # hand-over changes nothing.
     set_weights(engine, exact)
     layout_of(engine).create_moments(0)
+    place_matrices(engine)
     return engine
 
 

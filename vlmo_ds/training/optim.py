@@ -22,6 +22,8 @@ from vlmo_ds.config import OptimizerConfig, RecipeError, StageConfig
 from vlmo_ds.families.interface import matches
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.training.lion import Lion
+from vlmo_ds.training.muon import Muon, Piece
+from vlmo_ds.training.state import layout_of
 
 
 def set_trainable(model: FamilyModel, stage: StageConfig) -> list[str]:
@@ -71,7 +73,8 @@ def layer_multipliers(names: Iterable[str], decay: float) -> dict[str, float]:
 
 
 def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict]:
-    """Groups of trainable parameters: decayed or not, by their learning rate. RecipeError for a pattern that fits none."""
+    """Groups of trainable parameters: decayed or not, by their learning rate and, with Muon, by whether it takes them: matrices of blocks that
+    are decayed. RecipeError for a pattern that fits none."""
     config, family = stage.optimizer, stage.family
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     multipliers = layer_multipliers((name for name, _ in model.named_parameters()), config.layer_decay)
@@ -80,34 +83,55 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict]:
             raise RecipeError(
                 f"stages.{stage.name}.optimizer.lr_multipliers: '{pattern}' fits no parameter that is trained"
             )
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         head = matches(name, family.heads) and config.head_lr_multiplier != 1.0
         factor = config.head_lr_multiplier if head else multipliers[name]
         factor *= next((value for pattern, value in config.lr_multipliers.items() if matches(name, [pattern])), 1.0)
-        groups.setdefault((matches(name, family.no_decay), head, factor), []).append(parameter)
+        no_decay = matches(name, family.no_decay)
+        muon = config.name == "muon" and parameter.dim() == 2 and bool(BLOCK.match(name)) and not (no_decay or head)
+        groups.setdefault((no_decay, head, factor, muon), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": 0.0 if no_decay else config.weight_decay,
             "lr": config.lr * factor,
-            "name": f"{'head' if head else 'backbone'}{'-no-decay' if no_decay else ''}{'' if head or factor == 1 else f'-times-{factor:.3g}'}",
+            "name": f"{'head' if head else 'backbone'}{'-no-decay' if no_decay else ''}{'' if head or factor == 1 else f'-times-{factor:.3g}'}"
+            + ("-muon" if muon else ""),
+            "muon": muon,
         }
-        for (no_decay, head, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (no_decay, head, factor, muon), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def build_optimizer(groups: list[dict], config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
-    """Lion, or torch's AdamW in one kernel, on a CPU too (three times faster there, benchmarks/results/precision_*.json); DeepSpeed's compiled
+    """Lion, Muon, or torch's AdamW in one kernel, on a CPU too (three times faster there, benchmarks/results/precision_*.json); DeepSpeed's compiled
     CPU Adam where a GPU run keeps its optimiser states in host memory."""
     if config.name == "lion":
         return Lion(groups, config.lr, config.betas)
+    if config.name == "muon":
+        return Muon(groups, config.lr, config.betas, config.eps, config.momentum, fused=True)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if offloaded and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def place_matrices(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Tells Muon where its matrices are, of an engine that has it."""
+    layout = layout_of(engine)
+    if not isinstance(layout.inner, Muon):
+        return
+    pieces: dict[int, list[Piece]] = {}
+    for stepped, parameters in layout.stepped():
+        for parameter, offset in parameters:
+            if id(parameter) in layout.inner.matrices:
+                start, count = layout.held(parameter) or (0, 0)
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                pieces.setdefault(id(stepped), []).append(Piece(shape, offset, start, count))
+    layout.inner.place(pieces, cut=engine.zero_optimization_stage() > 0 and engine.world_size > 1)
 
 
 def by_steps(warmup: int, decay: float, every: int, step: int) -> float:

@@ -46,7 +46,7 @@ NOTHING: Mapping[str, Held] = {}
 class Layout:
     """ZeRO-0: every rank holds everything, and answers for an even share of each parameter when it is written.
 
-    Subclasses: what ZeRO-1/2 and ZeRO-3 make of it. `kind` is "weight" or one of `moments`; values are flat and float32.
+    Subclasses: what ZeRO-1/2 and ZeRO-3 make of it. `kind` is "weight" or one of the parameter's `moments`; values are flat and float32.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine):
@@ -55,10 +55,14 @@ class Layout:
         self.inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """Kinds of the optimiser's states."""
-        return moments_of(self.inner)
+    def moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Kinds of the optimiser's states of a parameter."""
+        return moments_of(self.inner, id(parameter) in getattr(self.inner, "matrices", ()))
+
+    def stepped(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int]]]]:
+        """Each tensor that the optimiser steps, with the parameters in it, on every rank the same, and where in it this rank's parts begin."""
+        for parameter in self.parameters.values():
+            yield self.master[id(parameter)], [(parameter, 0)]
 
     @cached_property
     def master(self) -> dict[int, Tensor]:
@@ -107,7 +111,7 @@ class Layout:
         """Moments of zero after so many steps: PyTorch's optimisers have none before their first step."""
         for group in self.inner.param_groups:
             for parameter in group["params"]:
-                self.inner.state[parameter] = fresh_state(self.inner, parameter, steps)
+                self.inner.state[parameter] = fresh_state(self.inner, parameter, steps, group.get("muon", False))
 
     def steps(self) -> int:
         """Steps that the optimiser has taken (fp16 leaves some out)."""
@@ -141,6 +145,12 @@ class FlatLayout(Layout):
 
     def full(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter)
+
+    def stepped(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int]]]]:
+        for group, parameters in zip(self.inner.param_groups, self.optimizer.bit16_groups, strict=True):
+            mappings = [parameter._hp_mapping for parameter in parameters]
+            starts = [mapping.get_hp_fragment_address().start if mapping else 0 for mapping in mappings]
+            yield group["params"][0], list(zip(parameters, starts, strict=True))
 
 
 class PartitionedLayout(Layout):
@@ -182,13 +192,20 @@ class PartitionedLayout(Layout):
         where = torch.device(get_accelerator().current_device_name())  # parts may wait in host memory
         return Collector().gather(even.to(where))[: parameter.ds_numel]  # type: ignore[attr-defined]
 
+    def stepped(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int]]]]:
+        place, number = self.optimizer.grad_position, self.optimizer.get_param_id
+        flats = self.optimizer.fp32_partitioned_groups_flat
+        for flat, parameters in zip(flats, self.optimizer.fp16_groups, strict=True):
+            yield flat, [(parameter, place[number(parameter)][1]) for parameter in parameters]
+
     def create_moments(self, steps: int) -> None:
         for number in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             swapped = self.optimizer._swappable_optimizer_subgroup(number)
             if swapped:
                 self.optimizer._optimizer_states_and_gradient_swap_in(number)
             flat = self.optimizer.fp32_partitioned_groups_flat[number]
-            self.inner.state[flat] = fresh_state(self.inner, flat, steps)
+            group = self.inner.param_groups[self.optimizer.sub_group_to_group_id[number]]
+            self.inner.state[flat] = fresh_state(self.inner, flat, steps, group.get("muon", False))
             if swapped:
                 self.optimizer._optimizer_states_and_gradient_swap_out(number)
 
@@ -208,13 +225,17 @@ def clipped(start: int, count: int, total: int) -> Span | None:
     return (start, count) if count > 0 else None
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    return getattr(optimizer, "moments", MOMENTS)
+def moments_of(optimizer: torch.optim.Optimizer, by_muon: bool) -> tuple[str, ...]:
+    return MOMENTS[:1] if by_muon else getattr(optimizer, "moments", MOMENTS)
 
 
-def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> dict[str, Any]:
-    """A state of zero moments: torch's AdamW counts its steps in a tensor, DeepSpeed's in a number."""
-    state: dict[str, Any] = {kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in moments_of(optimizer)}
+def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int, by_muon: bool) -> dict[str, Any]:
+    """A state of zero moments: torch's AdamW counts its steps in a tensor, DeepSpeed's in a number, Muon not at all."""
+    state: dict[str, Any] = {
+        kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in moments_of(optimizer, by_muon)
+    }
+    if by_muon:
+        return state
     if isinstance(optimizer, torch.optim.AdamW):
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         state["step"] = torch.tensor(float(steps), device=parameter.device if on_device else "cpu")
@@ -268,7 +289,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, int, dic
     for name, parameter in layout.parameters.items():
         span = layout.written(parameter)
         if span:
-            yield name, span[0], {kind: layout.get(parameter, kind) for kind in ("weight", *layout.moments)}
+            yield name, span[0], {kind: layout.get(parameter, kind) for kind in ("weight", *layout.moments(parameter))}
 
 
 def set_weights(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]) -> None:
