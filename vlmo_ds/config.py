@@ -139,13 +139,21 @@ class ImageTowerConfig(ModelConfig):
         return self
 
 
+TokenizerKind = Literal["wordpiece", "byte_bpe"]
+
+
 class TokenizerConfig(Settings):
     """Where word pieces come from."""
 
     name: str = Field(
         "train",
         description="a Hugging Face name, a directory, a vocab.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, or 'train': "
-        "WordPiece on the run's own text",
+        "word pieces of the run's own text",
+    )
+    kind: TokenizerKind = Field(
+        "wordpiece",
+        description="what 'train' makes: wordpiece (BERT's, uncased, for up to 1,000 different characters) or byte_bpe "
+        "(pairs of bytes, for any script: no text has an unknown piece)",
     )
     vocab_size: int = Field(2000, gt=10, description="size of the vocabulary that 'train' makes")
 

@@ -12,10 +12,10 @@ from transformers import BertTokenizer
 
 from vlmo_ds.config import CROPPING
 from vlmo_ds.data import synthetic as world
-from vlmo_ds.data.masking import mask_blocks, mask_tokens
+from vlmo_ds.data.masking import IGNORE, mask_blocks, mask_tokens
 from vlmo_ds.data.order import generator
 from vlmo_ds.data.storage import DataError
-from vlmo_ds.data.tokenizer import hub_is_reachable, load_tokenizer, train_tokenizer
+from vlmo_ds.data.tokenizer import hub_is_reachable, load_tokenizer, train_tokenizer, vocabulary_digest
 from vlmo_ds.data.transforms import TRANSFORMS, Crops, EncodedImage
 
 # ---- masks ----
@@ -200,9 +200,73 @@ def test_trained_tokenizer_round_trip(tmp_path):
     assert again.pad_token_id == 0 and again("red").word_ids()[0] is None
 
 
-def test_training_a_tokenizer_repeats():
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe"])
+def test_training_a_tokenizer_repeats(kind):
     texts = [f"word{i} number {i % 7}, and a line!" for i in range(200)]
-    assert len({tuple(sorted(train_tokenizer(texts, 120).get_vocab().items())) for _ in range(5)}) == 1
+    assert len({train_tokenizer(texts, 320, kind).backend_tokenizer.to_str() for _ in range(5)}) == 1
+
+
+SCRIPTS = (
+    "笑っている顔、ネコ",
+    "وجه مبتسم، قطة",
+    "हिन्दी में मुस्कुराता चेहरा",
+    "می‌خواهم",
+    "หน้ายิ้ม",
+    "Ein süßer Hund: it's 25¢!",
+)
+
+
+def test_byte_pairs_write_every_script(tmp_path):
+    """Also characters that were in no text; and the tokenizer that is saved is the one that is loaded."""
+    tokenizer = train_tokenizer(SCRIPTS[:3] * 3, 300, "byte_bpe")
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert vocabulary_digest(again) == vocabulary_digest(tokenizer) and len(again) == 300
+    for text in SCRIPTS:
+        ids = again(text)["input_ids"]
+        assert ids == tokenizer(text)["input_ids"] and again.unk_token_id not in ids
+        assert again.decode(ids, skip_special_tokens=True) == text
+    wordpiece = train_tokenizer(SCRIPTS[:3] * 3, 300)
+    assert wordpiece.unk_token_id in wordpiece(SCRIPTS[4])["input_ids"]
+    assert again("  a\n dog ")["input_ids"] == again("a dog")["input_ids"]
+    dog = again("dog")["input_ids"][1:-1]
+    assert again("a dog")["input_ids"][-1 - len(dog) : -1] == dog  # at the start of a text as elsewhere
+
+
+@pytest.mark.parametrize("text, words", [("हिन्दी में चेहरा", 3), ("می‌خواهم قطة", 2), ("süßer Hund: 25¢", 5)])
+def test_words_of_bytes_are_masked_as_a_whole(text, words):
+    tokenizer = train_tokenizer(["a"], 261, "byte_bpe")  # each byte a piece
+    encoding = tokenizer(text)
+    ids, word_of = np.array(encoding["input_ids"]), encoding.word_ids()
+    assert len(ids) == len(text.encode()) + 3 and len({*word_of} - {None}) == words
+    for seed in range(20):
+        _, labels = mask_tokens(
+            ids, word_of, probability=0.7, whole_word=True, mask_id=4, vocab_size=261, rng=np.random.default_rng(seed)
+        )
+        covered = labels != IGNORE
+        assert covered.any()
+        for word in range(words):
+            assert len({bool(covered[i]) for i, of in enumerate(word_of) if of == word}) == 1
+
+
+def test_any_part_of_a_word_longer_than_the_budget_is_masked():
+    tokenizer = train_tokenizer(["a"], 261, "byte_bpe")
+    encoding = tokenizer("笑っている顔")  # one word of 18 bytes
+    masked = set()
+    for seed in range(200):
+        _, labels = mask_tokens(
+            encoding["input_ids"],
+            encoding.word_ids(),
+            probability=0.15,
+            whole_word=True,
+            mask_id=4,
+            vocab_size=261,
+            rng=np.random.default_rng(seed),
+        )
+        (places,) = np.nonzero(labels != IGNORE)
+        assert places.tolist() == list(range(places[0], places[0] + 3))
+        masked |= set(places.tolist())
+    assert masked == set(range(1, 20))
 
 
 def test_berts_vocabulary(shared_data):

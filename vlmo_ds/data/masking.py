@@ -38,7 +38,9 @@ def mask_tokens(
         if len(covered) + len(groups[g]) <= budget:
             covered += groups[g]
     if not covered and groups:  # every word is longer than the budget: take part of one, so that there is a label
-        covered = groups[int(rng.integers(len(groups)))][:budget]
+        longer = groups[int(rng.integers(len(groups)))]
+        first = int(rng.integers(len(longer) - budget + 1))  # any part: a script without spaces has long words
+        covered = longer[first : first + budget]
     inputs, labels = ids.copy(), np.full_like(ids, IGNORE)
     for position in sorted(covered):
         labels[position] = ids[position]

@@ -1,4 +1,4 @@
-"""Tokenizers: by Hugging Face name, from a folder or a file, or WordPiece trained on the run's own text."""
+"""Tokenizers: by Hugging Face name, from a folder or a file, or word pieces trained on the run's own text."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from huggingface_hub.constants import ENDPOINT
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vlmo_ds.config import TokenizerKind
 from vlmo_ds.data.storage import DataError
 
 SPECIAL = {
@@ -37,6 +38,8 @@ CLIP_MERGES = 49152 - 256 - 2  # of bpe_simple_vocab_16e6.txt.gz those that make
 CLIP_WORDS = (  # CLIP's, arXiv:2103.00020, section 2.4
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+# A word with the space before it. Vowel signs (\p{M}) and the joiners of Indian and Persian words belong to it, which GPT-2's pattern cuts off.
+BYTE_WORDS = r" ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+"
 
 
 class ClipTokenizer(PreTrainedTokenizerFast):
@@ -230,8 +233,45 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """WordPiece in the manner of bert-base-uncased, trained on the given texts: the same texts, the same vocabulary.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, kind: TokenizerKind = "wordpiece"
+) -> PreTrainedTokenizerFast:
+    """One trained on the given texts: the same texts, the same vocabulary."""
+    return train_wordpiece(texts, vocab_size) if kind == "wordpiece" else train_byte_bpe(texts, vocab_size)
+
+
+def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte pairs of UTF-8, in the manner of GPT-2: every text of every script can be written, and none loses its capitals or accents.
+
+    A text begins with a space, so that its first word has the pieces of the same word elsewhere.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(" "),
+        ]
+    )
+    words = pre_tokenizers.Split(Regex(BYTE_WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size, len(SPECIAL) + len(alphabet)),
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrap(tokenizer)
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """WordPiece in the manner of bert-base-uncased.
 
     The library numbers the single characters in the order of a hash map, which differs from process to process, and
     breaks ties between merges by those numbers. Passing the sorted characters as special tokens fixes the numbers; the

@@ -284,7 +284,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                 except DataError:
                     continue
 
-    return train_tokenizer(texts(), recipe.tokenizer.vocab_size)
+    return train_tokenizer(texts(), recipe.tokenizer.vocab_size, recipe.tokenizer.kind)
 
 
 def count_answers(recipe: Recipe, run: Path) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from vlmo_ds.data.prepare import folder, nlvr1, sources, table
+from vlmo_ds.data.prepare import emoji, folder, nlvr1, sources, stamps, table
 from vlmo_ds.data.prepare.writer import Plan, write_set
 from vlmo_ds.data.storage import DataError
 
@@ -47,6 +47,14 @@ def parser() -> argparse.ArgumentParser:
     def splits(sub: argparse.ArgumentParser, about: str, default: str | None = None) -> argparse.ArgumentParser:
         sub.add_argument("--split", required=default is None, default=default, help=about)
         return sub
+
+    def languages(sub: argparse.ArgumentParser, example: str) -> None:
+        sub.add_argument(
+            "--language",
+            type=words,
+            default=("en",),
+            help=f"one, or several as {example}: of each a caption (default: en)",
+        )
 
     def some_questions(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -154,6 +162,35 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     splits(sub, f"one of {', '.join(sources.NLVR2_SPLITS)}")
+    sub = with_images(
+        dataset(
+            "emoji",
+            "emoji in one style of drawing, with their names in one or several languages",
+            lambda a: emoji.emoji(a.root, a.style, a.language, a.captions, a.split, a.resize),
+            "the unpacked npm packages emoji-datasource-<style> and cldr-annotations-full, each in a folder of its name (as in node_modules): "
+            "npm pack emoji-datasource-google@16 cldr-annotations-full@48; tar xzf <file> --strip-components=1 -C <folder>",
+        )
+    )
+    sub.add_argument("--style", required=True, help=f"one of {', '.join(emoji.STYLES)}")
+    languages(sub, "en,de,ja")
+    sub.add_argument(
+        "--captions",
+        choices=emoji.KINDS,
+        default="names",
+        help="names: one caption for each language; keywords: what else is told of the emoji, in one caption (default: %(default)s)",
+    )
+    splits(sub, "train, test (of five emoji one) or all, in each style the same (default: %(default)s)", "all")
+    sub = with_images(
+        dataset(
+            "stamps",
+            "Tux Paint's stamps: drawings and photographs, with a sentence in one or several languages",
+            lambda a: stamps.stamps(a.root, a.language, a.split, a.resize),
+            "the unpacked Debian package tuxpaint-stamps-default, or its folder stamps: "
+            "apt-get download tuxpaint-stamps-default; dpkg-deb -x <file> <folder>",
+        )
+    )
+    languages(sub, "en,de,zh_TW")
+    splits(sub, "train, test (of five English sentences one) or all (default: %(default)s)", "all")
     with_images(
         dataset(
             "image_folder",

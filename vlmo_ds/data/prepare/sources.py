@@ -65,10 +65,15 @@ def read_json_lines(path: Path, what: str) -> list[dict]:
         raise DataError(f"{path} does not hold one JSON object a line ({error}): expected {what}") from None
 
 
-def choice(value: str, accepted: Iterable[str], where: str) -> str:
+def choice(value: str, accepted: Iterable[str], where: str, option: str = "--split") -> str:
     if value not in accepted:
-        raise DataError(f"--split: '{value}' is not in {where}; accepted: {', '.join(accepted)}")
+        raise DataError(f"{option}: '{value}' is not in {where}; accepted: {', '.join(accepted)}")
     return value
+
+
+def held_out(name: str) -> bool:
+    """Whether a thing of this name is for testing: one of five, the same ones on every machine."""
+    return stable_id(name) % 5 == 0
 
 
 @contextlib.contextmanager
