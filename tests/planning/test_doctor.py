@@ -92,7 +92,7 @@ def test_settings():
 
 def test_what_was_learnt():
     assert Learnt("itc", 2.0, 0.1, 50).fault == "" and Learnt("itc", 2.0, 1.9, 3).fault == ""
-    assert "does not fall on one batch" in Learnt("itc", 2.0, 1.9, 50).fault
+    assert "does not fall on one batch" in Learnt("itc", 2.0, 1.9, 100).fault
     assert "is no number" in Learnt("itc", 2.0, float("nan"), 3).fault
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_is_well_and_one_that_is_not(tmp_path, synthetic):
     for stage in recipe["stages"]:
         stage |= {"global_batch_size": 32}
     file = write_yaml(tmp_path / "recipe.yaml", recipe)
-    joint = ["--recipe", file, "--stages", "joint", "--seconds", "60"]  # enough beside other work
+    joint = ["--recipe", file, "--stages", "joint", "--seconds", "200"]  # enough beside other work
     done = call("vlmo_ds.planning.doctor", *joint, "stages.joint.optimizer.lr=0.003")
     assert "nothing found that is wrong" in done.stdout and "joint: itc: 2." in done.stdout
     done = call("vlmo_ds.planning.doctor", *joint, "stages.joint.optimizer.lr=3", code=1)
@@ -125,7 +125,7 @@ def test_a_run_that_is_well_and_one_that_is_not(tmp_path, synthetic):
         | {"data": {"shards": [str(folder)], "lanes": 8}, "init": {"weights": "fresh"}, "tasks": {"itc": None}}
     ]
     write_yaml(file, recipe | {"retrieval": None, "tokenizer": {"name": "train", "vocab_size": 60}})
-    done = call("vlmo_ds.planning.doctor", "--recipe", file, "--seconds", "30", code=1)
+    done = call("vlmo_ds.planning.doctor", "--recipe", file, "--seconds", "100", code=1)
     for words in (
         "100% of the captions are 'a picture'",
         "98% of the pictures are copies",

@@ -39,7 +39,7 @@ from vlmo_ds.training.run import count_answers, make_tokenizer
 
 LOOKED_AT = 256  # samples of a stage
 BATCH = 8  # samples that are learnt by heart
-STEPS, LEAST_STEPS = 200, 15  # of them, at most, and to judge by
+STEPS, LEAST_STEPS = 200, 60  # of them, at most, and to judge by
 FALLS = 0.7  # of the first loss: what is above it after all steps has not fallen
 USUAL_LR = (1e-6, 3e-3)
 REPEATED, CUT, UNKNOWN, ALIKE = 0.05, 0.1, 0.02, 0.2  # shares that are worth a word
