@@ -13,6 +13,7 @@ SHIPPED = {
 }
 
 CAPTIONING = ["pycocoevalcap", "nltk"]  # scores of captions: BLEU, ROUGE-L, CIDEr; words without Java
+MLFLOW = ["mlflow-skinny", "sqlalchemy", "alembic"]  # the latter two for sqlite:///, its store without a server
 VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("vlmo_ds").joinpath("__init__.py").read_text())[1]
 
 setup(
@@ -57,6 +58,7 @@ setup(
     extras_require={
         "arrow": ["pyarrow"],
         "captioning": CAPTIONING,
+        "mlflow": MLFLOW,
         "s3": ["s3fs"],
         "test": [
             "pytest",
@@ -68,6 +70,7 @@ setup(
             "pyarrow",
             "s3fs",
             "moto[server]",
+            *MLFLOW,
             *CAPTIONING,
         ],
     },

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from vlmo_ds import shipped
 from vlmo_ds.config import Recipe, RecipeError, StageConfig, nearest
 from vlmo_ds.training.ds_schema import MODELS, removed, section_problems
+from vlmo_ds.training.mlflow_log import URI, uri_of
 
 AUTO = (
     "train_batch_size",
@@ -28,7 +29,7 @@ AUTO = (
     "gradient_clipping",
     "optimizer",
 )
-# Top-level settings of DeepSpeed 0.19 that do something here; it ignores what it does not know.
+# Top-level settings of DeepSpeed 0.19 that do something here, and mlflow, which is our own; it ignores what it does not know.
 KNOWN = (
     *AUTO,
     "activation_checkpointing",
@@ -44,6 +45,7 @@ KNOWN = (
     "gradient_allreduce_op",
     "gradient_predivide_factor",
     "memory_breakdown",
+    "mlflow",
     "prescale_gradients",
     "steps_per_print",
     "tensorboard",
@@ -85,7 +87,12 @@ AUTO_SIZES = {
 PRECISIONS = ("bf16", "fp16", "float32")
 # Dynamic loss scale of fp16 where "auto" leads to it, as in ds_configs/zero2_fp16.json.
 FP16 = {"initial_scale_power": 16, "loss_scale_window": 500, "min_loss_scale": 1}
-MONITORS = {"wandb": "wandb", "tensorboard": "tensorboard"}  # section -> the package that it needs
+# Section -> the package that it needs, and how it is installed.
+MONITORS = {
+    "wandb": ("wandb", "pip install wandb"),
+    "tensorboard": ("tensorboard", "pip install tensorboard"),
+    "mlflow": ("mlflow", 'pip install "vlmo_ds[mlflow]"'),
+}
 
 # Settings that hold further settings, with an example.
 SECTIONS = {
@@ -102,6 +109,7 @@ SECTIONS = {
     "comms_logger": '{"enabled": true}',
     "csv_monitor": '{"enabled": true}',
     "flops_profiler": '{"enabled": true}',
+    "mlflow": '{"enabled": true, "tracking_uri": "http://localhost:5000"}',
     "tensorboard": '{"enabled": true}',
     "wandb": '{"enabled": true}',
 }
@@ -206,9 +214,18 @@ def engine_problems(config: dict[str, Any], zero: dict[str, Any]) -> Iterator[st
         yield f"'communication_data_type' is {config['communication_data_type']!r}; accepted: 'fp16', 'bf16', 'fp32'"
     if config.get("steps_per_print") is not None and config["steps_per_print"] < 1:
         yield f"'steps_per_print' is {config['steps_per_print']!r}; accepted: a whole number from 1 on"
-    for name, package in MONITORS.items():
+    for name, (package, command) in MONITORS.items():
         if config.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
-            yield f"'{name}.enabled' is true, but the package {package} is not installed: install it, or take '{name}' out"
+            yield f"'{name}.enabled' is true, but the package {package} is not installed: {command}, or take '{name}' out"
+    if config.get("mlflow", {}).get("enabled"):
+        uri = uri_of(config["mlflow"])
+        if not uri:
+            yield f"'mlflow.enabled' is true, and nothing says where: set mlflow.tracking_uri, or {URI} in the environment"
+        elif uri.startswith("file:") or ("://" not in uri and uri != "databricks"):
+            yield (
+                f"'mlflow.tracking_uri' is {uri!r}: MLflow's store of files has no place for loss/x beside loss; accepted: a server's "
+                "http://..., or sqlite:///file.db"
+            )
 
 
 def section(config: dict[str, Any], path: str) -> Any:

@@ -68,6 +68,12 @@ PLAIN: dict[str, dict[str, str]] = {
         "detailed": "bool",
         "output_file": "str",
     },
+    "mlflow": {
+        "enabled": "bool",
+        "tracking_uri": "str",
+        "experiment_name": "str",
+        "run_name": "str",
+    },  # training.mlflow_log
     "optimizer": {"type": "str", "params": "dict"},
 }
 KINDS: dict[str, tuple[type, ...]] = {

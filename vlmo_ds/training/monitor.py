@@ -24,6 +24,7 @@ from vlmo_ds.config import StageConfig
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.families.step import StepOutput, added
 from vlmo_ds.metrics import AppendedFile
+from vlmo_ds.training.mlflow_log import MLflow
 from vlmo_ds.training.pace import Pace, Rank, advice, spreads, summary
 
 Event = tuple[str, float, int]  # name, value, step of the run
@@ -59,8 +60,9 @@ def global_metrics(
 class Monitor:
     """Writes on rank 0; silent elsewhere. What cannot be written (a full disk) waits, and training goes on."""
 
-    def __init__(self, run: Path, rank: int):
+    def __init__(self, run: Path, rank: int, mlflow: MLflow | None = None):
         self.active = rank == 0
+        self.mlflow = mlflow
         self.run = run
         self.metrics: AppendedFile | None = None
         self.scores: AppendedFile | None = None
@@ -104,7 +106,7 @@ class Monitor:
         lines, curves = self.opened()
         lines.append(metrics.dump(finite(record)))
         speed = pace.scalars(samples)
-        self.draw(curves, {**values, **speed}, number)
+        self.draw(curves, {**values, **speed}, number, "steps")
         self.tell_of_problems()
         if step == steps or time.monotonic() - self.shown_at > self.show_every:
             self.shown_at = time.monotonic()
@@ -149,14 +151,16 @@ class Monitor:
                 metrics.dump(finite({"stage": self.stage, "step": step, "step_of_run": number, **values}))
             )
         _, curves = self.opened()
-        self.draw(curves, values, number)
+        self.draw(curves, values, number, "evaluations")
 
-    def draw(self, curves: Curves, values: Mapping[str, float], number: int) -> None:
-        """number: step of the run."""
+    def draw(self, curves: Curves, values: Mapping[str, float], number: int, kind: str) -> None:
+        """number: step of the run; kind: what has at most one set of values a step."""
         scalars = {f"{self.stage}/{name}": value for name, value in values.items()}
         curves.add(scalars, number)
         if self.also is not None:
             self.also([(name, value, number) for name, value in scalars.items()])
+        if self.mlflow is not None:
+            self.mlflow.log(kind, scalars, number)
 
     def earlier_scores(self) -> Iterator[dict[str, Any]]:
         """What has been measured of this stage so far."""

@@ -22,7 +22,7 @@ from vlmo_ds.data.shards import Shard
 from vlmo_ds.data.storage import is_remote, write_atomically
 from vlmo_ds.manifest import MANIFEST, fault_of
 from vlmo_ds.recipe_file import changed_settings, parse_recipe, read_yaml
-from vlmo_ds.training import checkpoint
+from vlmo_ds.training import checkpoint, mlflow_log
 from vlmo_ds.training.command import Command
 from vlmo_ds.weights_file import EMA, FINAL, STAGE
 
@@ -35,6 +35,7 @@ COPIED = (
     metrics.SCORES,
     metrics.PACE,
     ledger.FILE,
+    mlflow_log.FILE,
     "answers.json",
     DATA,
 )

@@ -43,6 +43,7 @@ from vlmo_ds.training.exit_status import ASKED_TO_STOP, DIVERGED, DONE, LOST_A_R
 from vlmo_ds.training.guard import Diverged
 from vlmo_ds.training.lock import RunLock
 from vlmo_ds.training.loop import Run, build_dataset, train_stage
+from vlmo_ds.training.mlflow_log import MLflow
 from vlmo_ds.training.monitor import Monitor
 from vlmo_ds.training.precision import begun_in, settle
 from vlmo_ds.training.resume import (
@@ -162,16 +163,22 @@ def run_stages(command: Command, stop: StopRequest) -> None:
         check_held_out(recipe, collector)
         on_rank0(collector, lambda: warn_of_overlap(recipe, command.stages, folder))
         on_rank0(collector, lambda: write_resolved(folder, recipe, ds_config, command.stages, collector.world_size))
-        monitor = Monitor(folder, collector.rank)
+        mlflow: list[MLflow] = []  # rank 0's
+        if ds_config.get("mlflow", {}).get("enabled"):
+            on_rank0(collector, lambda: mlflow.append(MLflow(ds_config["mlflow"], folder, recipe.name)))
+        monitor = Monitor(folder, collector.rank, *mlflow)
         run = Run(
             recipe, ds_config, folder, tokenizer, collector, monitor, stop, known_shards, copies[0] if copies else None
         )
-        stop.at_once = None
+        stop.at_once, trained = None, False
         try:
             for stage in command.stages:
                 train_if_needed(run, stage, command)
+            trained = True
         finally:
             monitor.close()
+            for one in mlflow:
+                one.close(finished=trained)
         stop.at_once = "stopped in the evaluation; the same command does it again"
         stop_if_asked(run, "before the evaluation")
         finish(recipe, folder, tokenizer, collector)
