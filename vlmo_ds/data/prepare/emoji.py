@@ -28,7 +28,7 @@ def emoji(root: Path, style: str, languages: Sequence[str], kind: str, split: st
     choice(style, STYLES, "the styles", "--style")
     choice(split, SPLITS, "the splits")
     package = f"emoji-datasource-{style}"
-    pictures = need(root / package / "img" / style / "64", f"pictures of the npm package {package} (version 4 to 16)")
+    pictures = need(root / package / "img" / style / "64", f"pictures of the npm package {package}, version 16")
     known = [named_in(root, language) for language in languages]
     file = root / package / "emoji.json"
     items: dict[str, tuple] = {}
