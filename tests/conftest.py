@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import preloaded
@@ -160,6 +162,35 @@ def run_ranks(command: list[str], ranks: int, timeout: float = 240, **environmen
     codes = [process.returncode for process in processes]
     assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(outputs)[-6000:]
     return outputs[0]
+
+
+@pytest.fixture(scope="session")
+def store():
+    """The environment of an S3 server with a bucket "runs"."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(900):
+            try:
+                request = urllib.request.Request(f"{url}/runs", method="PUT")
+                urllib.request.urlopen(request, timeout=5)
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise AssertionError(f"no S3 server at {url} (moto's has ended with {server.poll()})")
+        yield {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture(autouse=True)

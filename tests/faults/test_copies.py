@@ -2,14 +2,11 @@
 real server."""
 
 import shutil
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import call, free_port, run_ranks, start_ranks
+from conftest import call, run_ranks, start_ranks
 from faults.runs import command, wait_for
 
 from vlmo_ds.config import RecipeError
@@ -17,35 +14,6 @@ from vlmo_ds.manifest import fault_of
 from vlmo_ds.training.checkpoint_copy import Copies
 
 SETTINGS = ["--stages", "image,text", "stages.image.steps=80", "stages.text.steps=4", "stages.image.checkpoint_every=8"]
-
-
-@pytest.fixture(scope="module")
-def store():
-    """The environment of an S3 server with a bucket "runs"."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(900):
-            try:
-                request = urllib.request.Request(f"{url}/runs", method="PUT")
-                urllib.request.urlopen(request, timeout=5)
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            raise AssertionError(f"no S3 server at {url} (moto's has ended with {server.poll()})")
-        yield {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-    finally:
-        server.kill()
-        server.wait()
 
 
 def arguments(folder: Path, data: Path, *settings: str) -> list[str]:

@@ -29,7 +29,7 @@ from vlmo_ds.data.index import (
     unpack_spans,
 )
 from vlmo_ds.data.meta import is_unicode, parse_json, printable, read_meta, truth
-from vlmo_ds.data.storage import DataError, Storage, expand, is_remote, read_span
+from vlmo_ds.data.storage import DataError, NoAccess, Storage, expand, is_remote, read_span
 
 ANSWERS = "answers.json"
 
@@ -202,6 +202,8 @@ def read_index(url: str, storage: Storage) -> dict[str, ShardIndex]:
     if is_remote(url):
         try:
             content = storage.read(url)
+        except NoAccess:
+            raise
         except DataError:
             return {}
         return parse_index(content, url)

@@ -1,4 +1,4 @@
-"""Files of shards, wherever they are: local paths, http(s), and every scheme or pipe that WebDataset opens.
+"""Files of shards, wherever they are: local paths, http(s), S3, and every scheme or pipe that WebDataset opens.
 
 A remote shard is copied once into a local cache that all processes of a machine share, and read from there.
 """
@@ -10,6 +10,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
@@ -57,6 +58,10 @@ COMMANDS = {  # what fetches a URL; its place is {}
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, what it holds and what is accepted."""
+
+
+class NoAccess(DataError):
+    """A store that does not let us in."""
 
 
 UMASK = os.umask(0)
@@ -112,6 +117,8 @@ def unbraced(pattern: str) -> list[str]:
 
 def found_under(name: str) -> list[str]:
     """The tars of one name, folder or pattern."""
+    if name.startswith("s3://") and ".tar" not in name.rpartition("/")[2]:
+        return tars_in_s3(name.rstrip("/"))
     if is_remote(name) or os.path.isfile(name):
         refuse_compressed([name])
         return [name]
@@ -156,6 +163,53 @@ def tars_of(folder: str) -> list[str]:
         refuse_compressed(globbed(f"{inside}/*"))
         raise DataError(f"shards: {folder} {nothing_in([folder])}; expected WebDataset tars (see docs/data.md)")
     return found
+
+
+def tars_in_s3(folder: str) -> list[str]:
+    if not s3fs_is_there():
+        raise DataError(
+            f"shards: {folder} is a folder of an object store, which s3fs lists: pip install 'vlmo_ds[s3]', or name its tars, as in "
+            f"{folder}/{{000000..000009}}.tar"
+        )
+    try:
+        with errors_of_s3(folder):
+            found = s3().ls(folder, detail=False)
+    except FileNotFoundError:
+        raise DataError(f"shards: {folder} does not exist; expected WebDataset tars (see docs/data.md)") from None
+    except OSError as error:
+        raise DataError(f"shards: {folder} cannot be listed: {error}") from None
+    refuse_compressed(found)
+    tars = sorted(f"s3://{path}" for path in found if path.endswith(".tar"))
+    if not tars:
+        raise DataError(f"shards: {folder} {nothing_in([folder])}; expected WebDataset tars (see docs/data.md)")
+    return tars
+
+
+def s3fs_is_there() -> bool:
+    return importlib.util.find_spec("s3fs") is not None
+
+
+def s3() -> Any:
+    """The object store, with credentials as the AWS tools take them."""
+    import fsspec
+
+    return fsspec.filesystem("s3")
+
+
+@contextlib.contextmanager
+def errors_of_s3(url: str) -> Iterator[None]:
+    """NoAccess, in one line, where credentials are missing or refused; botocore's other errors as OSError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise NoAccess(f"{url}: the store does not let us in: {error}") from None
+    except (OSError, DataError):
+        raise
+    except Exception as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "redential" in told:
+            raise NoAccess(f"{url}: {told}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from None
+        raise OSError(told) from None
 
 
 def nothing_in(folders: Sequence[str]) -> str:
@@ -322,6 +376,10 @@ def opened(url: str, stall_seconds: float) -> Iterator[Counted]:
         with open(urllib.request.url2pathname(urlsplit(url).path), "rb") as stream:
             yield Counted(stream)
         return
+    if url.startswith("s3://") and s3fs_is_there():
+        with errors_of_s3(url), s3().open(url, "rb") as stream:
+            yield Counted(stream)
+        return
     with ended_with_its_group(command_for(url)) as process:
         counted = Counted(process.stdout)  # type: ignore[arg-type]  # a pipe
         done = threading.Event()
@@ -427,7 +485,7 @@ def retried(action: Callable[[], T], tries: int, what: str) -> T:
             return action()
         except OSError as error:
             gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
-            if gone or attempt == tries or error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            if gone or attempt == tries or error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT):
                 raise DataError(f"{what} cannot be read: {error} (try {attempt} of {tries})") from None
             time.sleep(min(30.0, 0.5 * 2 ** (attempt - 1)))
     raise AssertionError("unreachable")
