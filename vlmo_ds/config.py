@@ -121,6 +121,20 @@ class ModelConfig(Settings):
         return (self.image_size // self.patch_size) ** 2
 
 
+class ContrastSettings(Settings):
+    """Of families whose contrast has several kinds."""
+
+    itc_kind: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="contrast: softmax: each row against all columns (CLIP); sigmoid: each pair as a yes or no of its own, with a bias (SigLIP)",
+    )
+    positives: Literal["pair", "image"] = Field(
+        "pair",
+        description="contrast: what goes together. pair: an image and its caption; image: all captions of the same picture, and all pictures with "
+        "the same caption",
+    )
+
+
 class ImageTowerConfig(ModelConfig):
     """Of families whose image tower has absolute positions."""
 
@@ -589,6 +603,15 @@ class VQAConfig(EvaluationConfig):
     max_length: int = Field(10, gt=1, description="generate: words of an answer at most, start and end included")
 
 
+class ZeroShotConfig(EvaluationConfig):
+    """Held-out pictures classified by the names of the classes after the last stage."""
+
+    classes: str = Field(description="file of class names, one a line, in the order of the labels")
+    templates: str | None = Field(
+        None, description="file of sentences with {} for the name, one a line; null: a photo of a {}, and three more"
+    )
+
+
 class RetrievalConfig(HeldOutConfig):
     """Retrieval on held-out shards after the last stage."""
 
@@ -685,6 +708,7 @@ class Recipe(Settings):
     vqa: VQAConfig | None = Field(None, description="null: no questions answered after the last stage")
     nlvr2: EvaluationConfig | None = Field(None, description="null: no pairs of images judged after the last stage")
     captioning: CaptioningConfig | None = Field(None, description="null: no captions written after the last stage")
+    zero_shot: ZeroShotConfig | None = Field(None, description="null: no pictures classified after the last stage")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
     background_checkpoints: bool = Field(
         True, description="write checkpoints while training goes on, from a copy in host memory"

@@ -111,7 +111,7 @@ SETTINGS = {
             "decoder_heads": 2,
             "vocab_size": 20,
         },
-        {"attentional_pool": "parallel"},
+        {"attentional_pool": "parallel", "itc_kind": "sigmoid"},
         {"attentional_pool": "cascade"},
     ],
     "vlmo": [

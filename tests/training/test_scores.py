@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import call, run_ranks, tiny_recipe, write_yaml
+from conftest import call, run_ranks, start_ranks, tiny_recipe, write_yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from vlmo_ds.config import RecipeError
+from vlmo_ds.data.prepare.__main__ import main as prepare
+from vlmo_ds.data.shards import list_shards
 from vlmo_ds.evaluation.runs import find_stage
 from vlmo_ds.recipe_file import parse_recipe
 
@@ -78,6 +80,39 @@ def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, synthetic, r
     call("vlmo_ds.evaluation.retrieval", measured, "--weights", "ema", "--output", tmp_path / "ema.json")
     assert json.loads((tmp_path / "ema.json").read_text()) == by_average
     assert "retrieval/text_to_image/itc" in (measured / "report/index.html").read_text()
+
+
+def labelled(data: Path, folder: Path) -> Path:
+    """Pictures of the synthetic world's test set as shards with classes, and beside them the file of the names."""
+    shard = list_shards([str(data / "test")])[0]
+    for row in range(8):
+        place = folder / "pictures" / ("circle", "square")[row % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{row}.jpg").write_bytes(shard.read(row).image)
+    assert prepare(["image_folder", "--root", str(folder / "pictures"), "--output", str(folder / "labelled")]) == 0
+    (folder / "names.txt").write_text("circle\nsquare\n")
+    return folder / "labelled"
+
+
+def test_pictures_are_classified_while_a_stage_trains(tmp_path, synthetic):
+    section = {"shards": [str(labelled(synthetic, tmp_path))], "classes": str(tmp_path / "names.txt"), "batch_size": 3}
+    recipe = recipe_of(synthetic, 4, 2, evaluate={"best": "zero_shot/top-1"})
+    run = train(tmp_path, recipe | {"retrieval": None, "zero_shot": section}, 2)
+    scores = lines_of(run, "evaluations.jsonl")
+    assert [record["step"] for record in scores] == [0, 2, 4] and {r["zero_shot/images"] for r in scores} == {8.0}
+    final = json.loads((run / "zero_shot.json").read_text())
+    assert final["top-1"] == scores[-1]["zero_shot/top-1"] and final["top-5"] == 100
+    call("vlmo_ds.evaluation.zero_shot", run, "--output", tmp_path / "again.json")  # by the recipe's section
+    assert json.loads((tmp_path / "again.json").read_text()) == final
+    assert "zero_shot" in (run / "report/index.html").read_text()
+
+
+def test_names_of_classes_that_cannot_be_read_are_told_at_the_start(tmp_path, synthetic):
+    section = {"shards": [str(labelled(synthetic, tmp_path))], "classes": str(tmp_path / "none.txt")}
+    file = write_yaml(tmp_path / "recipe.yaml", recipe_of(synthetic, 4, 2) | {"zero_shot": section})
+    (done,) = start_ranks(["train_ds.py", "--recipe", str(file), "--output_dir", str(tmp_path / "run")], 1)
+    output, _ = done.communicate(timeout=120)
+    assert done.returncode == 2 and "none.txt, the class names: " in output and "Traceback" not in output
 
 
 def test_deepspeeds_monitors_get_the_same_scalars(tmp_path, synthetic):

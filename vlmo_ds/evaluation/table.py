@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import CaptioningConfig, EvaluationConfig, Recipe, RetrievalConfig, StageConfig, VQAConfig
+from vlmo_ds.config import (
+    CaptioningConfig,
+    EvaluationConfig,
+    Recipe,
+    RetrievalConfig,
+    StageConfig,
+    VQAConfig,
+    ZeroShotConfig,
+)
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import captioning, nlvr2, retrieval, runs, vqa
+from vlmo_ds.evaluation import captioning, nlvr2, retrieval, runs, vqa, zero_shot
 from vlmo_ds.evaluation.captioning import Captioned
 from vlmo_ds.evaluation.retrieval import RetrievalResult, RetrievalSet
 from vlmo_ds.families.step import FamilyModel
@@ -73,6 +81,11 @@ def measure_captioning(model: FamilyModel, of: Finished, config: CaptioningConfi
     return Outcome(metrics, captioning.table(metrics, how), captions=written[: config.gallery], files=files)
 
 
+def measure_zero_shot(model: FamilyModel, of: Finished, config: ZeroShotConfig) -> Outcome:
+    metrics = zero_shot.evaluate(model, config, *zero_shot.names_of(config), of.tokenizer, of.collector)
+    return Outcome(metrics, zero_shot.table(metrics))
+
+
 TABLE: dict[str, Evaluation] = {
     "retrieval": Evaluation("encode_text", retrieval.names_and_pictures, measure_retrieval),
     "vqa": Evaluation("answer", lambda config: runs.names_and_pictures(config, vqa.read), measure_vqa),
@@ -82,6 +95,12 @@ TABLE: dict[str, Evaluation] = {
         lambda config: runs.names_and_pictures(config, captioning.read),
         measure_captioning,
         captioning.check,
+    ),
+    "zero_shot": Evaluation(
+        "encode_text",
+        lambda config: runs.names_and_pictures(config, zero_shot.read),
+        measure_zero_shot,
+        zero_shot.check,
     ),
 }
 

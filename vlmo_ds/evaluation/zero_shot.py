@@ -2,14 +2,14 @@
 
     python -m vlmo_ds.evaluation.zero_shot RUN --shards PATTERN ... --classes FILE [--templates FILE] [--output FILE]
 
-Shards hold images with a class in .json ("label": a number from 0, or "class": one of the names), as
+The recipe's section zero_shot says the same for the end of a run, and while it trains. Shards hold images with a class in .json ("label": a number from 0, or "class": one of the names), as
 `python -m vlmo_ds.data.prepare image_folder` writes them. FILE: one class name, or one template with {} in it, a line.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import EvaluationConfig, RecipeError, number
+from vlmo_ds.config import EvaluationConfig, RecipeError, ZeroShotConfig, number
 from vlmo_ds.data.meta import is_label, is_whole, shown
 from vlmo_ds.data.shards import RawSample, lines, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
@@ -108,26 +108,48 @@ def read_lines(path: Path, what: str) -> list[str]:
     return found
 
 
+def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
+    """The picture of a sample; whose class it is depends on the names."""
+    return {"image": raw.image}, []
+
+
+def names_of(config: ZeroShotConfig) -> tuple[list[str], Sequence[str]]:
+    """(class names, templates). RecipeError where a file cannot be used."""
+    classes = read_lines(Path(config.classes), "class names")
+    if config.templates is None:
+        return classes, TEMPLATES
+    templates = read_lines(Path(config.templates), "templates")
+    if without := next((template for template in templates if "{}" not in template), None):
+        raise RecipeError(f"{config.templates}: '{without}' has no {{}} for the name of a class")
+    return classes, templates
+
+
+def check(config: ZeroShotConfig, max_text_len: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """RecipeError where the settings name files that cannot be used."""
+    names_of(config)
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    return f"zero-shot: {int(metrics['images'])} images, " + ", ".join(
+        f"top-{k} {metrics[f'top-{k}']:.2f}" for k in BEST
+    )
+
+
 def main() -> None:
     parser = runs.parser(__doc__)
     parser.add_argument(
-        "--classes", type=Path, required=True, help="class names, one a line, in the order of the labels"
+        "--classes",
+        help="class names, one a line, in the order of the labels (default: the recipe's zero_shot.classes)",
     )
-    parser.add_argument("--templates", type=Path, help=f"sentences with {{}} (default: {'; '.join(TEMPLATES)})")
-    parser.add_argument(
-        "--batch_size", type=number(int), default=64, help="images per forward pass (default: %(default)s)"
-    )
+    parser.add_argument("--templates", help=f"sentences with {{}} (default: the recipe's, or {'; '.join(TEMPLATES)})")
+    parser.add_argument("--batch_size", type=number(int), help="images per forward pass (default: the recipe's, or 64)")
     args = parser.parse_args()
     runs.check_outputs(output=args.output)
-    _, _, model, tokenizer = runs.open_run(args.run, "encode_text", args.weights)
-    templates = read_lines(args.templates, "templates") if args.templates else TEMPLATES
-    if without := next((t for t in templates if "{}" not in t), None):
-        raise RecipeError(f"{args.templates}: '{without}' has no {{}} for the name of a class")
-    config = EvaluationConfig.of(None, "zero_shot", shards=args.shards, batch_size=args.batch_size)
-    metrics = evaluate(model, config, read_lines(args.classes, "class names"), templates, tokenizer, model.collector)
-    print(
-        f"zero-shot: {int(metrics['images'])} images, " + ", ".join(f"top-{k} {metrics[f'top-{k}']:.2f}" for k in BEST)
-    )
+    _, recipe, model, tokenizer = runs.open_run(args.run, "encode_text", args.weights)
+    given = {name: getattr(args, name) for name in ("shards", "classes", "templates", "batch_size")}
+    config = ZeroShotConfig.of(recipe.zero_shot, "zero_shot", **given)
+    metrics = evaluate(model, config, *names_of(config), tokenizer, model.collector)
+    print(table(metrics))
     if args.output:
         write_atomically(args.output, runs.as_json(metrics))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,27 @@ def keys_of(image_id_B: Tensor, ids_BL: Tensor, masks_BL: Tensor) -> Tensor:
     place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     words_B = (mix((ids_BL << 20) + place_L) * masks_BL).sum(1)
     return torch.stack((image_id_B, words_B), dim=1)
+
+
+def keys_where(positives: str, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under "keys" what pairs are known by, where others than themselves may be their positives (the setting model.positives)."""
+    if positives == "pair":
+        return {}
+    return {"keys": keys_of(batch["image_id"], batch["text_ids"], batch["text_masks"])}
+
+
+def loss_of(
+    found: Mapping[str, Tensor], collector: Collector, prefix: str = "", draws: tuple[Draw, Draw] | None = None
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Contrasted, dict[str, Tensor]]:
+    """itc_loss of what a model has found, and the values of its scale and bias. found: features image, text; logit_scale, and with the sigmoid
+    loss logit_bias; all of these with a prefix; and what keys_where gives."""
+    image, text = found[f"{prefix}image"], found[f"{prefix}text"]
+    scale, bias = scale_of(found[f"logit_{prefix}scale"], image), found.get(f"logit_{prefix}bias")
+    values = {f"itc/{prefix}logit_scale": scale.detach()}
+    if bias is not None:
+        bias = bias.reshape(()).to(image.dtype)
+        values[f"itc/{prefix}logit_bias"] = bias.detach()
+    return *itc_loss(image, text, scale, collector, draws, found.get("keys"), bias), values
 
 
 def itc_loss(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden
 from families.coca.tiny import BOTH, tiny_batch, tiny_model
 
@@ -123,9 +124,36 @@ def test_no_weight_starts_as_it_lay_in_memory():
             assert float(one.abs().max()) > 0, name
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
-    model, batch = tiny_model(), tiny_batch(8)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_several_positives_and_the_sigmoid_loss_written_out(kind):
+    """Of 6 pairs two show one picture, and two others have one caption."""
+    model, batch = tiny_model(itc_kind=kind, positives="image"), tiny_batch(6)
+    batch["image_id"] = torch.tensor([0, 1, 2, 3, 4, 2])
+    for name in ("text_ids", "text_masks"):
+        batch[name][3] = batch[name][1]
+    together = torch.eye(6, dtype=torch.bool)
+    for one, other in ((2, 5), (1, 3)):
+        together[one, other] = together[other, one] = True
+    found = model(batch, "contrast_features")
+    logits = found["image"] @ found["text"].T * model.logit_scale.exp()
+    if kind == "sigmoid":
+        wanted = -F.logsigmoid(torch.where(together, 1, -1) * (logits + model.logit_bias)).sum() / 6
+    else:
+        share = together / together.sum(1, keepdim=True)
+        wanted = -((logits.log_softmax(1) + logits.T.log_softmax(1)) * share).sum() / 12
+    out = model(batch)
+    assert float(out.losses["itc"]) == pytest.approx(float(wanted), rel=1e-12)
+    parameters = [parameter for name, parameter in model.named_parameters() if name in ("logit_scale", "logit_bias")]
+    ours = torch.autograd.grad(out.losses["itc"], parameters)
+    for one, other in zip(ours, torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+    assert len(parameters) == (2 if kind == "sigmoid" else 1)
+
+
+@pytest.mark.parametrize("parts, changes", [(2, {}), (4, {}), (2, {"itc_kind": "sigmoid", "positives": "image"})])
+def test_gradients_in_parts_are_those_of_the_whole_batch(parts, changes):
+    model, batch = tiny_model(**changes), tiny_batch(8)
+    batch["image_id"] = torch.arange(8) // 2
     out = model(batch)
     out.loss.backward()
     direct = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -56,13 +56,15 @@ def test_losses_do_not_depend_on_ranks_zero_or_parts(tmp_path, synthetic, refere
                 assert ours[key] == pytest.approx(value, rel=1e-5), (ours["stage"], ours["step"], key)
 
 
-def test_cascaded_poolers_under_zero_3(tmp_path, synthetic):
-    found = [
-        run(tmp_path / f"{ranks}", synthetic, ranks, zero, 4, attentional_pool="cascade")
-        for ranks, zero in ((1, 0), (2, 3))
-    ]
-    for ours, theirs in zip(*found, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+@pytest.mark.parametrize(
+    "model",
+    [{"attentional_pool": "cascade"}, {"itc_kind": "sigmoid"}, {"positives": "image"}],
+    ids=["cascade", "sigmoid", "positives"],
+)
+def test_other_kinds_of_models_under_zero_3(tmp_path, synthetic, model):
+    found = [run(tmp_path / f"{ranks}", synthetic, ranks, zero, 4, **model) for ranks, zero in ((1, 0), (2, 3))]
+    for number, (ours, theirs) in enumerate(zip(*found, strict=True)):  # AdamW makes the first step's rounding larger
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4 if number else 1e-6)
 
 
 def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ImageTowerConfig
+from vlmo_ds.config import ContrastSettings, ImageTowerConfig
 from vlmo_ds.families.interface import Pixels, Task
 
 
@@ -78,8 +78,12 @@ TASKS: dict[str, Task] = {
 
 TRAINABLE: dict[str, list[str]] = {
     "all": ["*"],
-    "image_only": ["visual.*", "logit_scale"],  # as locked-text tuning: the text tower and the decoder stay
-    "text_only": ["text.*", "text_decoder.*", "logit_scale"],
+    "image_only": [
+        "visual.*",
+        "logit_scale",
+        "logit_bias",
+    ],  # as locked-text tuning: the text tower and the decoder stay
+    "text_only": ["text.*", "text_decoder.*", "logit_scale", "logit_bias"],
 }
 NO_DECAY = (
     "*.bias",
@@ -90,12 +94,13 @@ NO_DECAY = (
     "*cls_emb",
     "*.query",
     "logit_scale",
+    "logit_bias",
 )
 PIXELS = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's
 WORDS = ("text.token_embedding.weight", "text_decoder.text_projection")
 
 
-class CoCaSettings(ImageTowerConfig):
+class CoCaSettings(ImageTowerConfig, ContrastSettings):
     """CoCa's architecture (arXiv:2205.01917) as open_clip names it. `arch` fills in the sizes of a published model; single
     settings may still differ."""
 

@@ -7,7 +7,6 @@ class token; linear layers and norms see those of all texts as one matrix.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,11 +26,12 @@ from vlmo_ds.families.coca.block import AttentionalPooler, Block, Transformer, b
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.objectives.captioning import chosen, learned_words, word_losses
-from vlmo_ds.objectives.itc import itc_loss, scale_of
+from vlmo_ds.objectives.itc import keys_where, logit_parameters, loss_of
 
 PADDING = 0  # the padding word's id: of its embedding alone, which words are valid is told by lengths
 OF_CONTRAST = [  # what the contrastive loss alone reaches
     "logit_scale",
+    "logit_bias",
     "visual.proj",
     "visual.attn_pool_contrastive.*",
     "text.cls_emb",
@@ -196,7 +196,7 @@ class CoCa(FamilyModel):
         self.text = TextTransformer(config, self.recomputed)
         self.text_decoder = MultimodalTransformer(config, self.recomputed)
         self.recomputed.tell(self)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale, self.logit_bias = logit_parameters(config.itc_kind)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -263,27 +263,28 @@ class CoCa(FamilyModel):
             loss = self.collector.global_mean(total, batch.get("words_count", count))
             self.record(out, "caption", (loss, {"accuracy": (right, count)}))
             out = out._replace(loss=out.losses["caption"])
-        features = self.contrast_of(image, given(text.feature, "feature")) if contrast else {}
+        features = self.contrast_of(image, given(text.feature, "feature"), batch) if contrast else {}
         return features, out
 
     def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
-        """What add_contrast needs: features image, text [B, E], logit_scale; and words_count, the words whose loss is taken."""
+        """What add_contrast needs: features image, text [B, E], scale and bias of logits; and words_count, the words whose loss is taken."""
         image, _ = self.visual(self.pixels(batch))
         lengths_B = batch["text_masks"].sum(1)
         feature = given(self.text(batch["text_ids"], lengths_B).feature, "feature")
         learned_N = learned_words(lengths_B, batch["text_ids"].shape[1], batch.get("prompt_words"))
         words = (lengths_B - 1).sum() if learned_N is None else learned_N.sum()
-        return {**self.contrast_of(image, feature), "words_count": words}
+        return {**self.contrast_of(image, feature, batch), "words_count": words}
 
-    def contrast_of(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def contrast_of(self, image: Tensor, text: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Features [B, E] before their normalisation -> what add_contrast needs."""
-        return {"image": unit(image), "text": unit(text), "logit_scale": self.logit_scale.clone()}
+        terms = {"logit_scale": self.logit_scale, "logit_bias": self.logit_bias}
+        found = {name: term.clone() for name, term in terms.items() if term is not None}
+        return {"image": unit(image), "text": unit(text), **found, **keys_where(self.config.positives, batch)}
 
     def add_contrast(self, out: StepOutput, found: Mapping[str, Tensor]) -> None:
         """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter."""
-        scale = scale_of(found["logit_scale"], found["image"])
-        out.values["itc/logit_scale"] = scale.detach()
-        loss, ratios, _ = itc_loss(found["image"], found["text"], scale, self.collector)
+        loss, ratios, _, values = loss_of(found, self.collector)
+        out.values.update(values)
         self.record(out, "itc", (loss, ratios))
 
     def idle(self) -> list[str]:

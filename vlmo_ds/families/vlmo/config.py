@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import InitConfig, ModelConfig
+from vlmo_ds.config import ContrastSettings, InitConfig, ModelConfig
 from vlmo_ds.families.interface import MATCHING, Pixels, Task
 
 # Sizes of the published models (VLMo, arXiv:2111.02358; base-plus from the official code).
@@ -97,7 +97,7 @@ PIXELS = Pixels(0.5, 0.5)  # to [-1, 1]
 WORDS = ("text_embeddings.word_embeddings.weight", "mlm_score.decoder.weight", "mlm_score.bias")
 
 
-class VLMoSettings(ModelConfig):
+class VLMoSettings(ModelConfig, ContrastSettings):
     """VLMo's architecture (arXiv:2111.02358). `arch` fills in the sizes of a published model; single settings may still
     differ."""
 
@@ -127,15 +127,6 @@ class VLMoSettings(ModelConfig):
     mim_visible_only: bool = Field(
         False,
         description="mim: the blocks see no masked patches, a block of the head predicts these from the others (MAE)",
-    )
-    itc_kind: Literal["softmax", "sigmoid"] = Field(
-        "softmax",
-        description="contrast: softmax: each row against all columns (CLIP); sigmoid: each pair as a yes or no of its own, with a bias (SigLIP)",
-    )
-    positives: Literal["pair", "image"] = Field(
-        "pair",
-        description="contrast: what goes together. pair: an image and its caption; image: all captions of the same picture, and all pictures with "
-        "the same caption",
     )
     attention: Literal["auto", "sdpa", "explicit"] = Field(
         "auto", description="auto: torch's kernel on GPUs, written out on CPUs"

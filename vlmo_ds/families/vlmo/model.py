@@ -23,7 +23,7 @@ from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.multiway import Encoded, MultiWayTransformer, Stream
-from vlmo_ds.objectives.itc import itc_loss, keys_of, logit_parameters, scale_of
+from vlmo_ds.objectives.itc import keys_where, logit_parameters, loss_of
 from vlmo_ds.objectives.itm import Negatives, draws_of, itm_loss
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
 from vlmo_ds.objectives.mlm import mlm_loss
@@ -179,7 +179,11 @@ class VLMo(FamilyModel):
             self.record(out, "mlm", mlm_loss(wave1["mlm"].tokens_BLD, labels, self.mlm_score, self.collector))
         if "itc" in tasks:
             draws: tuple[Draw, Draw] | None = None
-            found = self.itc_features(wave1["image"], wave1["text"]) | self.logit_terms() | self.keys(batch)
+            found = (
+                self.itc_features(wave1["image"], wave1["text"])
+                | self.logit_terms()
+                | keys_where(self.config.positives, batch)
+            )
             if "itm" in tasks:
                 ids, seed = (batch["sample_id"], batch["image_id"]), int(batch["negative_seed"])
                 draws = draws_of(*ids, seed, self.collector, found.get("keys"))
@@ -212,12 +216,6 @@ class VLMo(FamilyModel):
         names = ["logit_scale", "logit_bias", *(["logit_vl_scale", "logit_vl_bias"] if self.has_twin else [])]
         return {name: term for name in names if (term := getattr(self, name)) is not None}
 
-    def keys(self, batch: Batch) -> dict[str, Tensor]:
-        """What pairs are known by, where others than themselves may be their positives."""
-        if self.config.positives == "pair":
-            return {}
-        return {"keys": keys_of(batch["image_id"], batch["text_ids"], batch["text_masks"])}
-
     def contrast_features(self, batch: Batch) -> dict[str, Tensor]:
         """image, text_ids, text_masks -> what add_contrast needs, from one walk: features [B, D], logit scales."""
         images = normalized(batch["image"], self.transformer.cls_token.dtype)
@@ -234,7 +232,7 @@ class VLMo(FamilyModel):
         }
         encoded = self.encode(streams, images, types[1])
         terms = {name: term.clone() for name, term in self.logit_terms().items()}
-        return self.itc_features(encoded["image"], encoded["text"]) | terms | self.keys(batch)
+        return self.itc_features(encoded["image"], encoded["text"]) | terms | keys_where(self.config.positives, batch)
 
     def add_contrast(
         self, out: StepOutput, found: Mapping[str, Tensor], draws: tuple[Draw, Draw] | None = None
@@ -242,20 +240,13 @@ class VLMo(FamilyModel):
         """Records the contrastive loss over the global batch, of what contrast_features gives; reads no parameter. draws: of hard
         negatives, which come with the result."""
 
-        def one(prefix: str, draws: tuple[Draw, Draw] | None = None):
-            image, text = found[f"{prefix}image"], found[f"{prefix}text"]
-            scale, bias = scale_of(found[f"logit_{prefix}scale"], image), found.get(f"logit_{prefix}bias")
-            out.values[f"itc/{prefix}logit_scale"] = scale.detach()
-            if bias is not None:
-                bias = bias.reshape(()).to(image.dtype)
-                out.values[f"itc/{prefix}logit_bias"] = bias.detach()
-            return itc_loss(image, text, scale, self.collector, draws, found.get("keys"), bias)
-
-        loss, ratios, contrasted = one("", draws)
+        loss, ratios, contrasted, values = loss_of(found, self.collector, draws=draws)
         if self.has_twin:
-            vl_loss, vl_ratios, _ = one("vl_")
+            vl_loss, vl_ratios, _, vl_values = loss_of(found, self.collector, "vl_")
+            values |= vl_values
             loss = (loss + vl_loss) / 2
             ratios |= {f"vl_{name}": ratio for name, ratio in vl_ratios.items()}
+        out.values.update(values)
         self.record(out, "itc" if self.has_twin else "irtr", (loss, ratios))
         return contrasted
 
