@@ -439,6 +439,11 @@ class StageConfig(Settings):
         "price of one more forward pass",
     )
     steps: int = Field(gt=0, description="optimiser steps")
+    image_size: int | None = Field(
+        None,
+        gt=0,
+        description="pixels per side in this stage, whose positions are resampled from its initial weights'; null: model.image_size",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     init: InitConfig = InitConfig()
@@ -741,9 +746,16 @@ class Recipe(Settings):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
         if self.name.strip(".") == "":
             raise ValueError(f"name is '{self.name}', which names no folder of its own below runs/")
-        patches = self.model.patches
         for stage in self.stages:
-            self.model.check_stage(stage)
+            model, side = self.model_of(stage), self.model.patch_size
+            if model.image_size % side:
+                near = max(model.image_size // side * side, side)
+                raise ValueError(
+                    f"stages.{stage.name}.image_size is {stage.image_size}, which is not a multiple of patch_size {side}: take {near} or "
+                    f"{near + side}"
+                )
+            patches = model.patches
+            model.check_stage(stage)
             if "masked_image" in stage.reads and not 0 < round(stage.data.mim_ratio * patches) < patches:
                 raise ValueError(
                     f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "
@@ -762,6 +774,12 @@ class Recipe(Settings):
                 f"vqa.method is 'generate', and {self.family.name} chooses among the answers of its list; accepted: 'list'"
             )
         return self
+
+    def model_of(self, stage: StageConfig) -> ModelConfig:
+        """The model as a stage trains it: at the stage's resolution."""
+        return (
+            self.model if stage.image_size is None else self.model.model_copy(update={"image_size": stage.image_size})
+        )
 
 
 EVALUATIONS = tuple(  # sections of a recipe: what is measured on held-out shards

@@ -236,7 +236,7 @@ def main() -> None:
     _, recipe, model, tokenizer = runs.open_run(args.run, "encode_text", args.weights)
     given = {name: getattr(args, name) for name in ("shards", "rerank", "max_images", "folds")}
     config = RetrievalConfig.of(recipe.retrieval, "retrieval", **given)
-    data = load_set(config, recipe.model.image_size, recipe.model.max_text_len, tokenizer)
+    data = load_set(config, model.config.image_size, model.config.max_text_len, tokenizer)
     result = evaluate(model, data, config, model.collector)
     print(table(result.metrics, len(data.images), len(data.captions)))
     if args.output:

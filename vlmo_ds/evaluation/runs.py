@@ -73,7 +73,7 @@ def wanted_for(recipe: Recipe, call: str) -> str:
 def load_model(recipe: Recipe, folder: Path) -> FamilyModel:
     """Weights of a stage, from a folder of it, in a plain module."""
     stage = next(stage for stage in recipe.stages if stage.name == folder.parent.name)
-    model = recipe.family.build(recipe.model, stage.weights, Collector())
+    model = recipe.family.build(recipe.model_of(stage), stage.weights, Collector())
     model.load_state_dict(read_weights(folder))
     return model.eval()
 

@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
 
 
 def measure_retrieval(model: FamilyModel, of: Finished, config: RetrievalConfig) -> Outcome:
-    data = retrieval.load_set(config, of.recipe.model.image_size, of.recipe.model.max_text_len, of.tokenizer)
+    data = retrieval.load_set(config, model.config.image_size, model.config.max_text_len, of.tokenizer)
     result = retrieval.evaluate(model, data, config, of.collector)
     text = retrieval.table(result.metrics, len(data.images), len(data.captions))
     return Outcome(result.metrics, text, (data, result))

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             answers = read_answers(run, recipe.model.vqav2_label_size) if "questions" in stage.reads else None
             export = recipe.family.huggingface().exported
-            model = export(weights, recipe.model, list(stage.tasks), tokenizer, answers, args.output)
+            model = export(weights, recipe.model_of(stage), list(stage.tasks), tokenizer, answers, args.output)
             print(
                 f"{args.output}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
             )
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             count = write_official(recipe.family.weights().official(weights), args.official, args.half)
             print(f"{args.official}: {count} tensors under their official names")
         if args.open_clip:
-            note = write_open_clip(weights, recipe.model, recipe.family, tokenizer, args.open_clip)
+            note = write_open_clip(weights, recipe.model_of(stage), recipe.family, tokenizer, args.open_clip)
             print(f"{args.open_clip}: open_clip.create_model('local-dir:{args.open_clip}')")
             if note:
                 print(note)

@@ -198,7 +198,9 @@ def examine(
         ]
         found += about_texts(texts, tokenizer, recipe.model.max_text_len)
     if stage.reads & IMAGES and "image_pair" not in stage.reads:
-        found += about_images([picture for sample in raw if (picture := picture_of(sample))], recipe.model.image_size)
+        found += about_images(
+            [picture for sample in raw if (picture := picture_of(sample))], recipe.model_of(stage).image_size
+        )
     learnt = by_heart(recipe, alone, dataset, seconds)
     return found + [one.fault for one in learnt if one.fault], learnt
 

@@ -99,18 +99,18 @@ class Machine:
 def build(recipe: Recipe, stage: StageConfig) -> FamilyModel:
     """The stage's model without memory."""
     with torch.device("meta"):
-        model = recipe.family.build(settled(recipe), stage.weights, None)
+        model = recipe.family.build(settled(recipe, stage), stage.weights, None)
     set_trainable(model, stage)
     return model
 
 
-def settled(recipe: Recipe) -> ModelConfig:
-    """The architecture with the vocabulary's size filled in."""
+def settled(recipe: Recipe, stage: StageConfig) -> ModelConfig:
+    """The stage's architecture with the vocabulary's size filled in."""
     size, name = recipe.model.vocab_size, recipe.tokenizer.name
     if not size:
         known = recipe.tokenizer.vocab_size if name == "train" else VOCABULARIES.get(name)
         size = (known or len(load_tokenizer(name, *recipe.family.tokenizer))) + recipe.model.extra_words
-    return recipe.model.model_copy(update={"vocab_size": size})
+    return recipe.model_of(stage).model_copy(update={"vocab_size": size})
 
 
 def parameter_count(recipe: Recipe) -> int:
@@ -205,7 +205,7 @@ def memory_of(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks:
         weights,
         gradients,
         optimizer,
-        **recipe.family.cost().activations(settled(recipe), stage, load_of(stage, ranks, merged)),
+        **recipe.family.cost().activations(settled(recipe, stage), stage, load_of(stage, ranks, merged)),
         buffers=buffers,
         host=host,
     )
@@ -237,7 +237,7 @@ def wire_of(
     else:
         wire["all-gather"] = away * b * gathered(model, stage, zero) * accumulation
         wire["reduce-scatter"] = away * b * learnt * accumulation
-    further = recipe.family.cost().collectives(settled(recipe), stage, load_of(stage, ranks, merged))
+    further = recipe.family.cost().collectives(settled(recipe, stage), stage, load_of(stage, ranks, merged))
     return wire | {name: wire[name] + value for name, value in further.items()}
 
 
@@ -261,7 +261,7 @@ def plan(recipe: Recipe, stage: StageConfig, config: dict[str, Any], ranks: int,
     model = build(recipe, stage)
     memory = memory_of(recipe, stage, config, ranks, model)
     wire = wire_of(recipe, stage, config, ranks, model)
-    settings = settled(recipe)
+    settings = settled(recipe, stage)
     # the backward pass is worth two forward ones
     passes = 3 + (settings.recompute_every == 1) + stage.gradient_cache
     flops = passes * recipe.family.cost().forward_flops(settings, stage, stage.global_batch_size)

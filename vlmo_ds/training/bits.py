@@ -147,7 +147,7 @@ class Bits:
     def plain_model(self) -> FamilyModel:
         """The engine's model with whole weights, and none of its hooks."""
         recipe, layout = self.run.recipe, layout_of(self.engine)
-        model = recipe.family.build(recipe.model, self.stage.weights, self.collector)
+        model = recipe.family.build(recipe.model_of(self.stage), self.stage.weights, self.collector)
         use_kernels(model, recipe.model.kernels)
         parts, buffers = dict(self.engine.module.named_parameters()), dict(self.engine.module.named_buffers())
         for name, own in model.named_parameters():

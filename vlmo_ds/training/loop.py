@@ -108,7 +108,7 @@ def build_dataset(
     seed: int | None = None,
 ) -> BatchDataset:
     """The data of a stage, for this rank. seed: of all that is drawn, None: the stage's own."""
-    model = recipe.model
+    model = recipe.model_of(stage)
     micro, _ = micro_batch(stage, collector.world_size)
     seed = stage_seed(recipe, stage) if seed is None else seed
     spec = spec_for(stage.reads, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
@@ -136,7 +136,7 @@ def build_model(
     source: weights from elsewhere, handed over as the stage's `init` says; resumed: from a checkpoint of the stage itself.
     """
     torch.manual_seed(stage_seed(recipe, stage))
-    model = recipe.family.build(recipe.model, stage.weights, collector)
+    model = recipe.family.build(recipe.model_of(stage), stage.weights, collector)
     if source is not None:
         report = hand_over(model, source, recipe.family.init() if resumed else stage.init, origin)
         if collector.rank == 0:
@@ -260,7 +260,7 @@ class StageTraining:
         self.writer = checkpoint.CheckpointWriter(
             folder, recipe.keep_checkpoints, recipe.background_checkpoints, collector
         )
-        self.pace = Pace(flops_of(recipe.model, stage), is_half(merged), collector.world_size, collector.rank)
+        self.pace = Pace(flops_of(recipe.model_of(stage), stage), is_half(merged), collector.world_size, collector.rank)
         self.scores = None
         if stage.evaluate_every:
             held_out = None
@@ -395,7 +395,7 @@ class StageTraining:
         with self.pace.part(DATA):
             raw = next(stream)
         batch = self.replaced.take(raw)
-        self.pace.tokens += tokens_of(batch, run.recipe.model.patches)
+        self.pace.tokens += tokens_of(batch, run.recipe.model_of(stage).patches)
         taken.append({key: batch[key] for key in ("sample_id", "image_id")})
         if stage.log_images_every and part == 0 and step % stage.log_images_every == 0:
             run.monitor.images(step + 1, batch, run.tokenizer)

@@ -122,7 +122,7 @@ class Scores:
         """A plain model on every rank's device with rank 0's weights."""
         run = self.run
         heartbeat.beat(f"evaluation: gathering the weights of {self.stage.name}")
-        model = run.recipe.family.build(run.recipe.model, self.stage.weights, run.collector)
+        model = run.recipe.family.build(run.recipe.model_of(self.stage), self.stage.weights, run.collector)
         own = model.state_dict()
         with torch.no_grad():
             for name, value in own.items():
