@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_ranks, start_ranks, tiny_recipe, write_yaml
+from families.blip.tiny import tiny_blip
 
 from vlmo_ds.training.bits import checksum, minority
 
@@ -120,6 +121,20 @@ def test_a_wrong_bit_is_found_and_named(tmp_path, synthetic, fault, ranks, zero,
     if fault == "forward":
         assert "resumed at step 2" in run_ranks(["train_ds.py", *arguments(tmp_path, synthetic, zero)], ranks)
         assert (run / "post_mortem.before-1" / "bits.json").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_teacher_and_its_queue_are_left_alone(tmp_path, synthetic, zero):
+    recipe = tiny_blip(synthetic, retrieval=None, captioning=None)
+    spread = {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": spread, "steps_per_print": 10**9}))
+    words = ["train_ds.py", "--recipe", write_yaml(tmp_path / "recipe.yaml", recipe)]
+    words += ["--deepspeed_config", tmp_path / "ds.json", "--output_dir"]
+    run_ranks([*words, tmp_path / "a"], 2)
+    run_ranks([*words, tmp_path / "b", "check_bits=1"], 2)
+    a, b = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("a", "b"))
+    assert a == b and a.count("\n") == 6
 
 
 def test_a_checksum_tells_every_bit_and_no_order_of_summing():

@@ -449,11 +449,11 @@ def merge(config: dict[str, Any], stage: StageConfig, world_size: int) -> dict[s
     ):  # DeepSpeed knows AdamW alone, and would have it compiled where states are in host memory
         merged |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     offloaded = merged.get("zero_optimization", {}).get("offload_optimizer", {})
-    for key, value, accepted in (("device", "nvme", "'none' or 'cpu'"), ("ratio", offloaded.get("ratio", 1), "1")):
-        if stage.optimizer.name == "muon" and offloaded.get(key, 1) == value != 1:
+    for key, usable in {"device": ("none", "cpu"), "ratio": (1,)}.items():
+        if stage.optimizer.name == "muon" and offloaded.get(key, usable[0]) not in usable:
             raise RecipeError(
-                f"stages.{stage.name}.optimizer.name is 'muon', whose matrices have to be in memory, and the DeepSpeed config has "
-                f"zero_optimization.offload_optimizer.{key} = {value!r}; accepted: {accepted}"
+                f"stages.{stage.name}.optimizer.name is 'muon', whose matrices have to be in one memory, and the DeepSpeed config has "
+                f"zero_optimization.offload_optimizer.{key} = {offloaded[key]!r}; accepted: {' or '.join(map(repr, usable))}"
             )
     if (merged.get("zero_optimization", {}).get("zero_hpz_partition_size") or 1) > 1:
         part = merged["zero_optimization"]["zero_hpz_partition_size"]

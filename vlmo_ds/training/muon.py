@@ -18,7 +18,7 @@ from vlmo_ds.distributed.collector import Collector
 STEPS, COEFFICIENTS = (
     5,
     (3.4445, -4.7750, 2.0315),
-)  # of the iteration, which need not converge: singular values end at 0.7 to 1.2
+)  # of the iteration, which need not converge
 RMS = 0.2  # of an update's elements, as AdamW's have (arXiv:2502.16982, equation 4): one learning rate fits both
 TOGETHER = 1 << 26  # elements of matrices that are whole at a time
 

@@ -147,7 +147,9 @@ class FlatLayout(Layout):
         return safe_get_full_fp32_param(parameter)
 
     def stepped(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int]]]]:
-        for group, parameters in zip(self.inner.param_groups, self.optimizer.bit16_groups, strict=True):
+        # bf16 gradients that are summed in float32 have an optimiser of their own under ZeRO-1
+        name = "bit16_groups" if hasattr(self.optimizer, "bit16_groups") else "bf16_groups"
+        for group, parameters in zip(self.inner.param_groups, getattr(self.optimizer, name), strict=True):
             mappings = [parameter._hp_mapping for parameter in parameters]
             starts = [mapping.get_hp_fragment_address().start if mapping else 0 for mapping in mappings]
             yield group["params"][0], list(zip(parameters, starts, strict=True))
