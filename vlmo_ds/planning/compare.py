@@ -32,9 +32,10 @@ from vlmo_ds.recipe_file import changed_settings, load_recipe, parse_recipe
 POINTS, LEAST_STEPS = 32, 8  # stretches of a stage at most, and steps of one
 STREAK = 3  # stretches outside, one after another, that make a metric outside
 SPREAD, RELATIVE = 0.5, 0.1  # of the margin: of the runs' spread, and of the value by the root of the number of runs
-NOISY = "grad_norm"  # recorded and drawn, not judged
+DRAWN = {"grad_norm", "skipped_steps", "data/replaced"}  # and not judged: noisy, of fp16, of the data's files
 LEFT_OUT = {"stage", "step", "step_of_run", "loss", "data/epoch"}  # "loss" is the sum of what is compared one by one
 RATE = "lr"
+Curves = Mapping[str, Mapping[str, Mapping[int, float | None]]]  # stage -> metric -> step -> value, None: not finite
 SHOWN = 8  # settings that differ, and metrics of a stage
 
 
@@ -109,8 +110,8 @@ class Compared(NamedTuple):
     points: dict[str, int]
 
 
-def read_curves(run: Path) -> dict[str, dict[str, dict[int, float | None]]]:
-    """Stage -> metric -> step -> value of a run's metrics.jsonl. RecipeError where there is none."""
+def read_curves(run: Path) -> Curves:
+    """Of a run's metrics.jsonl. RecipeError where there is none."""
     file = run / metrics.FILE
     if not file.is_file():
         raise RecipeError(f"{run} is no run: it has no {metrics.FILE}")
@@ -231,8 +232,8 @@ def differences(recipe: Recipe, reference: Recipe) -> list[str]:
     return [f"{key} {now!r}, in the reference {then!r}" for key, (then, now) in changed.items() if key != "seed"]
 
 
-def compare(curves: Mapping[str, Mapping[str, Mapping[int, float | None]]], reference: Reference) -> Compared:
-    """curves: as read_curves gives them. A run in the middle of a stage is compared as far as it is."""
+def compare(curves: Curves, reference: Reference) -> Compared:
+    """A run in the middle of a stage is compared as far as it is."""
     found = Compared([], set(), {})
     for stage, expected in reference.stages.items():
         if stage not in curves:
@@ -242,7 +243,7 @@ def compare(curves: Mapping[str, Mapping[str, Mapping[int, float | None]]], refe
         }
         found.points[stage] = max(lengths)
         for name in expected.metrics:
-            if name == NOISY or name not in curves[stage]:
+            if name in DRAWN or name not in curves[stage]:
                 continue
             finding = judge(stage, name, curves[stage][name], expected)
             if finding:
@@ -279,7 +280,7 @@ def better(name: str, side: str) -> bool:
     return (side == "below" and name.startswith("loss")) or (side == "above" and name.endswith("accuracy"))
 
 
-def not_finite(curves: Mapping[str, Mapping[str, Mapping[int, float | None]]]) -> str:
+def not_finite(curves: Curves) -> str:
     """Where a loss was not finite first; "" if nowhere."""
     for stage, of in curves.items():
         for name, values in of.items():
@@ -383,9 +384,7 @@ def told(found: Compared, recipe: Recipe, reference: Reference, differing: Seque
     return "\n".join(lines)
 
 
-def page(
-    run: Path, curves: Mapping[str, Mapping[str, Mapping[int, float | None]]], reference: Reference, text: str
-) -> str:
+def page(run: Path, curves: Curves, reference: Reference, text: str) -> str:
     """HTML with a figure for each metric: the band, and the run in it."""
     figures = []
     for stage, expected in reference.stages.items():
