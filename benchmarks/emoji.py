@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from pretraining import SEEDS, command, prepare, row, train
+from pretraining import SEEDS, command, gain, prepare, row, train
 
 from vlmo_ds.config import TokenizerKind
 from vlmo_ds.data.shards import list_shards
@@ -56,6 +56,7 @@ def made(root: Path) -> list[dict]:
     return [
         row("pretrained", before, "google", "twitter"),
         row("fresh", fresh, "twitter"),
+        gain(before, fresh, "twitter"),
         row("pretrained, without the last stage", before, "google"),
         *(written(root, kind) for kind in get_args(TokenizerKind)),
     ]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def ranks(score_QC: Tensor) -> np.ndarray:
     return (above + 0.5 * same).cpu().numpy()
 
 
+@cache
 def searched(folder: str) -> dict[str, np.ndarray]:
     """Direction -> ranks of the run's held-out pictures and captions, one of each for every thing."""
     _, recipe, model, tokenizer = runs.open_run(Path(folder), "encode_text", None)
@@ -57,27 +59,40 @@ def searched(folder: str) -> dict[str, np.ndarray]:
     return {name: ranks(getattr(found, name)) for name in ("text_to_image", "image_to_text")}
 
 
-def recall(rank_SQ: np.ndarray, k: int) -> dict:
-    """Of so many seeds and queries; the interval is a percentile bootstrap over the queries, each with all seeds."""
-    hit_Q = 100 * (rank_SQ < k).mean(0)
-    drawn = hit_Q[np.random.default_rng(0).integers(len(hit_Q), size=(10_000, len(hit_Q)))].mean(1)
+def ranks_of(folders: list[str], stage: str) -> dict[str, np.ndarray]:
+    """Direction -> [S, Q] of the runs of S seeds after a stage."""
+    every = [searched(f"{folder}/checkpoints/{stage}/final") for folder in folders]
+    return {direction: np.stack([found[direction] for found in every]) for direction in every[0]}
+
+
+def mean(value_SQ: np.ndarray) -> dict:
+    """Percent; the interval is a percentile bootstrap over the queries, each with all seeds."""
+    value_Q = 100 * value_SQ.mean(0)
+    drawn = value_Q[np.random.default_rng(0).integers(len(value_Q), size=(10_000, len(value_Q)))].mean(1)
     return {
-        "mean": round(float(hit_Q.mean()), 2),
-        "interval_95": [round(float(value), 2) for value in np.percentile(drawn, [2.5, 97.5])],
-        "seeds": [round(100 * float((rank_Q < k).mean()), 2) for rank_Q in rank_SQ],
+        "mean": round(float(value_Q.mean()), 2),
+        "interval_95": [round(float(end), 2) for end in np.percentile(drawn, [2.5, 97.5])],
+        "seeds": [round(100 * float(value), 2) for value in value_SQ.mean(1)],
     }
 
 
 def row(start: str, folders: list[str], *stages: str) -> dict:
     """What the runs of one start reach after the last of these stages, and the seconds that each of them took, mean of the seeds."""
-    every = [searched(f"{folder}/checkpoints/{stages[-1]}/final") for folder in folders]
     noted = [json.loads((Path(folder) / "stages.json").read_text()) for folder in folders]
     seconds = {stage: round(float(np.mean([found[stage]["seconds"] for found in noted])), 1) for stage in stages}
-    found = {"start": start, "queries": len(every[0]["text_to_image"]), "seeds": len(folders), "seconds": seconds}
-    for direction in every[0]:
-        rank_SQ = np.stack([each[direction] for each in every])
-        found[direction] = {f"R@{k}": recall(rank_SQ, k) for k in retrieval.RANKS}
-    return found
+    found = ranks_of(folders, stages[-1])
+    recalls = {way: {f"R@{k}": mean(rank < k) for k in retrieval.RANKS} for way, rank in found.items()}
+    return {"start": start, "queries": found["text_to_image"].shape[1], "seconds": seconds, **recalls}
+
+
+def gain(folders: list[str], others: list[str], stage: str) -> dict:
+    """By how much the former are better after a stage, each query compared with itself."""
+    ours, theirs = ranks_of(folders, stage), ranks_of(others, stage)
+    recalls = {
+        way: {f"R@{k}": mean((ours[way] < k).astype(float) - (theirs[way] < k)) for k in retrieval.RANKS}
+        for way in ours
+    }
+    return {"start": "difference, query by query", "queries": ours["text_to_image"].shape[1], **recalls}
 
 
 def command(about: str | None, made: Callable[[Path], list[dict]]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from emoji import pretrained
-from pretraining import SEEDS, command, prepare, row, train
+from pretraining import SEEDS, command, gain, prepare, row, train
 
 
 def made(root: Path) -> list[dict]:
@@ -24,7 +24,8 @@ def made(root: Path) -> list[dict]:
         for start, weights in (("pretrained", f"{before}/checkpoints/twitter/final"), ("fresh", "fresh")):
             options = [f"seed={seed}", f"tokenizer.name={before}/tokenizer", f"stages.stamps.init.weights={weights}"]
             starts[start].append(train("stamps", f"stamps_{start}_{seed}", *options))
-    return [row(start, folders, "stamps") for start, folders in starts.items()]
+    rows = [row(start, folders, "stamps") for start, folders in starts.items()]
+    return [*rows, gain(starts["pretrained"], starts["fresh"], "stamps")]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rewrites the tables of docs/performance.md from the result files they are made of.
+"""Rewrites the tables of README.md and docs/performance.md from the result files they are made of.
 
     python benchmarks/tables.py [--check]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from common import HELD
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 PLACE = re.compile(r"(<!-- (\w+) (\S+\.json) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -72,7 +72,21 @@ def predicted(results: list[dict]) -> str:
     return table(["GPUs", "seconds a step", "received a step"], *rows)
 
 
-KINDS = {"steps": steps, "contrast": contrast, "scaling": scaling, "predicted": predicted}
+def starts(results: list[dict]) -> str:
+    """Of a benchmark that trains the same last stage from two starts: recall in both directions with its 95% interval."""
+
+    def cell(found: dict) -> str:
+        low, high = found["interval_95"]
+        return f"{found['mean']:.1f} ({low:.1f} to {high:.1f})"
+
+    ways = [(direction, k) for direction in ("text_to_image", "image_to_text") for k in ("R@1", "R@10")]
+    head = [f"{direction.replace('_', ' ')}, {k}" for direction, k in ways]
+    rows = [[r["start"], *(cell(r[direction][k]) for direction, k in ways)] for r in results if "start" in r]
+    queries = next(r["queries"] for r in results if "start" in r)
+    return table([f"among {queries:,}", *head], *rows)
+
+
+KINDS = {"steps": steps, "contrast": contrast, "scaling": scaling, "predicted": predicted, "starts": starts}
 
 
 def main() -> None:
@@ -84,14 +98,15 @@ def main() -> None:
         begin, kind, file, _, end = place.groups()
         return begin + KINDS[kind](json.loads((ROOT / "benchmarks/results" / file).read_text())["results"]) + end
 
-    before = PAGE.read_text()
-    after, tables = PLACE.subn(made, before)
-    if not tables or tables != before.count(".json -->"):
-        sys.exit(f"error: {PAGE} has {before.count('.json -->')} tables that begin, and {tables} that end as well")
-    if args.check and after != before:
-        sys.exit(f"error: {PAGE} has tables that are not what their files say: python benchmarks/tables.py")
-    if not args.check:
-        PAGE.write_text(after)
+    for page in PAGES:
+        before = page.read_text()
+        after, tables = PLACE.subn(made, before)
+        if not tables or tables != before.count(".json -->"):
+            sys.exit(f"error: {page} has {before.count('.json -->')} tables that begin, and {tables} that end as well")
+        if args.check and after != before:
+            sys.exit(f"error: {page} has tables that are not what their files say: python benchmarks/tables.py")
+        if not args.check:
+            page.write_text(after)
 
 
 if __name__ == "__main__":

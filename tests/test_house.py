@@ -116,6 +116,6 @@ def test_nothing_outside_its_folder_names_a_family_or_its_tasks(family):
     assert not found
 
 
-def test_tables_of_the_performance_page_are_what_their_files_say():
+def test_tables_of_the_pages_are_what_their_files_say():
     done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
