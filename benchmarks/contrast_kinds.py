@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 from common import write_results
+from pretraining import ROOT, train
 
-ROOT = Path(__file__).resolve().parents[1]
 BEFORE = ("image", "text", "words")  # stages that all kinds share
 KINDS = {
     "softmax": [],
@@ -26,38 +25,28 @@ KINDS = {
 }
 
 
-def train(name: str, *settings: str) -> Path:
-    command = [
-        "train_ds.py",
-        "--recipe",
-        "launch/recipes/quickstart.yaml",
-        "--deepspeed_config",
-        "ds_configs/zero2.json",
-    ]
-    subprocess.run([sys.executable, *command, f"name={name}", *settings], cwd=ROOT, check=True)
-    return ROOT / "runs" / name
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     args = parser.parse_args()
+    output = args.output and args.output.resolve()
+    os.chdir(ROOT)  # where recipes look for data
     results = []
     for seed in args.seeds:
-        shared = train(f"kinds_words_{seed}", f"seed={seed}", "--stages", ",".join(BEFORE))
+        shared = train("quickstart", f"kinds_words_{seed}", f"seed={seed}", "--stages", ",".join(BEFORE))
         start = [f"tokenizer.name={shared}/tokenizer", f"stages.contrast.init.weights={shared}/checkpoints/words/final"]
         for kind, settings in KINDS.items():
             left_out = [f"stages.{stage}=null" for stage in BEFORE]
-            run = train(f"kinds_{kind}_{seed}", f"seed={seed}", *left_out, *start, *settings)
-            found = json.loads((run / "retrieval.json").read_text())
+            run = train("quickstart", f"kinds_{kind}_{seed}", f"seed={seed}", *left_out, *start, *settings)
+            found = json.loads(Path(run, "retrieval.json").read_text())
             recall = {
                 way: {by: found[way][by]["R@1"] for by in found[way]} for way in ("text_to_image", "image_to_text")
             }
             results.append({"kind": kind, "seed": seed, "settings": settings, "R@1": recall})
             print(json.dumps(results[-1]), flush=True)
-    if args.output:
-        write_results(args.output, results)
+    if output:
+        write_results(output, results)
 
 
 if __name__ == "__main__":

@@ -99,13 +99,17 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def check_patches(self) -> ModelConfig:
-        if self.image_size % self.patch_size:
-            near = self.image_size // self.patch_size * self.patch_size
-            raise ValueError(
-                f"image_size is {self.image_size}, which is not a multiple of patch_size {self.patch_size}: "
-                f"take {max(near, self.patch_size)} or {near + self.patch_size}"
-            )
+        self.refuse_parts_of_patches("image_size", self.image_size)
         return self
+
+    def refuse_parts_of_patches(self, setting: str, image_size: int) -> None:
+        """ValueError where patches do not fill an image of this size, which a setting says."""
+        side = self.patch_size
+        if image_size % side:
+            near = image_size // side * side
+            raise ValueError(
+                f"{setting} is {image_size}, which is not a multiple of patch_size {side}: take {max(near, side)} or {near + side}"
+            )
 
     def check_stage(self, stage: StageConfig) -> None:
         """ValueError where a stage asks what the model cannot do."""
@@ -747,13 +751,8 @@ class Recipe(Settings):
         if self.name.strip(".") == "":
             raise ValueError(f"name is '{self.name}', which names no folder of its own below runs/")
         for stage in self.stages:
-            model, side = self.model_of(stage), self.model.patch_size
-            if model.image_size % side:
-                near = max(model.image_size // side * side, side)
-                raise ValueError(
-                    f"stages.{stage.name}.image_size is {stage.image_size}, which is not a multiple of patch_size {side}: take {near} or "
-                    f"{near + side}"
-                )
+            model = self.model_of(stage)
+            model.refuse_parts_of_patches(f"stages.{stage.name}.image_size", model.image_size)
             patches = model.patches
             model.check_stage(stage)
             if "masked_image" in stage.reads and not 0 < round(stage.data.mim_ratio * patches) < patches:

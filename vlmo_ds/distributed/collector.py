@@ -83,9 +83,8 @@ class Collector:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(group) if self.distributed else 1
         self.rank = dist.get_rank(group) if self.distributed else 0
-        self.hears: Callable[[Tensor], None] | None = (
-            None  # gets what this rank gives to gather and sum (training.bits)
-        )
+        # Gets what this rank gives to gather and sum (training.bits).
+        self.hears: Callable[[Tensor], None] | None = None
 
     def gather(self, local: Tensor) -> Tensor:
         """[B, ...] of each rank -> [W*B, ...] in rank order, differentiable. B must be the same on every rank."""

@@ -238,10 +238,8 @@ def compare(curves: Curves, reference: Reference) -> Compared:
     for stage, expected in reference.stages.items():
         if stage not in curves:
             continue
-        lengths = {
-            len([v for v in means(values, expected.steps) if v is not None]) for values in curves[stage].values()
-        }
-        found.points[stage] = max(lengths)
+        last = max(max(values) for values in curves[stage].values())
+        found.points[stage] = sum(step <= last for step in expected.steps)
         for name in expected.metrics:
             if name in DRAWN or name not in curves[stage]:
                 continue

@@ -78,11 +78,8 @@ TASKS: dict[str, Task] = {
 
 TRAINABLE: dict[str, list[str]] = {
     "all": ["*"],
-    "image_only": [
-        "visual.*",
-        "logit_scale",
-        "logit_bias",
-    ],  # as locked-text tuning: the text tower and the decoder stay
+    # As locked-text tuning: the text tower and the decoder stay.
+    "image_only": ["visual.*", "logit_scale", "logit_bias"],
     "text_only": ["text.*", "text_decoder.*", "logit_scale", "logit_bias"],
 }
 NO_DECAY = (
