@@ -57,7 +57,9 @@ def words(batch) -> dict:
     return {"input_ids": batch["text_ids"], "attention_mask": batch["text_masks"]}
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_abs_pos_emb": True, "need_relative_position_embed": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_abs_pos_emb": True, "need_relative_position_embed": False}, {"itc_kind": "sigmoid"}]
+)
 def test_retrieval_and_the_bare_encoder(tmp_path, batch, changes):
     model = tiny_model(JOINT, torch.float32, **changes).eval()
     exported(model.state_dict(), model.config, list(JOINT), WORDS, None, tmp_path / "out")
@@ -65,7 +67,7 @@ def test_retrieval_and_the_bare_encoder(tmp_path, batch, changes):
     _, found = read_elsewhere(tmp_path, tmp_path / "out", "VLMoForImageTextRetrieval", inputs)
     with torch.no_grad():
         image, text = model(batch, "encode_image")["image"], model(batch, "encode_text")["text"]
-        expected = model.logit_scale.exp() * image @ text.t()
+        expected = model.logit_scale.exp() * image @ text.t() + (0 if model.logit_bias is None else model.logit_bias)
         types = model.token_types()
         pooled = model.pooled_pairs(batch["image"], batch, types)
     assert torch.allclose(found["image_embeds"], image, atol=1e-6) and torch.allclose(

@@ -95,8 +95,18 @@ def test_open_clip_reads_the_folder_and_agrees(tmp_path, open_clip, tokenizer, m
     )
 
 
-def test_there_and_back(tmp_path, tokenizer):
-    model = tiny_model()
+def test_open_clip_reads_a_sigmoid_models_bias(tmp_path, open_clip, tokenizer):
+    model = tiny_model(itc_kind="sigmoid")
+    write_open_clip(model.state_dict(), model.config, FAMILIES["coca"], tokenizer, tmp_path / "folder")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'folder'}", precision="fp64").double().eval()
+    found = theirs(tiny_batch()["image"], tiny_batch()["text_ids"])
+    assert float(found["logit_bias"]) == pytest.approx(float(model.logit_bias), rel=1e-6)  # the file is in float32
+    assert float(found["logit_scale"]) == pytest.approx(float(model.logit_scale.exp()), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_there_and_back(tmp_path, tokenizer, kind):
+    model = tiny_model(itc_kind=kind)
     write_open_clip(model.state_dict(), model.config, FAMILIES["coca"], tokenizer, tmp_path / "folder")
     weights = read_weights(tmp_path / "folder" / "open_clip_model.safetensors")
     assert weights.keys() == model.state_dict().keys()

@@ -77,6 +77,7 @@ def from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_text_len": text["context_length"],
         "vocab_size": text["vocab_size"],
         "class_mask": "correct" if text.get("correct_cls_mask") else "legacy",
+        "itc_kind": "softmax" if config.get("init_logit_bias") is None else "sigmoid",
     }
 
 
@@ -130,6 +131,8 @@ def to_open_clip(config: CoCaSettings) -> tuple[dict[str, Any], str]:
         "multimodal_cfg": decoder,
         "custom_text": True,
     }
+    if config.itc_kind == "sigmoid":  # by which open_clip has a bias at all; its value comes with the weights
+        whole["init_logit_bias"] = -10.0
     return whole, note
 
 

@@ -136,6 +136,8 @@ class VLMoForImageTextRetrieval(VLMoPreTrainedModel):
     ) -> RetrievalOutput:
         image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
         logits = self.vlmo.logit_scale.exp() * image @ text.t()
+        if self.vlmo.logit_bias is not None:  # of SigLIP's loss, by which a logit is the log-odds of a pair
+            logits = logits + self.vlmo.logit_bias
         return RetrievalOutput(logits, logits.t(), image, text)
 
 
