@@ -395,7 +395,7 @@ class StageTraining:
         with self.pace.part(DATA):
             raw = next(stream)
         batch = self.replaced.take(raw)
-        self.pace.tokens += tokens_of(batch, run.recipe.model_of(stage).patches)
+        self.pace.tokens += tokens_of(batch, self.engine.module.config.patches)
         taken.append({key: batch[key] for key in ("sample_id", "image_id")})
         if stage.log_images_every and part == 0 and step % stage.log_images_every == 0:
             run.monitor.images(step + 1, batch, run.tokenizer)
