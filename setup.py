@@ -12,8 +12,13 @@ SHIPPED = {
     "vlmo_ds.references": "launch/references",
 }
 
+# Lower bounds also keep pip from going years back where two packages hold others (s3fs and moto hold botocore).
 CAPTIONING = ["pycocoevalcap", "nltk"]  # scores of captions: BLEU, ROUGE-L, CIDEr; words without Java
-MLFLOW = ["mlflow-skinny", "sqlalchemy", "alembic"]  # the latter two for sqlite:///, its store without a server
+MLFLOW = [
+    "mlflow-skinny>=3",
+    "sqlalchemy>=2",
+    "alembic>=1.13",
+]  # the latter two for sqlite:///, its store without a server
 VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("vlmo_ds").joinpath("__init__.py").read_text())[1]
 
 setup(
@@ -39,7 +44,7 @@ setup(
         "deepspeed>=0.19.3",
         "transformers>=4.50",
         "tokenizers",
-        "fsspec",
+        "fsspec>=2024.6",
         "huggingface_hub",
         "ftfy",
         "webdataset>=0.2.100",
@@ -56,10 +61,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "arrow": ["pyarrow"],
+        "arrow": ["pyarrow>=15"],
         "captioning": CAPTIONING,
         "mlflow": MLFLOW,
-        "s3": ["s3fs"],
+        "s3": ["s3fs>=2024.6"],
         "test": [
             "pytest",
             "ruff",
@@ -67,9 +72,9 @@ setup(
             "types-PyYAML",
             "types-psutil",
             "types-tqdm",
-            "pyarrow",
-            "s3fs",
-            "moto[server]",
+            "pyarrow>=15",
+            "s3fs>=2024.6",
+            "moto[server]>=5",
             *MLFLOW,
             *CAPTIONING,
         ],

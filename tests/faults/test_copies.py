@@ -1,6 +1,7 @@
 """Checkpoints in two places: the run's directory goes, and the run goes on from the copy as if nothing had happened. The object store is a
 real server."""
 
+import importlib.metadata
 import shutil
 import time
 from pathlib import Path
@@ -106,6 +107,22 @@ def test_a_copy_that_fails_is_told_and_training_goes_on(tmp_path, capsys):
     copies.begin(path)
     copies.finish()
     assert "step-00000004 is not copied to file://" in capsys.readouterr().err and copies.steps("a") == []
+
+
+@pytest.mark.parametrize("installed", ["0.4.2", "2023.12.0", None])
+def test_an_object_store_needs_an_s3fs_of_these_years(tmp_path, monkeypatch, installed):
+    def version(package):
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(
+        RecipeError, match=r"^checkpoint_copy: s3://a/b is of an object store, which s3fs 2024.6 or newer reads: pip"
+    ):
+        Copies("s3://a/b", tmp_path, [], 1)
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert setup.count('"s3fs>=2024.6"') == setup.count('"s3fs') > 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import glob
 import hashlib
-import importlib.util
+import importlib.metadata
 import itertools
 import math
 import os
@@ -44,6 +44,8 @@ UNPACKED_BY = {
     **dict.fromkeys((".tar.zst", ".tzst"), "unzstd"),
     ".tar.lz4": "unlz4",
 }
+S3FS = (2024, 6)  # the oldest; setup.py names it too
+NEEDS_S3FS = "s3fs 2024.6 or newer reads: pip install 'vlmo_ds[s3]'"
 MOST_NAMES = 1_000_000  # that braces may stand for
 SEARCHED_FOLDERS = 1000  # for tars below a folder that holds none, to say where they are
 CACHED = re.compile(r"[0-9a-f]{16}-")  # how the cache's own files begin
@@ -168,7 +170,7 @@ def tars_of(folder: str) -> list[str]:
 def tars_in_s3(folder: str) -> list[str]:
     if not s3fs_is_there():
         raise DataError(
-            f"shards: {folder} is a folder of an object store, which s3fs lists: pip install 'vlmo_ds[s3]', or name its tars, as in "
+            f"shards: {folder} is a folder of an object store, which {NEEDS_S3FS}, or name its tars, as in "
             f"{folder}/{{000000..000009}}.tar"
         )
     try:
@@ -186,7 +188,12 @@ def tars_in_s3(folder: str) -> list[str]:
 
 
 def s3fs_is_there() -> bool:
-    return importlib.util.find_spec("s3fs") is not None
+    """Of a version that takes credentials and endpoint as the AWS tools do; pip may choose one of 2020 where others hold botocore."""
+    try:
+        version = importlib.metadata.version("s3fs")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in version.split(".")[:2]) >= S3FS
 
 
 def s3() -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 import fsspec
 
 from vlmo_ds.config import RecipeError, StageConfig
+from vlmo_ds.data.storage import NEEDS_S3FS, s3fs_is_there
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.manifest import MANIFEST, fault_of, listed
 from vlmo_ds.training import checkpoint
@@ -39,6 +40,8 @@ class Copies:
         self.url, self.folder, self.files, self.keep = url.rstrip("/"), folder, files, keep
         self.thread: threading.Thread | None = None
         self.problem = ""
+        if self.url.startswith(("s3://", "s3a://")) and not s3fs_is_there():
+            raise RecipeError(f"checkpoint_copy: {url} is of an object store, which {NEEDS_S3FS}")
         try:
             self.fs, self.root = fsspec.url_to_fs(self.url)
             probe = f"{self.root}/.{uuid.uuid4().hex}"
