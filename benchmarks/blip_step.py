@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlmo_ds.blocks.fold import joined
 from vlmo_ds.blocks.layers import unit
+from vlmo_ds.blocks.vit import Block
 from vlmo_ds.config import DataConfig
 from vlmo_ds.families.blip import FAMILY
 from vlmo_ds.families.blip.base import begun_with
@@ -30,7 +31,6 @@ from vlmo_ds.families.blip.cost import forward_flops
 from vlmo_ds.families.blip.model import BLIP
 from vlmo_ds.families.blip.parity import LOSSES, build
 from vlmo_ds.families.blip.text import TextEncoder
-from vlmo_ds.families.blip.vision import Block
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.objectives.itm import Negatives, itm_loss

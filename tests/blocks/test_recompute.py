@@ -4,7 +4,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.recompute import Recomputed
-from vlmo_ds.families.blip.vision import Block as ImageBlock
+from vlmo_ds.blocks.vit import Block as ImageBlock
 from vlmo_ds.families.coca.block import Block as CLIPBlock
 
 BLOCKS = {"blip": lambda: ImageBlock(8, 2, 0.0), "coca": lambda: CLIPBlock(8, 2, 2.0)}

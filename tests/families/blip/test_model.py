@@ -11,11 +11,11 @@ from families.blip.tiny import ALL, tiny_batch, tiny_blip, tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
 from vlmo_ds.blocks.fold import Fold
+from vlmo_ds.blocks.vit import Block
 from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.blip.model import EMPTY
 from vlmo_ds.families.blip.parity import build, compare
-from vlmo_ds.families.blip.vision import Block
 from vlmo_ds.families.blip.weights import official
 from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import matches

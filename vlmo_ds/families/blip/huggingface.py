@@ -30,10 +30,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vlmo_ds.blocks.vit import EPS as VISION_EPS
 from vlmo_ds.config import RecipeError
 from vlmo_ds.families.blip.config import PIXELS, BLIPSettings
 from vlmo_ds.families.blip.text import EPS as TEXT_EPS
-from vlmo_ds.families.blip.vision import EPS as VISION_EPS
 from vlmo_ds.families.blip.weights import official
 from vlmo_ds.families.huggingface import appearing
 
