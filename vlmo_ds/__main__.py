@@ -22,6 +22,7 @@ COMMANDS = {
     "checkpoint": ("vlmo_ds.training.checkpoint", "one file of weights from a checkpoint"),
     "prepare": ("vlmo_ds.data.prepare", "turn datasets into shards"),
     "index": ("vlmo_ds.data.index", "build the index of shards"),
+    "tokenize": ("vlmo_ds.evaluation.tokenize", "visual tokens of shards' images, by a finished tokenizer"),
     "inspect": ("vlmo_ds.data.inspect", "a page about a set of shards"),
     "evaluate retrieval": ("vlmo_ds.evaluation.retrieval", "image-text retrieval of a finished run"),
     "evaluate vqa": ("vlmo_ds.evaluation.vqa", "questions about images"),

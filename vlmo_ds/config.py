@@ -139,6 +139,19 @@ class ContrastSettings(Settings):
     )
 
 
+class VisualTokenSettings(Settings):
+    """Of families that predict the visual tokens of masked patches."""
+
+    visual_tokenizer: str = Field(
+        "",
+        description="a finished run of a visual tokenizer, which tokenizes the images of each step; not needed where data.visual_tokens names tokens "
+        "that were made before",
+    )
+    num_visual_tokens: int = Field(
+        0, ge=0, le=1 << 16, description="codes of the visual tokenizer; 0: none are predicted"
+    )
+
+
 class ImageTowerConfig(ModelConfig):
     """Of families whose image tower has absolute positions."""
 
@@ -179,6 +192,7 @@ class TokenizerConfig(Settings):
 Transform = Literal[
     "square_transform", "square_transform_randaug", "pixelbert", "pixelbert_randaug", "crop_flip", "crop_flip_randaug"
 ]
+WHOLE = "square_transform"
 CROPPING = ("square_transform_randaug", "crop_flip", "crop_flip_randaug")  # those that take random crops
 
 
@@ -189,6 +203,7 @@ class SourceConfig(Settings):
         min_length=1, description="tar files, folders of them, URLs; {000..009} and * are expanded"
     )
     index: str | None = Field(None, description="index file; null: the index.json beside the shards")
+    visual_tokens: str | None = Field(None, description="folder of this source's visual tokens; null: the data's")
     weight: float = Field(1.0, ge=1e-9, le=1e12, description="share of the samples, relative to the other sources")
     transform: Transform | None = Field(None, description="augmentation of this source's images; null: the data's")
 
@@ -198,6 +213,10 @@ class DataConfig(Settings):
 
     shards: list[str] = Field([], description="tar files, folders of them, URLs; {000..009} and * are expanded")
     index: str | None = Field(None, description="index file of `shards`; null: the index.json beside them")
+    visual_tokens: str | None = Field(
+        None,
+        description="folder of the visual tokens that `vlmo tokenize` has made of the shards' images; null: they are made in each step",
+    )
     sources: dict[str, SourceConfig] = Field({}, description="a mixture, instead of `shards`: name -> source")
     mixing: Literal["random", "exact"] = Field(
         "random",
@@ -266,6 +285,13 @@ class DataConfig(Settings):
                     f"{setting} is {getattr(self, setting)}, and no source takes random crops (transform is "
                     f"{', '.join(sorted(transforms))}); accepted with {', '.join(CROPPING)}"
                 )
+        for source in self.mixture.values():
+            tokens, transform = source.visual_tokens or self.visual_tokens, source.transform or self.transform
+            if tokens and transform != WHOLE:
+                raise ValueError(
+                    f"visual_tokens is {tokens}, of whole pictures resized to a square, and transform is {transform}, whose crops have other tokens; "
+                    f"accepted: {WHOLE}, or visual_tokens null (model.visual_tokenizer makes them in each step)"
+                )
         if self.image_only and (self.text_only or self.draw_false_text):
             raise ValueError("image_only leaves no text: text_only and draw_false_text have to be off")
         if self.text_only and self.draw_false_image:
@@ -276,6 +302,11 @@ class DataConfig(Settings):
     def mixture(self) -> dict[str, SourceConfig]:
         """All sources; `shards` are one called 'data'."""
         return self.sources or {"data": SourceConfig(shards=self.shards, index=self.index)}
+
+    @property
+    def has_visual_tokens(self) -> bool:
+        """Whether those of all images have been made before."""
+        return all(source.visual_tokens or self.visual_tokens for source in self.mixture.values())
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -528,7 +559,11 @@ class StageConfig(Settings):
             for name in fitting:
                 if getattr(self.data, other) and name in self.tasks:
                     raise ValueError(f"data.{other} is {getattr(self.data, other)}, but task '{name}' reads none")
-        for setting, usual, read in (("prompt", "", "text"), ("questions_per_image", 1, "questions")):
+        for setting, usual, read in (
+            ("prompt", "", "text"),
+            ("questions_per_image", 1, "questions"),
+            ("visual_tokens", None, "masked_image"),
+        ):
             value = getattr(self.data, setting)
             if value != usual and read not in self.reads:
                 fitting = [name for name, task in self.family.tasks.items() if read in task.reads]

@@ -76,7 +76,17 @@ DECAYED = {
     }
     | {"text_encoder.encoder.layer.1.crossattention.output.merge_layer.weight"},
     "coca": COCA | POOLERS | {f"{stack}.{i}.{name}" for stack in STACKS for i in (0, 1) for name in BLOCK},
+    "vqkd": {
+        f"{stack}.{name}"
+        for stack in ("encoder", "decoder")
+        for name in (
+            "patch_embed.proj.weight",
+            *(f"blocks.{i}.{name}" for i in (0, 1) for name in [*LINEAR, "mlp.fc1.weight", "mlp.fc2.weight"]),
+        )
+    }
+    | {f"{coder}code_task_layer.{i}.weight" for coder in ("en", "de") for i in (0, 2)},
     "vlmo": TOP
+    | {f"mim_aggregation.blocks.{i}.{name}" for i in (0, 1) for name in [*LINEAR, "mlp.fc1.weight", "mlp.fc2.weight"]}
     | {f"transformer.blocks.{i}.{name}" for i in (0, 1) for name in LINEAR + EXPERTS}
     | {f"transformer.blocks.1.{name}" for name in VL},
 }
@@ -114,6 +124,7 @@ SETTINGS = {
         {"attentional_pool": "parallel", "itc_kind": "sigmoid"},
         {"attentional_pool": "cascade"},
     ],
+    "vqkd": [{"embed_dim": 12, "depth": 2, "decoder_depth": 2, "num_codes": 5, "teacher_dim": 7}],
     "vlmo": [
         {
             "embed_dim": 8,
@@ -124,6 +135,7 @@ SETTINGS = {
             "vqav2_label_size": 3,
         },
         {"mim_visible_only": True, "itc_kind": "sigmoid"},
+        {"mim_target": "tokens", "num_visual_tokens": 5, "mim_early_layer": 1},
         {"use_abs_pos_emb": True, "need_relative_position_embed": False, "layer_scale_init_values": None},
     ],
 }

@@ -46,7 +46,7 @@ def test_512_samples_by_32_have_the_gradient_of_all_at_once(task, dropped, chang
         whole = {k: torch.cat([part[k] for part in found]) if v.dim() else v for k, v in found[0].items()}
     else:
         whole = model(batch, "contrast_features")
-    out = StepOutput(torch.zeros(()), {}, {}, {})
+    out = StepOutput.empty()
     model.add_contrast(out, whole)
     out.losses[task].backward()
     direct = gradients(model)

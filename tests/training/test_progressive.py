@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from vlmo_ds.blocks.resample import resample_distances
 from vlmo_ds.config import RecipeError
-from vlmo_ds.evaluation.runs import find_stage, load_model
+from vlmo_ds.families.finished import find_stage, load_model
 from vlmo_ds.planning.plan import build
 from vlmo_ds.recipe_file import load_recipe, parse_recipe
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vlmo_ds.config import RecipeError
 from vlmo_ds.data.prepare.__main__ import main as prepare
 from vlmo_ds.data.shards import list_shards
-from vlmo_ds.evaluation.runs import find_stage
+from vlmo_ds.families.finished import find_stage
 from vlmo_ds.recipe_file import parse_recipe
 
 BEST = "retrieval/text_to_image/itc/R@5"

@@ -11,6 +11,8 @@ from vlmo_ds.blocks.fold import Fold, heads, joined
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import Mlp, unit
 from vlmo_ds.blocks.position import sincos_positions
+from vlmo_ds.blocks.vit import Block
+from vlmo_ds.objectives.captioning import word_losses
 
 
 class TextEmbeddings(nn.Module):
@@ -97,16 +99,43 @@ class MLMHead(nn.Module):
         return self.decoder(self.transform(x_MD)) + self.bias
 
 
+class TargetLinear(nn.Linear):
+    """[M, D] -> [M, target_dim]; with the number that each row is to have the highest of, as word_losses: the logits are there in chunks."""
+
+    def forward(self, x_MD: Tensor, label_M: Tensor | None = None):  # type: ignore[override]  # a module's forward is its own
+        if label_M is None:
+            return super().forward(x_MD)
+        return word_losses(x_MD, self.weight, label_M, self.bias, table=True)
+
+
 class MIMHead(nn.Module):
     """Masked-image-modelling head: [M, D] -> [M, target_dim], one linear layer (BEiT, SimMIM arXiv:2111.09886)."""
 
     def __init__(self, dim: int, target_dim: int):
         super().__init__()
-        self.fc = nn.Linear(dim, target_dim)
+        self.fc = TargetLinear(dim, target_dim)
 
-    def forward(self, tokens_BLD: Tensor, mask_BP: Tensor) -> Tensor:
-        """Class token and patches, those of mask_BP (bool) having seen the mask token -> [M, target_dim] of these, image after image."""
-        return self.fc(tokens_BLD[:, 1:][mask_BP])
+    def forward(self, tokens_BLD: Tensor, mask_BP: Tensor, label_M: Tensor | None = None):
+        """Class token and patches, those of mask_BP (bool) having seen the mask token -> [M, target_dim] of these, image after image; label_M:
+        as of TargetLinear."""
+        return self.fc(tokens_BLD[:, 1:][mask_BP], label_M)
+
+
+class PatchAggregation(nn.Module):
+    """Blocks over the class token of a stack's last block and the patches of an earlier one, which have to tell masked patches from what the
+    class token holds of the image (BEiT v2, arXiv:2208.06366, section 2.3)."""
+
+    def __init__(self, dim: int, num_heads: int, depth: int, layer_scale: float | None, drop_path_rate: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, drop_path_rate, key_bias=False, layer_scale=layer_scale) for _ in range(depth)
+        )
+
+    def forward(self, x_BLD: Tensor, bias_HLL: Tensor | None) -> Tensor:
+        """[B, 1 + P, D] -> the same; bias_HLL: of positions."""
+        for block in self.blocks:
+            x_BLD = block(x_BLD, bias_HLL)
+        return x_BLD
 
 
 class MIMDecoder(nn.Module):
@@ -127,10 +156,11 @@ class MIMDecoder(nn.Module):
         self.query, self.key_value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.norm2, self.norm = LayerNorm(dim, eps=1e-6), LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden)
-        self.fc = nn.Linear(dim, target_dim)
+        self.fc = TargetLinear(dim, target_dim)
 
-    def forward(self, tokens_BLD: Tensor, mask_BP: Tensor) -> Tensor:
-        """Class token and patches, of which those of mask_BP (bool) were not seen -> [M, target_dim] of these, image after image."""
+    def forward(self, tokens_BLD: Tensor, mask_BP: Tensor, label_M: Tensor | None = None):
+        """Class token and patches, of which those of mask_BP (bool) were not seen -> [M, target_dim] of these, image after image; label_M: as
+        of TargetLinear."""
         masked, seen = Fold.of_mask(mask_BP), Fold.of_mask(F.pad(~mask_BP, (1, 0), value=True))
         position_PD = self.position_PD.to(tokens_BLD.dtype)
         at_ND = seen.folded(F.pad(position_PD, (0, 0, 1, 0)).expand(len(mask_BP), -1, -1))
@@ -140,7 +170,7 @@ class MIMDecoder(nn.Module):
         q = heads(masked.padded(self.query(self.norm1(x_MD))), self.num_heads)
         out_MD = masked.folded(joined(attend(q, k, v, seen.valid_BL[:, None, None])))
         x_MD = x_MD + self.proj(out_MD)
-        return self.fc(self.norm(x_MD + self.mlp(self.norm2(x_MD))))
+        return self.fc(self.norm(x_MD + self.mlp(self.norm2(x_MD))), label_M)
 
 
 def classifier(dim: int, hidden: int, classes: int) -> nn.Sequential:

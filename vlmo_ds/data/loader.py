@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import DataConfig, RecipeError
+from vlmo_ds.data import visual_tokens
 from vlmo_ds.data.masking import mask_blocks, mask_tokens
 from vlmo_ds.data.order import BatchOrder, Mixture, Place, SourceOrder, generator
 from vlmo_ds.data.shards import RawSample, Shard, check_names, clean_texts, is_true, list_shards
@@ -108,6 +109,7 @@ class BatchDataset(Dataset):
             self.shards = [[replace(s, known_as=n) for s, n in zip(*pair, strict=True)] for pair in pairs]
         self.transforms = [TRANSFORMS[source.transform or data.transform] for source in data.mixture.values()]
         self.crops = Crops(data.min_scale, data.flip)
+        self.tokens = [source.visual_tokens or data.visual_tokens for source in data.mixture.values()]
         seeds = [spec.seed, *(stable_seed(spec.seed, number) for number in range(1, len(self.shards)))]
         self.sources = [
             SourceOrder([s.samples for s in shards], lanes=data.lanes, window=data.shuffle, seed=seed)
@@ -130,6 +132,12 @@ class BatchDataset(Dataset):
             replaced += [(self.names[place.source], error) for error in errors]
         padding = (self.tokenizer.pad_token_id or 0) if self.tokenizer is not None else 0
         return {**collate(samples, self.spec.max_text_len, padding), "replaced": replaced}
+
+    def origins(self) -> list[visual_tokens.Origin]:
+        """What the visual tokens of each source were made by. DataError where they do not fit the shards and the images."""
+        size, patches = self.spec.image_size, self.spec.window**2
+        pairs = zip(self.tokens, self.shards, strict=True)
+        return [visual_tokens.check(folder, shards, size, patches) for folder, shards in pairs if folder]
 
     def text_length(self, place: Place) -> int:
         """Bytes of text as the index knows them; 0 where it does not."""
@@ -164,6 +172,9 @@ class BatchDataset(Dataset):
             out["image"] = self.image(raw.image, raw, place.source, rng)
         if spec.mask_image:
             out["image_mask"] = mask_blocks(spec.window, self.data.mim_ratio, rng)
+            if all(self.tokens):
+                file = visual_tokens.file_of(self.tokens[place.source] or "", self.shards[place.source][place.shard])
+                out["visual_tokens"] = visual_tokens.opened(file).of(place.row, raw)
         if spec.questions:
             wanted = ("answers",) if spec.answer_texts else ("labels", "scores")
             entries = raw.entries("questions", ("question", *wanted))

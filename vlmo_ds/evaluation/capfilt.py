@@ -44,6 +44,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import meaning, runs
 from vlmo_ds.evaluation.drawing import STYLE
 from vlmo_ds.evaluation.report import picture
+from vlmo_ds.families.finished import find_stage
 from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.generation.decoding import check_lengths, written
 from vlmo_ds.manifest import crc32
@@ -475,7 +476,7 @@ def main() -> None:
         raise RecipeError(f"--threshold is {args.threshold}; accepted: a probability, from 0 to 1")
     collector = join_ranks()
     call = "caption_step" if args.command == "caption" else "match"
-    _, _, weights = runs.find_stage(args.run, call, args.weights)
+    _, _, weights = find_stage(args.run, call, args.weights)
     _, _, model, tokenizer = runs.open_run(args.run, call, args.weights)
     if not torch.cuda.is_available():
         model.double()  # the number of threads shows in the last digits of float32, and so could that of ranks in a score's

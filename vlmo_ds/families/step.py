@@ -30,17 +30,18 @@ class StepOutput(NamedTuple):
 
     loss: this rank's weighted sum, to be averaged over ranks; losses: the same per task, weights included, gradients
     attached; ratios: (numerator, denominator) of this rank, to be summed over ranks; values: to be averaged over ranks, among
-    them loss/<task> without its weight.
+    them loss/<task> without its weight; seen: what the model's `settle` is given once the optimiser's step is over.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     ratios: dict[str, tuple[Tensor, Tensor]]
     values: dict[str, Tensor]
+    seen: dict[str, Tensor]
 
     @classmethod
     def empty(cls) -> StepOutput:
-        return cls(torch.zeros(()), {}, {}, {})
+        return cls(torch.zeros(()), {}, {}, {}, {})
 
 
 def added(values: Iterable[Tensor]) -> Tensor:
@@ -89,13 +90,26 @@ class FamilyModel(nn.Module):
         """What of such an average stays in a step."""
         raise NotImplementedError
 
+    def open(self) -> None:
+        """Opens what training reads and is no part of the model. RecipeError where it cannot be used."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the call `keys` is to see all micro-batches of a step before `step` sees the first."""
+        return False
+
     def keys_of_step(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Of a model with a teacher: what `step` is given beside each micro-batch, of what the call `keys` gave for all of them."""
+        """Of a model that looks ahead: what `step` is given beside each micro-batch, of what the call `keys` gave for all of them."""
         raise NotImplementedError
 
     def push(self, keys: Mapping[str, Tensor]) -> None:
-        """Of a model with a teacher: what keys_of_step gave, after a step that was taken."""
+        """Of a model that looks ahead: what keys_of_step gave, after a step that was taken."""
         raise NotImplementedError
+
+    def settle(self, seen: Sequence[Mapping[str, Tensor]], taken: bool) -> dict[str, float]:
+        """Moves what has no gradient by what `step` has `seen` in each micro-batch, where the optimiser's step was taken; metrics. (Every
+        rank has to call.)"""
+        return {}
 
     def idle(self) -> Sequence[str]:
         """Patterns of parameters that none of the model's tasks reaches; they stay as they are."""

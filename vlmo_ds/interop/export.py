@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.data.tokenizer import ClipTokenizer, load_tokenizer
-from vlmo_ds.evaluation.runs import choose_weights, find_stage
+from vlmo_ds.evaluation.runs import choose_weights
 from vlmo_ds.evaluation.vqa import read_answers
+from vlmo_ds.families.finished import find_stage
 from vlmo_ds.families.huggingface import appearing
 from vlmo_ds.families.interface import Family
 from vlmo_ds.weights_file import read_weights

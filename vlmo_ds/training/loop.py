@@ -84,8 +84,10 @@ class Run(NamedTuple):
 
 def refuse_other_words(ours: str, theirs: str | None, stage: StageConfig, origin: str) -> None:
     """RecipeError if weights were trained with other word pieces under the same numbers: the shapes would not tell."""
+    if theirs in (None, ours) or not stage.family.words:
+        return
     table, *others = stage.family.words
-    if theirs in (None, ours) or matches(table, stage.init.fresh):
+    if matches(table, stage.init.fresh):
         return
     raise RecipeError(
         f"stages.{stage.name}: weights from {origin} were trained with another vocabulary, whose numbers mean other word "
@@ -232,6 +234,7 @@ class StageTraining:
                 refuse_other_words(vocabulary, vocabulary_of(file), stage, str(file))
         model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
         del source
+        model.open()
         self.frozen, self.averages = frozen_state(model), Averages(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.counts = parameter_counts(model)
@@ -338,7 +341,7 @@ class StageTraining:
         taken: list[dict[str, Tensor]] = []
         passes: Iterable[Pass] = (self.next_pass(step, part, stream, taken) for part in range(self.accumulation))
         keys: dict[str, Tensor] = {}
-        if self.averages:
+        if engine.module.looks_ahead:
             passes = list(passes)
             keys = self.keys(passes)
             passes = [one.beside({**keys, "part": part, "step": step}) for part, one in enumerate(passes)]
@@ -352,6 +355,7 @@ class StageTraining:
         self.followed = skipped
         if keys and not skipped:
             engine.module.push(keys)
+        settled = engine.module.settle([out.seen for out in outputs], not skipped)
         if self.moving_average and not skipped:
             self.moving_average.follow(step + 1)
         flags = {ASKED: float(run.stop.asked()), BUSY: float(self.writer.busy)}
@@ -361,7 +365,7 @@ class StageTraining:
         asked = bool(counts.pop(ASKED))
         with self.pace.part(WRITING):
             self.published(self.writer.settle(counts.pop(BUSY)))
-        metrics["lr"] = lr
+        metrics |= {**settled, "lr": lr}
         norm = engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = math.nan if skipped else float(norm)
@@ -409,8 +413,8 @@ class StageTraining:
         return Pass(batch, (seed * 65_537 + run.collector.rank) % 2**64)
 
     def keys(self, passes: Sequence[Pass]) -> dict[str, Tensor]:
-        """The teacher follows, once for every step that is taken, and gives its keys of all micro-batches."""
-        if not self.followed:
+        """What the model sees of all micro-batches before the step. A teacher follows, once for every step that is taken."""
+        if self.averages and not self.followed:
             self.averages.follow(self.engine.module.momentum)
         found = []
         with torch.no_grad():

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig
-from vlmo_ds.data.loader import check_samples, source_shards
+from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig, VisualTokenSettings
+from vlmo_ds.data.loader import BatchDataset, check_samples, source_shards
 from vlmo_ds.data.shards import ANSWERS, Shard, answer_list, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
@@ -28,9 +28,11 @@ from vlmo_ds.evaluation.circumstances import hardware
 from vlmo_ds.evaluation.held_out import check_held_out
 from vlmo_ds.evaluation.overlap import overlap
 from vlmo_ds.evaluation.report import write_report
-from vlmo_ds.evaluation.runs import as_json, load_model
+from vlmo_ds.evaluation.runs import as_json
 from vlmo_ds.evaluation.table import Finished, Outcome, due, flat, planned
+from vlmo_ds.families.finished import load_model
 from vlmo_ds.families.interface import IMAGES, TEXTS
+from vlmo_ds.families.outside import digest_of
 from vlmo_ds.progress import progress
 from vlmo_ds.training import checkpoint
 from vlmo_ds.training.bits import WrongBits
@@ -271,6 +273,8 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer.name != "train":
         return load_tokenizer(recipe.tokenizer.name, *recipe.family.tokenizer)
     with_text = [stage.data for stage in recipe.stages if stage.reads & TEXTS]
+    if not any(task.reads & TEXTS for task in recipe.family.tasks.values()):
+        return train_tokenizer((), recipe.tokenizer.vocab_size)  # special tokens alone, which nothing reads
     if not with_text:
         raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
 
@@ -325,9 +329,30 @@ def check_data(
             raise RecipeError(f"{name}: {error}") from None
     for stage in stages:
         try:
-            check_samples(build_dataset(recipe, stage, tokenizer, collector))
+            dataset = build_dataset(recipe, stage, tokenizer, collector)
+            check_visual_tokens(recipe, dataset)
+            check_samples(dataset)
         except DataError as error:
             raise RecipeError(f"stages.{stage.name}.data: {error}") from None
+
+
+def check_visual_tokens(recipe: Recipe, dataset: BatchDataset) -> None:
+    """DataError where tokens that were made before are not those of one tokenizer, the model's."""
+    model = recipe.model
+    if not isinstance(model, VisualTokenSettings) or not (origins := dataset.origins()):
+        return
+    for origin in origins:
+        if origin.codes != model.num_visual_tokens:
+            raise DataError(
+                f"visual_tokens are of {origin.codes} codes, and model.num_visual_tokens is {model.num_visual_tokens}: take {origin.codes}"
+            )
+        if origin.tokenizer != origins[0].tokenizer:
+            raise DataError("visual_tokens of the sources are of several tokenizers: make all of them with one")
+    if model.visual_tokenizer and (own := digest_of(model.visual_tokenizer)) != origins[0].tokenizer:
+        raise DataError(
+            f"visual_tokens are of a tokenizer with checksum {origins[0].tokenizer}, and that of model.visual_tokenizer {model.visual_tokenizer} is "
+            f"{own}: make them again with it, or leave model.visual_tokenizer out"
+        )
 
 
 def warn_of_overlap(recipe: Recipe, stages: list[StageConfig], folder: Path) -> None:

@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 PAIR: frozenset[Reads] = frozenset({"image", "text"})
 TASKS: dict[str, Task] = {
-    "itc": Task(reads=PAIR, gives=frozenset({"encode_image", "encode_text"})),
+    "itc": Task(reads=PAIR, gives=frozenset({"encode_patches", "encode_image", "encode_text"})),
     "itm": Task(
         reads=PAIR,
         gives=frozenset({"match"}),

@@ -96,11 +96,12 @@ class BLIP(BLIPModel):
         return self
 
     def forward(self, batch: Batch, call: str = "step"):
-        """Runs one of: step (all tasks, gives StepOutput); keys (of the teacher, before a step); encode_image, encode_text, match,
+        """Runs one of: step (all tasks, gives StepOutput); keys (of the teacher, before a step); encode_patches, encode_image, encode_text, match,
         caption_image, caption_step (for evaluation and generation)."""
         return {
             "step": self.step,
             "keys": self.keys,
+            "encode_patches": self.encode_patches,
             "encode_image": self.encode_image,
             "encode_text": self.encode_text,
             "match": self.match,
@@ -245,6 +246,10 @@ class BLIP(BLIPModel):
             "sample_id": batch["sample_id"],
         }
 
+    @property
+    def looks_ahead(self) -> bool:
+        return "itc" in self.tasks
+
     def keys_of_step(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What `step` asks of the keys of all micro-batches of an optimiser's step: keys_image, keys_text [P, G, E],
         keys_image_id, keys_sample_id [P, G], of P micro-batches with the G pairs of all ranks."""
@@ -296,6 +301,10 @@ class BLIP(BLIPModel):
         return ["text_encoder.encoder.layer.*.crossattention.*"]
 
     # ---- evaluation ----
+
+    def encode_patches(self, batch: Batch) -> Tensor:
+        """image [B, 3, S, S] -> its patches' encodings [B, P, D], row by row."""
+        return self.visual_encoder(self.pixels(batch["image"]))[:, 1:]
 
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image [B, E], of unit length."""

@@ -69,10 +69,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 TASKS: dict[str, Task] = {
     "itc": Task(
-        reads=frozenset({"image", "text"}), gives=frozenset({"encode_image", "encode_text"}), gradient_cache="features"
+        reads=frozenset({"image", "text"}),
+        gives=frozenset({"encode_patches", "encode_image", "encode_text"}),
+        gradient_cache="features",
     ),
     "caption": Task(
-        reads=frozenset({"image", "text"}), gives=frozenset({"caption_step"}), weight=2.0, gradient_cache="beside"
+        reads=frozenset({"image", "text"}),
+        gives=frozenset({"encode_patches", "caption_step"}),
+        weight=2.0,
+        gradient_cache="beside",
     ),
 }
 

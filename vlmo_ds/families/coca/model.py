@@ -64,12 +64,7 @@ class VisionTransformer(nn.Module):
     def forward(self, image_BCHW: Tensor, feature: bool = True) -> tuple[Tensor | None, Tensor]:
         """Normalised images [B, 3, S, S] -> (feature [B, E] before its normalisation, None where it is not asked for; caption
         tokens [B, S, D])."""
-        if image_BCHW.shape[-2:] != (self.image_size, self.image_size):
-            found = "x".join(str(n) for n in image_BCHW.shape[-2:])
-            raise ValueError(f"image is {found} pixels, the model takes {self.image_size}x{self.image_size}")
-        x_BLD = self.conv1(image_BCHW).flatten(2).transpose(1, 2)
-        x_BLD = torch.cat((self.class_embedding.expand(len(x_BLD), 1, -1), x_BLD), dim=1) + self.positional_embedding
-        x_BLD = self.transformer(self.ln_pre(x_BLD))
+        x_BLD = self.encoded(image_BCHW)
         tokens = self.ln_post(x_BLD if self.pool == "none" else self.attn_pool(x_BLD))
         if self.pool in ("none", "single"):
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
@@ -78,6 +73,15 @@ class VisionTransformer(nn.Module):
         if self.pool in ("cascade", "parallel"):
             pooled = self.ln_post(self.attn_pool_contrastive(tokens if self.pool == "cascade" else x_BLD))[:, 0]
         return pooled @ self.proj, tokens
+
+    def encoded(self, image_BCHW: Tensor) -> Tensor:
+        """Normalised images -> [B, 1 + P, W] of the last block, before norm and pooling."""
+        if image_BCHW.shape[-2:] != (self.image_size, self.image_size):
+            found = "x".join(str(n) for n in image_BCHW.shape[-2:])
+            raise ValueError(f"image is {found} pixels, the model takes {self.image_size}x{self.image_size}")
+        x_BLD = self.conv1(image_BCHW).flatten(2).transpose(1, 2)
+        x_BLD = torch.cat((self.class_embedding.expand(len(x_BLD), 1, -1), x_BLD), dim=1) + self.positional_embedding
+        return self.transformer(self.ln_pre(x_BLD))
 
 
 class EncodedText(NamedTuple):
@@ -226,11 +230,12 @@ class CoCa(FamilyModel):
 
     def forward(self, batch: Batch, call: str = "step"):
         """Runs one of: step (all tasks, gives StepOutput); contrast_features and cached_step (of a gradient-cached step);
-        encode_image, encode_text, caption_image, caption_step (for evaluation and generation)."""
+        encode_patches, encode_image, encode_text, caption_image, caption_step (for evaluation and generation)."""
         return {
             "step": self.step,
             "contrast_features": self.contrast_features,
             "cached_step": self.cached_step,
+            "encode_patches": self.encode_patches,
             "encode_image": self.encode_image,
             "encode_text": self.encode_text,
             "caption_image": self.caption_image,
@@ -294,6 +299,12 @@ class CoCa(FamilyModel):
         return [] if "itc" in self.tasks else OF_CONTRAST
 
     # ---- evaluation ----
+
+    def encode_patches(self, batch: Batch) -> Tensor:
+        """image [B, 3, S, S] -> its patches' encodings [B, P, W], row by row; where a pooler follows, before its norm."""
+        tower = self.visual
+        x_BLD = tower.encoded(self.pixels(batch))[:, 1:]
+        return tower.ln_post(x_BLD) if tower.pool == "none" else x_BLD
 
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image [B, E], of unit length."""

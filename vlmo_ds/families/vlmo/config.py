@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ContrastSettings, InitConfig, ModelConfig
+from vlmo_ds.config import ContrastSettings, InitConfig, ModelConfig, StageConfig, VisualTokenSettings
 from vlmo_ds.families.interface import MATCHING, Pixels, Task
 
 # Sizes of the published models (VLMo, arXiv:2111.02358; base-plus from the official code).
@@ -24,11 +24,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vlmo_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "vlffn_start_layer_index": 21},
 }
 TASKS: dict[str, Task] = {
-    "mim": Task(reads=frozenset({"image", "masked_image"}), alone="trains on one modality"),
+    "mim": Task(
+        reads=frozenset({"image", "masked_image"}), gives=frozenset({"encode_patches"}), alone="trains on one modality"
+    ),
     "textmlm": Task(reads=frozenset({"text", "masked_text"}), alone="trains on one modality"),
     "mlm": Task(reads=frozenset({"image", "text", "masked_text"}), weight=0.25),
     "itc": Task(
-        reads=frozenset({"image", "text"}), gives=frozenset({"encode_image", "encode_text"}), gradient_cache="features"
+        reads=frozenset({"image", "text"}),
+        gives=frozenset({"encode_patches", "encode_image", "encode_text"}),
+        gradient_cache="features",
     ),
     "itm": Task(
         reads=frozenset({"image", "text"}),
@@ -38,7 +42,7 @@ TASKS: dict[str, Task] = {
     ),
     "irtr": Task(
         reads=frozenset({"image", "text"}),
-        gives=frozenset({"encode_image", "encode_text"}),
+        gives=frozenset({"encode_patches", "encode_image", "encode_text"}),
         alone="has data of its own",
         gradient_cache="features",
     ),
@@ -63,6 +67,7 @@ TRAINABLE: dict[str, list[str]] = {
         "relative_position_bias_table",
         "token_type_embeddings.*",
         "mim_score.*",
+        "mim_aggregation.*",
     ],
     "text_only": [  # as the reference: attention, norm1, gammas, vision and VL experts are frozen
         "text_embeddings.*",
@@ -97,7 +102,7 @@ PIXELS = Pixels(0.5, 0.5)  # to [-1, 1]
 WORDS = ("text_embeddings.word_embeddings.weight", "mlm_score.decoder.weight", "mlm_score.bias")
 
 
-class VLMoSettings(ModelConfig, ContrastSettings):
+class VLMoSettings(ModelConfig, ContrastSettings, VisualTokenSettings):
     """VLMo's architecture (arXiv:2111.02358). `arch` fills in the sizes of a published model; single settings may still
     differ."""
 
@@ -128,6 +133,17 @@ class VLMoSettings(ModelConfig, ContrastSettings):
         False,
         description="mim: the blocks see no masked patches, a block of the head predicts these from the others (MAE)",
     )
+    mim_target: Literal["pixels", "tokens"] = Field(
+        "pixels",
+        description="mim: what masked patches are predicted as: their pixels (MAE), or their visual tokens (BEiT), which the paper has",
+    )
+    mim_early_layer: int = Field(
+        0,
+        ge=0,
+        description="mim of tokens: they are also told from the class token and the patches of this block, through blocks of their own (BEiT v2's "
+        "patch aggregation: 9 of 12 blocks); 0: not",
+    )
+    mim_head_layers: int = Field(2, gt=0, description="blocks of the patch aggregation")
     attention: Literal["auto", "sdpa", "explicit"] = Field(
         "auto", description="auto: torch's kernel on GPUs, written out on CPUs"
     )
@@ -151,6 +167,36 @@ class VLMoSettings(ModelConfig, ContrastSettings):
                 f"max_text_len_of_initckpt {self.max_text_len_of_initckpt} tokens"
             )
         return self
+
+    @model_validator(mode="after")
+    def check_target(self) -> VLMoSettings:
+        if self.mim_target == "tokens" and not self.num_visual_tokens:
+            raise ValueError("mim_target is tokens, and num_visual_tokens 0: take the number of the tokenizer's codes")
+        if self.mim_early_layer >= self.depth:
+            raise ValueError(
+                f"mim_early_layer is {self.mim_early_layer}, the model has {self.depth} blocks: take 1 to {self.depth - 1}, or 0"
+            )
+        if self.mim_early_layer and (self.mim_target == "pixels" or self.mim_visible_only):
+            other = (
+                "mim_target is pixels" if self.mim_target == "pixels" else "mim_visible_only leaves masked patches out"
+            )
+            raise ValueError(
+                f"mim_early_layer is {self.mim_early_layer}, and {other}: it is for tokens of patches that are seen masked"
+            )
+        return self
+
+    def check_stage(self, stage: StageConfig) -> None:
+        if "mim" not in stage.tasks:
+            return
+        if self.mim_target == "tokens" and not (self.visual_tokenizer or stage.data.has_visual_tokens):
+            raise ValueError(
+                f"mim_target is tokens, and stage {stage.name} has none: name a tokenizer's finished run in model.visual_tokenizer, or its tokens in "
+                "data.visual_tokens"
+            )
+        if self.mim_target == "pixels" and stage.data.has_visual_tokens:
+            raise ValueError(
+                f"stages.{stage.name}.data.visual_tokens is given, and mim_target is pixels; accepted: tokens"
+            )
 
     @property
     def patches_of_contrast(self) -> int:

@@ -14,11 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.fold import sent
-from vlmo_ds.blocks.heads import ITCHead, ITMHead, MIMDecoder, MIMHead, MLMHead, Pooler, TextEmbeddings, classifier
+from vlmo_ds.blocks.heads import (
+    ITCHead,
+    ITMHead,
+    MIMDecoder,
+    MIMHead,
+    MLMHead,
+    PatchAggregation,
+    Pooler,
+    TextEmbeddings,
+    classifier,
+)
 from vlmo_ds.blocks.layers import given, init_weights, normalize
 from vlmo_ds.blocks.position import num_distances
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import Contrasted, Draw
+from vlmo_ds.families.outside import Outside, opened_tokenizer
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
@@ -76,13 +87,18 @@ class VLMo(FamilyModel):
         else:
             self.relative_position_bias_table = None
         if "mim" in tasks:
-            self.mim_target = NormalizedPixels(config.patch_size)
+            self.mim_target = NormalizedPixels(config.patch_size) if config.mim_target == "pixels" else None
+            wanted = config.num_visual_tokens if self.mim_target is None else self.mim_target.dim
             hidden, window = int(dim * config.mlp_ratio), config.image_size // config.patch_size
             self.mim_score = (
-                MIMDecoder(dim, config.num_heads, hidden, window, self.mim_target.dim)
+                MIMDecoder(dim, config.num_heads, hidden, window, wanted)
                 if config.mim_visible_only
-                else MIMHead(dim, self.mim_target.dim)
+                else MIMHead(dim, wanted)
             )
+            if config.mim_early_layer:
+                self.mim_aggregation = PatchAggregation(
+                    dim, config.num_heads, config.mim_head_layers, config.layer_scale_init_values, config.drop_path_rate
+                )
         if "mlm" in tasks or "textmlm" in tasks:
             self.mlm_score = MLMHead(dim, config.vocab_size)
         if "itm" in tasks:
@@ -97,6 +113,7 @@ class VLMo(FamilyModel):
             self.vqa_classifier = classifier(dim, 2 * dim, config.vqav2_label_size)
         if "nlvr2" in tasks:
             self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
+        self.tokenizer: Outside | None = None
         self.apply(partial(init_weights, std=config.init_std))
         for name, token in self.named_parameters():
             if name.endswith(("cls_token", "mask_token", "pos_embed")):
@@ -104,11 +121,12 @@ class VLMo(FamilyModel):
 
     def forward(self, batch: Batch, call: str = "step"):
         """Runs one of: step (all tasks, gives StepOutput); contrast_features and cached_step (of a gradient-cached step);
-        encode_image, encode_text, match, answer, compare (for evaluation)."""
+        encode_patches, encode_image, encode_text, match, answer, compare (for evaluation)."""
         return {
             "step": self.step,
             "contrast_features": self.contrast_features,
             "cached_step": lambda batch: (self.contrast_features(batch), StepOutput.empty()),
+            "encode_patches": self.encode_patches,
             "encode_image": self.encode_image,
             "encode_text": self.encode_text,
             "match": self.match,
@@ -122,7 +140,7 @@ class VLMo(FamilyModel):
         """The weighted losses of all tasks.
 
         batch: image [B, 3, S, S] uint8 (or float, already normalised), text_ids, text_masks, text_ids_mlm,
-        text_labels_mlm [B, L] int64, image_id, sample_id [B] int64, image_mask [B, P] bool (mim),
+        text_labels_mlm [B, L] int64, image_id, sample_id [B] int64, image_mask [B, P] bool, visual_tokens [B, P] int64 (mim),
         negative_seed 0-d int64 (itm), step_seed likewise (patch_dropout), vqa_targets [B, A] float, image_0, image_1 as image and answers [B] int64
         (nlvr2): as far as the tasks need them.
         """
@@ -164,13 +182,11 @@ class VLMo(FamilyModel):
             streams["image"] = Stream(image_rows_B=rows, image_tokens_K=seen, vl_twin=True, reads="class")
         if "mim" in tasks:
             seen_BL = None if unseen_BP is None else F.pad(~unseen_BP, (1, 0), value=True)
-            streams["mim"] = Stream(image_rows_B=rows, seen_BL=seen_BL)
+            streams["mim"] = Stream(image_rows_B=rows, seen_BL=seen_BL, early=self.config.mim_early_layer)
         wave1 = self.encode(streams, images, types[1], masked_BP if unseen_BP is None else None)
 
         if masked_BP is not None:
-            predicted = self.mim_score(wave1["mim"].tokens_BLD, masked_BP)
-            loss = mim_loss(predicted, given(images, "image"), masked_BP, self.mim_target, self.collector)
-            self.record(out, "mim", loss)
+            self.record(out, "mim", self.mim(batch, wave1["mim"], given(images, "image"), masked_BP))
         if "textmlm" in tasks:
             labels = batch["text_labels_mlm"]
             self.record(out, "textmlm", mlm_loss(wave1["textmlm"].tokens_BLD, labels, self.mlm_score, self.collector))
@@ -193,6 +209,44 @@ class VLMo(FamilyModel):
             mined = self.mined_pairs(batch, given(images, "image"), text["clean"], types, negatives)
             cls = torch.cat((wave1["itm"].tokens_BLD[:, 0], mined))
             self.record(out, "itm", itm_loss(self.itm_score(self.pooler(cls)), self.collector))
+
+    # ---- masked patches ----
+
+    def mim(
+        self, batch: Batch, encoded: Encoded, images: Tensor, masked_BP: Tensor
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Loss at the masked patches, and with visual tokens how many are right."""
+        if self.mim_target is not None:
+            predicted = self.mim_score(encoded.tokens_BLD, masked_BP)
+            return mim_loss(predicted, images, masked_BP, self.mim_target, self.collector)
+        token_M = self.visual_tokens(batch)[masked_BP]
+        total, right = self.mim_score(encoded.tokens_BLD, masked_BP, token_M)
+        count = total.detach().new_tensor(len(token_M))
+        ratios = {"accuracy": (right, count)}
+        if encoded.early_BLD is not None:
+            told, right = self.mim_score(self.aggregated(encoded.early_BLD), masked_BP, token_M)
+            total, ratios = total + told, ratios | {"early_accuracy": (right, count)}
+        return self.collector.global_mean(total, count), ratios
+
+    def aggregated(self, early_BLD: Tensor) -> Tensor:
+        """Class token of the last block and patches of an early one -> what the patch aggregation makes of them, after the final norm."""
+        rows = torch.arange(len(early_BLD), device=early_BLD.device)
+        (biases,) = self.transformer.biases([Stream(image_rows_B=rows)], self.relative_position_bias_table)
+        return self.transformer.norm(self.mim_aggregation(early_BLD, biases[-1]))
+
+    @torch.no_grad()
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """[B, P] int64, those of the data or of the tokenizer."""
+        if "visual_tokens" in batch:
+            return batch["visual_tokens"]
+        self.open()
+        return given(self.tokenizer, "model.visual_tokenizer")(batch["image"], self.transformer.cls_token.dtype)
+
+    def open(self) -> None:
+        config = self.config
+        if "mim" in self.tasks and self.mim_target is None and config.visual_tokenizer and self.tokenizer is None:
+            side = config.image_size // config.patch_size
+            self.tokenizer = opened_tokenizer(config.visual_tokenizer, side, config.num_visual_tokens)
 
     # ---- image-text contrast ----
 
@@ -326,6 +380,12 @@ class VLMo(FamilyModel):
         return features
 
     # ---- evaluation, and the steps of fine-tuning ----
+
+    def encode_patches(self, batch: Batch) -> Tensor:
+        """image [B, 3, S, S] -> its patches' encodings [B, P, D], row by row."""
+        images = normalized(batch["image"], self.transformer.cls_token.dtype)
+        stream = Stream(image_rows_B=torch.arange(len(images), device=images.device))
+        return self.encode({"image": stream}, images, self.token_types()[1])["image"].tokens_BLD[:, 1:]
 
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image (and vl_image), [B, D]."""

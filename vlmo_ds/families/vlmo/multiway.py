@@ -44,6 +44,7 @@ class Stream(NamedTuple):
     seen_BL: Tensor | None = (
         None  # bool, which tokens of each image, of images alone; None: all. The others come out as padding
     )
+    early: int = 0  # blocks after which the patches are to come out as well, of images alone and whole; 0: none
 
     def check(self) -> None:
         if self.text_BLD is None and self.image_rows_B is None:
@@ -54,6 +55,8 @@ class Stream(NamedTuple):
             raise ValueError("a stream without text_BLD cannot be read for its text")
         if self.seen_BL is not None and (self.text_BLD is not None or self.image_tokens_K is not None):
             raise ValueError("seen_BL is for images alone, without image_tokens_K")
+        if self.early and (self.text_BLD is not None or self.seen_BL is not None or self.reads != "all"):
+            raise ValueError("early is for whole images alone, which are read for all tokens")
         if self.joint and self.vl_twin:
             raise ValueError("vl_twin is for streams of one modality; a joint stream is in the VL experts already")
 
@@ -68,10 +71,11 @@ class Stream(NamedTuple):
 
 class Encoded(NamedTuple):
     """A stream's tokens after the final norm, those that it is read for, [B, L, D], zeros at padding; twin_BLD likewise from the VL
-    experts, where asked for."""
+    experts, where asked for; early_BLD: the class token of the last block and the patches of an early one, before the norm, likewise."""
 
     tokens_BLD: Tensor
     twin_BLD: Tensor | None = None
+    early_BLD: Tensor | None = None
 
 
 class Kind(NamedTuple):
@@ -177,13 +181,17 @@ class MultiWayTransformer(nn.Module):
         pieces = self.place(streams, folds, lower_order(streams))
         layout = self.layout(streams, pieces, biases)
         x_ND = torch.cat([embedded(streams[piece.kind.owner], piece, images) for piece in pieces])
+        early: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
+            early |= {n: whole(n, pieces, x_ND) for n, stream in enumerate(streams) if i and stream.early == i}
             if i == self.vlffn_start_layer_index:
                 lower, pieces = pieces, self.place(streams, folds, upper_order(streams))
                 x_ND, layout = repack(x_ND, lower, pieces), self.layout(streams, pieces, biases)
             if i == len(self.blocks) - 1:
                 pieces, layout = leave_unread(streams, pieces, layout)
             x_ND = self.recomputed(block, i, x_ND, layout, i)
+        for n, patches_BLD in early.items():
+            early[n] = torch.cat((whole(n, pieces, x_ND)[:, :1], patches_BLD[:, 1:]), dim=1)
         of_piece = by_run([piece.run for piece in pieces], self.norm(x_ND))
         tokens: dict[tuple[int, bool], list[Tensor]] = {}
         for piece in pieces:
@@ -191,7 +199,7 @@ class MultiWayTransformer(nn.Module):
         out = {key: in_sequence(parts) for key, parts in tokens.items()}
         # without layers of VL experts a twin is what it is a twin of
         return [
-            Encoded(out[i, False], out.get((i, True), out[i, False]) if s.vl_twin else None)
+            Encoded(out[i, False], out.get((i, True), out[i, False]) if s.vl_twin else None, early.get(i))
             for i, s in enumerate(streams)
         ]
 
@@ -303,6 +311,12 @@ def rows_of_experts(pieces: Sequence[Piece]) -> Counter[str]:
     for kind, run in pieces:
         counts[kind.expert] += run.size
     return counts
+
+
+def whole(owner: int, pieces: Sequence[Piece], x_ND: Tensor) -> Tensor:
+    """The packed tokens of a stream of images alone, [B, L, D]."""
+    run = next(run for kind, run in pieces if kind.sequences == (owner, False))
+    return run.sequences(x_ND[run.start : run.start + run.size])
 
 
 def repack(x_ND: Tensor, lower: Sequence[Piece], upper: Sequence[Piece]) -> Tensor:

@@ -6,17 +6,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vlmo_ds.blocks.layers import given
 from vlmo_ds.families.comparing import BARS, relative_difference
 from vlmo_ds.families.handing_over import hand_over
 from vlmo_ds.families.interface import Check
+from vlmo_ds.families.step import added
 from vlmo_ds.families.vlmo.block import by_run
 from vlmo_ds.families.vlmo.config import TASKS as KNOWN
 from vlmo_ds.families.vlmo.config import VLMoInit, VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
 from vlmo_ds.families.vlmo.multiway import Stream, folds_of, upper_order
-from vlmo_ds.families.vlmo.weights import TEXT_POSITION_IDS
+from vlmo_ds.families.vlmo.weights import TABLE, TEXT_POSITION_IDS, to_vlmo, vlmo_name
 from vlmo_ds.objectives.itc import scale_of
 
 JOINT = {"mlm": 0.25, "itc": 1.0, "itm": 1.0}
@@ -158,4 +161,64 @@ def compare_resized(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, flo
             yield name, relative_difference(value, expected), BARS[torch.float32][0]  # recorded in float32
 
 
-FORMATS: Mapping[str, Check] = {"vlmo-golden-1": compare, "vlmo-golden-resize-1": compare_resized}
+def compare_tokens(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
+    """BEiT v2's masked image modelling: its weights as those of an image stage on visual tokens with patch aggregation."""
+    bar, gradient_bar = BARS[dtype]
+    recorded, of_file = golden["config"], golden["state_dict"]
+    sizes = {name: recorded[name] for name in ("embed_dim", "depth", "num_heads", "image_size", "patch_size")}
+    config = VLMoSettings(
+        **sizes,
+        vlffn_start_layer_index=recorded["depth"],
+        vocab_size=2,
+        mim_target="tokens",
+        num_visual_tokens=recorded["num_codes"],
+        mim_early_layer=recorded["early_layers"],
+        mim_head_layers=recorded["head_layers"],
+    )
+    model = VLMo(config, {"mim": 1.0}).to(dtype)
+    moved = [("lm_head.", "mim_score.fc."), ("cls_pt_layers.", "mim_aggregation.blocks.")]
+
+    def here(name: str) -> str:
+        for before, after in moved:
+            if name.startswith(before):
+                return after + name.removeprefix(before)
+        return name
+
+    others = {name: value for name, value in of_file.items() if here(name) != name}
+    weights, _ = to_vlmo({name: value for name, value in of_file.items() if name not in others}, config)
+    weights |= {here(name): value for name, value in others.items()}
+    weights["token_type_embeddings.weight"] = torch.zeros(2, config.embed_dim)  # which the reference has none of
+    missing, unexpected = model.load_state_dict(
+        {name: value.to(dtype) for name, value in weights.items()}, strict=False
+    )
+    text = ("text_embeddings.", "pooler.", "transformer.blocks.")
+    if unexpected or any(not name.startswith(text) for name in missing):
+        raise SystemExit(f"the file's weights do not fit: missing {missing}, unexpected {unexpected}")
+    image, mask_BP, code_BP = (golden["batch"][name] for name in ("image", "image_mask", "codes"))
+    hidden: list[Tensor] = []
+    hook = model.mim_score.fc.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    loss = model({"image": image.to(dtype), "image_mask": mask_BP, "visual_tokens": code_BP}).losses["mim"]
+    hook.remove()
+    for name, of_patches in zip(("patch", "cls"), hidden, strict=True):
+        logits = model.mim_score.fc(of_patches)
+        yield f"{name}_logits", relative_difference(logits, golden["outputs"][f"{name}_logits"]), bar
+        own = F.cross_entropy(logits, code_BP[mask_BP])
+        yield f"losses.{name}", relative_difference(own, golden["losses"][name]), bar
+    yield "losses", relative_difference(loss, added(golden["losses"].values())), bar
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    table = given(gradients.pop(TABLE), TABLE)
+    rows = len(of_file[f"rel_pos_bias.{TABLE}"])
+    shared = table[:rows].unflatten(1, (config.depth, -1)).sum(1)  # one table for all layers there
+    yield f"grads.{TABLE}", relative_difference(shared, golden["grads"][f"rel_pos_bias.{TABLE}"]), gradient_bar
+    for name, value in golden["grads"].items():
+        ours = gradients.get(here(name) if name in others else vlmo_name(name))
+        if name != f"rel_pos_bias.{TABLE}":
+            yield f"grads.{name}", float("inf") if ours is None else relative_difference(ours, value), gradient_bar
+
+
+FORMATS: Mapping[str, Check] = {
+    "vlmo-golden-1": compare,
+    "vlmo-golden-resize-1": compare_resized,
+    "beit2-mim-golden-1": compare_tokens,
+}

@@ -16,7 +16,7 @@ from vlmo_ds.families.vlmo.config import VLMoInit, VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
 
 INDEX_BUFFERS = re.compile(r"(.*\.)?(text_|text_imag_)?relative_position_index")
-BEIT_ONLY = ("fc_norm.", "head.", "lm_head.")
+BEIT_ONLY = ("fc_norm.", "head.", "lm_head.", "cls_pt_layers.")
 BERT = re.compile(
     r"(?:bert\.)?embeddings\.(word_embeddings|position_embeddings|token_type_embeddings|LayerNorm)\.(\w+)"
 )
@@ -79,8 +79,7 @@ def from_beit(state: Mapping[str, Tensor], config: VLMoSettings) -> tuple[dict[s
         elif match := re.fullmatch(rf"blocks\.(\d+)\.attn\.{TABLE}", name):
             tables[int(match[1])] = value
         else:
-            name = re.sub(r"^(blocks\.\d+\.)(mlp|norm2)\.", r"\1\2_imag.", name)
-            converted[f"transformer.{name}"] = value
+            converted[vlmo_name(name)] = value
     notes = ["BEiT: mlp -> mlp_imag, norm2 -> norm2_imag"]
     if dropped:
         notes.append(f"left out: {', '.join(dropped)}")
@@ -92,6 +91,11 @@ def from_beit(state: Mapping[str, Tensor], config: VLMoSettings) -> tuple[dict[s
         converted[TABLE] = whole
         notes.append(f"tables of {len(tables)} layers for {window} x {window} patches -> {TABLE} {list(whole.shape)}")
     return converted, notes
+
+
+def vlmo_name(name: str) -> str:
+    """BEiT's name of a weight -> VLMo's."""
+    return "transformer." + re.sub(r"^(blocks\.\d+\.)(mlp|norm2)\.", r"\1\2_imag.", name)
 
 
 def window_of_image_rows(rows: int) -> int:

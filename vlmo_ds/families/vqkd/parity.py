@@ -17,7 +17,7 @@ def compare(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, floa
     """Yields (quantity, relative difference, bar)."""
     bar, gradient_bar = BARS[dtype]
     settings = {name: value for name, value in golden["config"].items() if name in VQKDSettings.model_fields}
-    model = VQKD(VQKDSettings(**settings)).to(dtype)
+    model = VQKD(VQKDSettings(**settings), {"vqkd": 1.0}).to(dtype)
     model.load_state_dict({name: value.to(dtype) for name, value in golden["state_dict"].items()})
     images = golden["batch"]["image_01"].to(dtype) * 2 - 1
     for step, (image, teacher) in enumerate(zip(images, golden["batch"]["teacher"].to(dtype), strict=True)):
@@ -27,7 +27,11 @@ def compare(golden: dict, dtype: torch.dtype) -> Iterator[tuple[str, float, floa
         apart, wrong, told = model.losses(found, teacher)
         apart, wrong = apart / found.vector.numel(), wrong / found.token.numel()
         yield f"step{step}.tokens", relative_difference(found.token, recorded["tokens"]), bar
-        yield f"step{step}.quantized", relative_difference(straight_through(found.vector, found.code), recorded["quantized"]), bar
+        yield (
+            f"step{step}.quantized",
+            relative_difference(straight_through(found.vector, found.code), recorded["quantized"]),
+            bar,
+        )
         yield f"step{step}.reconstruction", relative_difference(told, recorded["reconstruction"]), bar
         yield f"step{step}.losses.commitment", relative_difference(apart, losses["commitment"]), bar
         yield f"step{step}.losses.reconstruction", relative_difference(wrong, losses["reconstruction"]), bar
