@@ -453,6 +453,13 @@ class ScoresConfig(Settings):
         return self
 
 
+class StreamConfig(Settings):
+    """More data of a stage, which some of its tasks read in every step beside the others'."""
+
+    data: DataConfig
+    global_batch_size: int = Field(gt=0, description="samples of this data per optimiser step over all ranks")
+
+
 class StageConfig(Settings):
     """One stage of training."""
 
@@ -461,6 +468,11 @@ class StageConfig(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="names the stage in logs, checkpoints and --stages")
     tasks: dict[str, float | None] = Field(description="task -> weight; null: the reference's weight")
     data: DataConfig
+    streams: dict[str, StreamConfig] = Field(
+        {},
+        description="more data, by the names that the family's tasks have for it, such as images and texts alone beside pairs: a step reads all of "
+        "them",
+    )
     trainable: str | list[str] = Field(
         "all", description="a name that the family knows, or patterns of parameter names"
     )
@@ -532,7 +544,9 @@ class StageConfig(Settings):
             )
         if self.gradient_cache and self.micro_batch_size is None:
             raise ValueError("gradient_cache needs micro_batch_size: samples per rank that are in memory at a time")
-        self.check_modalities()
+        self.check_streams()
+        for part in self.parts.values():
+            part.check_modalities()
         for name, task in self.chosen.items():
             for other, why in task.needs.items():
                 if other not in self.tasks:
@@ -544,6 +558,59 @@ class StageConfig(Settings):
                 "or a list of patterns"
             )
         return self
+
+    def check_streams(self) -> None:
+        """ValueError where data that a task reads is missing, or data is there that none reads, or does not go along with micro_batch_size."""
+        wanted = dict.fromkeys(task.stream for task in self.chosen.values())
+        readers = {stream: [name for name, task in self.chosen.items() if task.stream == stream] for stream in wanted}
+        known = sorted({task.stream for task in self.family.tasks.values() if task.stream})
+        for stream in self.streams:
+            if stream not in wanted:
+                accepted = ", ".join(known) or f"none: {self.family.name} has tasks of one kind of data"
+                raise ValueError(
+                    f"streams.{stream} is read by none of {', '.join(self.tasks)}{nearest(stream, known)}; accepted: {accepted}"
+                )
+        without = [stream for stream in wanted if stream not in self.streams]
+        if len(without) > 1:
+            raise ValueError(
+                f"streams.{without[-1] or without[0]} is missing, the data that {', '.join(readers[without[-1] or without[0]])} reads; "
+                f"data is that of {', '.join(readers[without[0] if without[-1] else without[-1]])}"
+            )
+        if not without:
+            raise ValueError(
+                f"data is read by none of {', '.join(self.tasks)}, which all have streams of their own: leave one of these out"
+            )
+        if micro := self.micro_batch_size:
+            for stream, settings in self.streams.items():
+                if settings.global_batch_size * micro % self.global_batch_size:
+                    raise ValueError(
+                        f"streams.{stream}.global_batch_size is {settings.global_batch_size}, which does not go along with global_batch_size "
+                        f"{self.global_batch_size} and micro_batch_size {micro}: its forward passes have to have as many samples each"
+                    )
+
+    @property
+    def parts(self) -> dict[str, StageConfig]:
+        """The stage's data, one by one, each as a stage of the tasks that read it: "" is `data` where tasks have no stream of their own, the others
+        are by their stream's name."""
+        wanted = dict.fromkeys(task.stream for task in self.chosen.values())
+        if not self.streams:
+            return {next(iter(wanted)): self}
+        found = {}
+        for stream in wanted:
+            tasks = {name: weight for name, weight in self.tasks.items() if self.family.tasks[name].stream == stream}
+            update: dict[str, Any] = {"tasks": tasks, "streams": {}}
+            if stream:
+                size = self.streams[stream].global_batch_size
+                update |= {"data": self.streams[stream].data, "global_batch_size": size}
+                if self.micro_batch_size:
+                    update["micro_batch_size"] = size * self.micro_batch_size // self.global_batch_size
+            found[stream] = self.model_copy(update=update)
+        return found
+
+    @property
+    def samples(self) -> int:
+        """Of an optimiser step, of all data."""
+        return sum(part.global_batch_size for part in self.parts.values())
 
     def check_modalities(self) -> None:
         """ValueError where `data` wants to leave out, or to add, what the tasks read or do not."""
@@ -790,11 +857,12 @@ class Recipe(Settings):
             model.refuse_parts_of_patches(f"stages.{stage.name}.image_size", model.image_size)
             patches = model.patches
             model.check_stage(stage)
-            if "masked_image" in stage.reads and not 0 < round(stage.data.mim_ratio * patches) < patches:
-                raise ValueError(
-                    f"stages.{stage.name}.data.mim_ratio is {stage.data.mim_ratio}: of {patches} patches some have to be "
-                    "masked and some seen"
-                )
+            for part in stage.parts.values():
+                if "masked_image" in part.reads and not 0 < round(part.data.mim_ratio * patches) < patches:
+                    raise ValueError(
+                        f"stages.{stage.name}.data.mim_ratio is {part.data.mim_ratio}: of {patches} patches some have to be "
+                        "masked and some seen"
+                    )
         for stage in self.stages:
             sections = [name for name in EVALUATIONS if getattr(self, name)]
             if stage.evaluate_every and not (stage.evaluate.held_out or sections):

@@ -285,11 +285,11 @@ def test_moved_shards_are_known_by_their_contents(tmp_path):
     write_checkpoint(run, "text", 1)
     moved = write_shards(tmp_path / "elsewhere" / "x", {"a.tar": 0, "b.tar": 1})
     known = check(tmp_path, moved)
-    assert known == {"text": [["data/set/0.tar", "data/set/1.tar"]]}
+    assert known == {"text": {"": [["data/set/0.tar", "data/set/1.tar"]]}}
     data = parse_recipe(tiny_recipe(tmp_path), "r").stages[1].data.model_copy(update={"shards": [str(moved)]})
     spec = loader.spec_for({"text", "masked_text"}, 32, 8, 16, 0)
-    dataset = loader.BatchDataset(data, spec, None, rank=0, world_size=1, batch_size=1, known_shards=known["text"])
-    assert [s.name for s in dataset.shards[0]] == known["text"][0]
+    dataset = loader.BatchDataset(data, spec, None, rank=0, world_size=1, batch_size=1, known_shards=known["text"][""])
+    assert [s.name for s in dataset.shards[0]] == known["text"][""][0]
     assert dataset.shards[0][0].read(0).sample_id == shards.stable_id("data/set/0.tar:0")
 
 

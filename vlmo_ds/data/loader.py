@@ -301,6 +301,29 @@ class BatchDataset(Dataset):
         raise DataError(f"{raw.name}: {REPLACEMENTS} draws of another sample gave none with another picture")
 
 
+class Streams(Dataset):
+    """Datasets that are read in every step, by the stream's name: item i has an item of each, what is not `data`'s under the names
+    <stream>/<name>. Its sample_id and image_id are those of the first."""
+
+    def __init__(self, parts: dict[str, BatchDataset]):
+        self.parts = parts
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | list]:
+        batch: dict[str, Tensor | list] = {}
+        replaced: list = []
+        for stream, dataset in self.parts.items():
+            found = dataset[index]
+            replaced += [(in_stream(stream, name), reason) for name, reason in found.pop("replaced")]
+            for name in ("sample_id", "image_id"):
+                batch.setdefault(name, found[name])
+            batch |= {in_stream(stream, name): value for name, value in found.items()}
+        return {**batch, "replaced": replaced}
+
+
+def in_stream(stream: str, name: str) -> str:
+    return f"{stream}/{name}" if stream else name
+
+
 def stacked(values: Sequence[np.ndarray], fill: int = 0, shape: tuple[int, ...] = ()) -> np.ndarray:
     """Arrays of one number of dimensions behind each other, filled up to a shape, or to the largest of each dimension."""
     shape = shape or tuple(np.max([value.shape for value in values], axis=0))
@@ -347,7 +370,7 @@ def collate(samples: list[dict[str, Any]], max_text_len: int, padding: int = 0) 
 
 
 def batches(
-    dataset: BatchDataset, start: int, stop: int, workers: int, prefetch: int = 4
+    dataset: BatchDataset | Streams, start: int, stop: int, workers: int, prefetch: int = 4
 ) -> Iterator[dict[str, Tensor | list]]:
     """Batches start .. stop-1 in order, whatever the number of workers."""
     loader = DataLoader(

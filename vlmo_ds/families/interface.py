@@ -61,7 +61,8 @@ class Task:
     reads: what of a sample becomes its input; gives: the model's calls that it trains (for the evaluations); weight: of its
     loss where a recipe says null; alone: why no other task may be beside it, "" where one may; needs: other task -> why;
     gradient_cache: "features" where its loss is one of contrast over the whole batch, whose features can be cached, "beside"
-    where it can go along with such a one; guess: a loss at which nothing has been learnt.
+    where it can go along with such a one; guess: a loss at which nothing has been learnt; stream: the data that it reads where a
+    stage has data of several kinds (StageConfig.streams), whose names in a batch begin with it and a slash; "": the stage's `data`.
     """
 
     reads: frozenset[Reads]
@@ -71,6 +72,7 @@ class Task:
     needs: Mapping[str, str] = field(default_factory=dict)
     gradient_cache: Literal["", "features", "beside"] = ""
     guess: Guess | None = None
+    stream: str = ""
 
     @property
     def modalities(self) -> set[str]:

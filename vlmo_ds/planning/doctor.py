@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import Recipe, RecipeError, StageConfig, number
-from vlmo_ds.data.loader import BatchDataset
+from vlmo_ds.data.loader import BatchDataset, Streams
 from vlmo_ds.data.shards import RawSample
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.transforms import EncodedImage
@@ -157,11 +157,12 @@ class Learnt(NamedTuple):
         return ""
 
 
-def by_heart(recipe: Recipe, stage: StageConfig, dataset: BatchDataset, seconds: float) -> list[Learnt]:
+def by_heart(recipe: Recipe, stage: StageConfig, dataset: Streams, seconds: float) -> list[Learnt]:
     """Trains a fresh model of the stage on its first batch."""
     model = build_model(recipe, stage, None, "a fresh initialisation", Collector()).train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
+    model.open()
     batch = inputs_of(dataset[0], device, negative_seed=1, step_seed=1)
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), betas=stage.optimizer.betas, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -180,18 +181,14 @@ def by_heart(recipe: Recipe, stage: StageConfig, dataset: BatchDataset, seconds:
             group["lr"] = rate * min(1.0, (steps + 1) / 10)
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage.optimizer.gradient_clipping or 1.0)
         optimizer.step()
+        model.settle([out.seen], taken=True)
         steps += 1
 
 
-def examine(
-    recipe: Recipe, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, seconds: float
-) -> tuple[list[str], list[Learnt]]:
-    """(what to look at, what was learnt) of a stage."""
-    found = about_settings(stage)
-    size = min(BATCH, stage.global_batch_size)
-    alone = stage.model_copy(update={"global_batch_size": size, "micro_batch_size": None, "gradient_cache": False})
-    dataset = build_dataset(recipe, alone, tokenizer, Collector())
-    raw = list(samples_of(dataset))
+def about_data(
+    recipe: Recipe, stage: StageConfig, dataset: BatchDataset, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    found, raw = [], list(samples_of(dataset))
     if stage.reads & TEXTS and "questions" not in stage.reads:
         texts = [
             text for sample in raw for text in (sample.asked if "image_pair" in stage.reads else captions_of(sample))
@@ -201,6 +198,26 @@ def examine(
         found += about_images(
             [picture for sample in raw if (picture := picture_of(sample))], recipe.model_of(stage).image_size
         )
+    return found
+
+
+def examine(
+    recipe: Recipe, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, seconds: float
+) -> tuple[list[str], list[Learnt]]:
+    """(what to look at, what was learnt) of a stage."""
+    found = about_settings(stage)
+    streams = {
+        name: one.model_copy(update={"global_batch_size": min(BATCH, one.global_batch_size)})
+        for name, one in stage.streams.items()
+    }
+    size = min(BATCH, stage.global_batch_size)
+    alone = stage.model_copy(
+        update={"global_batch_size": size, "micro_batch_size": None, "gradient_cache": False, "streams": streams}
+    )
+    dataset = build_dataset(recipe, alone, tokenizer, Collector())
+    for stream, part in alone.parts.items():
+        told = about_data(recipe, part, dataset.parts[stream], tokenizer)
+        found += [f"streams.{stream}: {what}" if len(alone.parts) > 1 and stream else what for what in told]
     learnt = by_heart(recipe, alone, dataset, seconds)
     return found + [one.fault for one in learnt if one.fault], learnt
 

@@ -106,7 +106,7 @@ def visible_data(recipe_file: str) -> str:
     try:
         found = []
         for stage in load_recipe(recipe_file).stages:
-            shards = [shard for source in source_shards(stage.data) for shard in source]
+            shards = [s for part in stage.parts.values() for source in source_shards(part.data) for s in source]
             found.append(f"{stage.name}: {sum(s.samples for s in shards)} in {len(shards)}")
         return ", ".join(found)
     except (RecipeError, DataError) as error:

@@ -160,8 +160,9 @@ def check(args: argparse.Namespace) -> Command:
 def check_shards_are_there(command: Command) -> None:
     """DataError for shards that are named and missing; what is in them is looked at later."""
     for stage in command.stages:
-        for source in stage.data.mixture.values():
-            expand(source.shards)
+        for part in stage.parts.values():
+            for source in part.data.mixture.values():
+                expand(source.shards)
         expand(stage.evaluate.held_out)
     for name in EVALUATIONS:
         if held_out := getattr(command.recipe, name):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmo_ds.config import Recipe, SpikeConfig, StageConfig
-from vlmo_ds.data.loader import BatchDataset
+from vlmo_ds.data.loader import Streams, in_stream
 from vlmo_ds.data.shards import stable_id
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
@@ -198,7 +198,8 @@ def check_ranks(collector: Collector, number: int, stage: StageConfig, batch: Ma
 
     Lengths of texts are left out: each rank trims its own.
     """
-    shapes = {k: [len(v), "*"] if k.startswith(("text_", "false_text_")) else list(v.shape) for k, v in batch.items()}
+    texts = ("text_", "false_text_")
+    shapes = {k: [len(v), "*"] if k.rpartition("/")[2].startswith(texts) else list(v.shape) for k, v in batch.items()}
     parts = [f"{key} {shapes[key]} {str(batch[key].dtype).removeprefix('torch.')}" for key in sorted(batch)]
     what = f"{stage.name}, pass {number}, tasks {', '.join(stage.tasks)}: {'; '.join(parts)}"
     hashes = collector.gather(torch.tensor([stable_id(what)], device=device())).tolist()
@@ -216,9 +217,10 @@ class ReplacedSamples:
     first: steps of the stage whose data was read before this start.
     """
 
-    def __init__(self, dataset: BatchDataset, stage: StageConfig, first: int):
+    def __init__(self, dataset: Streams, stage: StageConfig, first: int):
         self.dataset, self.stage, self.first = dataset, stage, first
-        self.total = dict.fromkeys(dataset.names, 0.0)
+        self.names = [in_stream(stream, name) for stream, part in dataset.parts.items() for name in part.names]
+        self.total = dict.fromkeys(self.names, 0.0)
         self.told: set[str] = set()
         self.bad: Counter[str] = Counter()
 
@@ -233,7 +235,7 @@ class ReplacedSamples:
 
     def of_step(self) -> dict[str, int]:
         """Samples of each source that this rank has replaced since it was last asked."""
-        counts = {name: self.bad[name] for name in self.dataset.names}
+        counts = {name: self.bad[name] for name in self.names}
         self.bad.clear()
         return counts
 
@@ -242,17 +244,20 @@ class ReplacedSamples:
 
         DataError when a source has had more than its share since the start.
         """
-        batch, mixture = self.stage.global_batch_size, self.dataset.order.mixture
-        began, now = (mixture.consumed(step * batch) for step in (self.first, done))
-        for name, seen in zip(self.dataset.names, (now - began).tolist(), strict=True):
-            self.total[name] += replaced[name]
-            if seen >= LEAST_JUDGED and self.total[name] > self.stage.data.max_bad_fraction * seen:
-                raise DataError(
-                    f"stages.{self.stage.name}: {self.total[name]:.0f} of {seen} samples of source '{name}' could not be "
-                    f"used and were replaced, more than max_bad_fraction {self.stage.data.max_bad_fraction}; they are "
-                    "named above"
-                )
-        epochs = dict(zip(self.dataset.names, self.dataset.order.epochs(done * batch), strict=True))
+        epochs: dict[str, float] = {}
+        for stream, stage in self.stage.parts.items():
+            dataset, batch = self.dataset.parts[stream], stage.global_batch_size
+            names = [in_stream(stream, name) for name in dataset.names]
+            began, now = (dataset.order.mixture.consumed(step * batch) for step in (self.first, done))
+            for name, seen in zip(names, (now - began).tolist(), strict=True):
+                self.total[name] += replaced[name]
+                if seen >= LEAST_JUDGED and self.total[name] > stage.data.max_bad_fraction * seen:
+                    raise DataError(
+                        f"stages.{self.stage.name}: {self.total[name]:.0f} of {seen} samples of source '{name}' could not be "
+                        f"used and were replaced, more than max_bad_fraction {stage.data.max_bad_fraction}; they are "
+                        "named above"
+                    )
+            epochs |= dict(zip(names, dataset.order.epochs(done * batch), strict=True))
         metrics = {"data/replaced": sum(replaced.values())}
         if len(epochs) == 1:
             return metrics | {"data/epoch": epochs.popitem()[1]}

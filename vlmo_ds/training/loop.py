@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.blocks.branch import compile_branches
 from vlmo_ds.blocks.kernels import use_kernels
 from vlmo_ds.config import Recipe, RecipeError, StageConfig
-from vlmo_ds.data.loader import BatchDataset, batches, spec_for
+from vlmo_ds.data.loader import BatchDataset, Streams, batches, spec_for, stable_seed
+from vlmo_ds.data.shards import stable_id
 from vlmo_ds.data.tokenizer import vocabulary_digest
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
@@ -58,7 +59,7 @@ class Run(NamedTuple):
     collector: Collector
     monitor: Monitor
     stop: StopRequest
-    known_shards: dict[str, list[list[str]]]  # resume.check_shards
+    known_shards: dict[str, dict[str, list[list[str]]]]  # resume.check_shards
     copies: Copies | None = None  # rank 0's, of a run whose checkpoints have a second place
 
     def folder_of(self, stage: StageConfig) -> Path:
@@ -106,23 +107,27 @@ def build_dataset(
     stage: StageConfig,
     tokenizer: PreTrainedTokenizerBase,
     collector: Collector,
-    known_shards: list[list[str]] | None = None,
+    known_shards: Mapping[str, list[list[str]]] | None = None,
     seed: int | None = None,
-) -> BatchDataset:
-    """The data of a stage, for this rank. seed: of all that is drawn, None: the stage's own."""
+) -> Streams:
+    """The data of a stage, for this rank. known_shards: of each stream, as BatchDataset's; seed: of all that is drawn, None: the stage's own."""
     model = recipe.model_of(stage)
-    micro, _ = micro_batch(stage, collector.world_size)
     seed = stage_seed(recipe, stage) if seed is None else seed
-    spec = spec_for(stage.reads, model.image_size, model.patch_size, model.max_text_len, seed, model.vqav2_label_size)
-    return BatchDataset(
-        stage.data,
-        spec,
-        tokenizer,
-        rank=collector.rank,
-        world_size=collector.world_size,
-        batch_size=micro,
-        known_shards=known_shards,
-    )
+    found = {}
+    for stream, part in stage.parts.items():
+        micro, _ = micro_batch(part, collector.world_size)
+        own = stable_seed(seed, stable_id(stream)) if len(stage.parts) > 1 and stream else seed
+        spec = spec_for(part.reads, model.image_size, model.patch_size, model.max_text_len, own, model.vqav2_label_size)
+        found[stream] = BatchDataset(
+            part.data,
+            spec,
+            tokenizer,
+            rank=collector.rank,
+            world_size=collector.world_size,
+            batch_size=micro,
+            known_shards=(known_shards or {}).get(stream),
+        )
+    return Streams(found)
 
 
 def build_model(
@@ -295,7 +300,7 @@ class StageTraining:
         stage, collector = self.stage, self.run.collector
         number = self.run.recipe.stages.index(stage)
         before, after = self.run.recipe.stages[:number], self.run.recipe.stages[number + 1 :]
-        samples_ahead = sum(s.steps * s.global_batch_size for s in after)
+        samples_ahead = sum(s.steps * s.samples for s in after)
         beside = self.engine.monitor.write_events if self.engine.monitor.enabled else None
         self.run.monitor.begin(stage.name, self.first, sum(s.steps for s in before), samples_ahead, beside)
         if self.scores:
@@ -378,7 +383,7 @@ class StageTraining:
         if near:
             clamp_scales(engine, near)
         metrics |= self.replaced.look(counts, step + 1 + self.skip)
-        run.monitor.log(step + 1, stage.steps, metrics, stage.global_batch_size, self.pace)
+        run.monitor.log(step + 1, stage.steps, metrics, stage.samples, self.pace)
         if (step + 1) % WINDOW == 0 or step + 1 == stage.steps:
             run.monitor.paced(step + 1, stage, run.collector.each_rank(self.pace.of_window()), self.writer.folder)
         for warning in self.guessing.look(step + 1, metrics):

@@ -93,8 +93,14 @@ def peak_memory() -> int:
 
 def tokens_of(batch: Mapping[str, Tensor], patches: int) -> int:
     """Patches, class tokens and word pieces that a micro-batch has."""
-    images = sum(len(batch[name]) for name in ("image", "image_0", "image_1") if name in batch)
-    return images * (patches + 1) + (int(batch["text_masks"].sum()) if "text_masks" in batch else 0)
+    found = 0
+    for name, value in batch.items():
+        what = name.rpartition("/")[2]
+        if what in ("image", "image_0", "image_1"):
+            found += len(value) * (patches + 1)
+        elif what == "text_masks":
+            found += int(value.sum())
+    return found
 
 
 def rate_of_device(half: bool) -> float | None:

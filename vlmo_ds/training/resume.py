@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmo_ds import ledger, metrics
 from vlmo_ds.config import EVALUATIONS, Recipe, RecipeError, StageConfig
-from vlmo_ds.data.loader import source_shards
+from vlmo_ds.data.loader import in_stream, source_shards
 from vlmo_ds.data.shards import Shard
 from vlmo_ds.data.storage import is_remote, write_atomically
 from vlmo_ds.manifest import MANIFEST, fault_of
@@ -200,11 +200,13 @@ def set_newer_aside(path: Path) -> None:
 # ---- data ----
 
 
-def check_shards(stages: Sequence[StageConfig], run: Path, accepted: Sequence[str]) -> dict[str, list[list[str]]]:
+def check_shards(
+    stages: Sequence[StageConfig], run: Path, accepted: Sequence[str]
+) -> dict[str, dict[str, list[list[str]]]]:
     """Compares the shards of the stages that go on with those they began with, and notes those of the others.
 
-    accepted: stages whose shards may have changed. Returns the names under which shards that have moved are known to a
-    stage, by source; sample ids are made of them, so that everything random stays what it was.
+    accepted: stages whose shards may have changed. Returns, by stage and stream, the names under which shards that have moved are
+    known, by source; sample ids are made of them, so that everything random stays what it was.
     """
     file = run / DATA
     try:
@@ -215,26 +217,29 @@ def check_shards(stages: Sequence[StageConfig], run: Path, accepted: Sequence[st
         }
     except (OSError, ValueError, TypeError, AttributeError):
         raise RecipeError(f"{file} cannot be read: remove it if the shards are those that the run began with") from None
-    new, known = dict(old), {}
+    new = dict(old)
+    known: dict[str, dict[str, list[list[str]]]] = {}
     for stage in stages:
         if is_finished(run, stage):
             continue
-        names = list(stage.data.mixture)
-        found = {name: rows_of(shards) for name, shards in zip(names, source_shards(stage.data), strict=True)}
-        before = old.get(stage.name)
-        if before is None or before == found or not is_begun(run, stage):
-            new[stage.name] = found
-        elif changes := differences(before, found):
-            if stage.name not in accepted:
-                raise RecipeError(
-                    f"stages.{stage.name}.data: the shards are not those that the stage began with:\n  "
-                    + "\n  ".join(changes)
-                    + f"\n  undo that, choose another --output_dir, or go on with the new ones by --accept_data {stage.name}"
-                )
-            print(f"{stage.name}: goes on with other shards:\n  " + "\n  ".join(changes), flush=True)
-            new[stage.name] = found
-        else:  # the same contents under other names
-            known[stage.name] = [[row[0] for row in before[name]] for name in names]
+        for stream, part in stage.parts.items():
+            key = in_stream(stage.name, stream) if len(stage.parts) > 1 and stream else stage.name
+            names = list(part.data.mixture)
+            found = {name: rows_of(shards) for name, shards in zip(names, source_shards(part.data), strict=True)}
+            before = old.get(key)
+            if before is None or before == found or not is_begun(run, stage):
+                new[key] = found
+            elif changes := differences(before, found):
+                if stage.name not in accepted:
+                    raise RecipeError(
+                        f"stages.{stage.name}.data: the shards are not those that the stage began with:\n  "
+                        + "\n  ".join(changes)
+                        + f"\n  undo that, choose another --output_dir, or go on with the new ones by --accept_data {stage.name}"
+                    )
+                print(f"{stage.name}: goes on with other shards:\n  " + "\n  ".join(changes), flush=True)
+                new[key] = found
+            else:  # the same contents under other names
+                known.setdefault(stage.name, {})[stream] = [[row[0] for row in before[name]] for name in names]
     if new != old:
         write_atomically(file, json.dumps(new).encode())
     return known

@@ -247,12 +247,13 @@ def train_to_its_end(run: Run, stage: StageConfig, resume_from: Path | None) -> 
         rollback = train_stage(run, stage, newest, skip=rollback.skip)
 
 
-def check_before_start(command: Command) -> dict[str, list[list[str]]]:
+def check_before_start(command: Command) -> dict[str, dict[str, list[list[str]]]]:
     """Everything that can be wrong without reading samples; makes the run's tokenizer. Returns what check_shards does."""
     args, recipe, stages, run = command.args, command.recipe, command.stages, command.folder
     check_resume(args, recipe, stages, run)
     for stage in stages:
-        source_shards(stage.data)
+        for part in stage.parts.values():
+            source_shards(part.data)
         if stage.evaluate.held_out:
             list_shards(stage.evaluate.held_out)
     for name in EVALUATIONS:
@@ -272,7 +273,7 @@ def check_before_start(command: Command) -> dict[str, list[list[str]]]:
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer.name != "train":
         return load_tokenizer(recipe.tokenizer.name, *recipe.family.tokenizer)
-    with_text = [stage.data for stage in recipe.stages if stage.reads & TEXTS]
+    with_text = [part.data for stage in recipe.stages for part in stage.parts.values() if part.reads & TEXTS]
     if not any(task.reads & TEXTS for task in recipe.family.tasks.values()):
         return train_tokenizer((), recipe.tokenizer.vocab_size)  # special tokens alone, which nothing reads
     if not with_text:
@@ -300,7 +301,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def count_answers(recipe: Recipe, run: Path) -> int:
     """The answers that questions choose among, whose list goes into the run; what the recipe says where none are asked."""
-    asking = [stage.data for stage in recipe.stages if "questions" in stage.reads]
+    asking = [part.data for stage in recipe.stages for part in stage.parts.values() if "questions" in part.reads]
     wanted = recipe.model.vqav2_label_size
     if not asking:
         return wanted
@@ -329,9 +330,9 @@ def check_data(
             raise RecipeError(f"{name}: {error}") from None
     for stage in stages:
         try:
-            dataset = build_dataset(recipe, stage, tokenizer, collector)
-            check_visual_tokens(recipe, dataset)
-            check_samples(dataset)
+            for dataset in build_dataset(recipe, stage, tokenizer, collector).parts.values():
+                check_visual_tokens(recipe, dataset)
+                check_samples(dataset)
         except DataError as error:
             raise RecipeError(f"stages.{stage.name}.data: {error}") from None
 
@@ -361,9 +362,10 @@ def warn_of_overlap(recipe: Recipe, stages: list[StageConfig], folder: Path) -> 
         return
     training: dict[tuple[str, ...], tuple[StageConfig, list[Shard]]] = {}
     for stage in stages:
-        found = [s for source in source_shards(stage.data) for s in source]
-        if stage.reads & IMAGES:
-            training.setdefault(tuple(shard.url for shard in found), (stage, found))
+        for part in stage.parts.values():
+            found = [s for source in source_shards(part.data) for s in source]
+            if part.reads & IMAGES:
+                training.setdefault(tuple(shard.url for shard in found), (stage, found))
     sets = {name: getattr(recipe, name).shards for name in planned(recipe)}
     sets |= {f"stages.{stage.name}.evaluate.held_out": stage.evaluate.held_out for stage in stages}
     for name, shards in sets.items():

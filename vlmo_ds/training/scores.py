@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vlmo_ds.config import RecipeError, StageConfig, nearest
-from vlmo_ds.data.loader import BatchDataset, batches
+from vlmo_ds.data.loader import Streams, batches
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.evaluation.table import Finished, due_in, flat
 from vlmo_ds.families.step import FamilyModel, inputs_of
@@ -37,7 +37,7 @@ SEED = 20_070_913  # of their masks and negatives: the same at every evaluation
 class Scores:
     """The evaluations of a stage. best: the best value so far of the metric that is followed, and its step."""
 
-    def __init__(self, run: Run, stage: StageConfig, held_out: BatchDataset | None):
+    def __init__(self, run: Run, stage: StageConfig, held_out: Streams | None):
         """held_out: the data of held_out_of(stage), where that names shards. RecipeError where they make no batch."""
         self.run, self.stage, self.config = run, stage, stage.evaluate
         self.every = stage.evaluate_every
@@ -48,8 +48,10 @@ class Scores:
         self.since_best = 0  # evaluations
         self.measured_until = -1  # step of the newest that is written down
 
-    def whole_batches(self, held_out: BatchDataset) -> int:
-        samples, size = sum(source.total for source in held_out.sources), held_out.global_size
+    def whole_batches(self, held_out: Streams) -> int:
+        parts = held_out.parts.values()
+        samples = sum(source.total for source in next(iter(parts)).sources)  # all streams have the same
+        size = max(part.global_size for part in parts)
         if samples < size:
             raise RecipeError(
                 f"stages.{self.stage.name}.evaluate.held_out has {samples} samples, and a batch over all ranks {size}: accepted are "
@@ -144,7 +146,7 @@ class Scores:
             found |= flat(outcome.metrics, name)
         return found
 
-    def losses(self, model: FamilyModel, dataset: BatchDataset) -> dict[str, float]:
+    def losses(self, model: FamilyModel, dataset: Streams) -> dict[str, float]:
         """Means over the batches of the losses and of what is counted beside them."""
         outputs = []
         for number, batch in enumerate(batches(dataset, 0, self.batches, 0)):
@@ -159,7 +161,12 @@ def held_out_of(stage: StageConfig) -> StageConfig:
     """The stage with its held-out shards as data, without augmentation."""
     plain: dict[str, Any] = {"shards": stage.evaluate.held_out, "sources": {}, "index": None, "mixing": "random"}
     plain |= {"transform": "square_transform", "min_scale": None, "flip": True, "length_bucketing": 1}
-    return stage.model_copy(update={"data": stage.data.model_copy(update=plain)})
+    plain["visual_tokens"] = None  # which are of other shards: the model's tokenizer makes them
+    streams = {
+        name: stream.model_copy(update={"data": stream.data.model_copy(update=plain)})
+        for name, stream in stage.streams.items()
+    }
+    return stage.model_copy(update={"data": stage.data.model_copy(update=plain), "streams": streams})
 
 
 @contextmanager
