@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.fold import sent
 from vlmo_ds.blocks.kernels import LayerNorm
-from vlmo_ds.blocks.layers import ScaledLinear
+from vlmo_ds.blocks.layers import AddRows, ScaledLinear, drop_path, kept
 from vlmo_ds.blocks.recompute import norm_again
 
 
@@ -25,6 +27,39 @@ class FeedForward(nn.Module):
             return compiled_branch()(norm, rest, x, *args)
         with norm_again(norm, x, self.cheap) as normed:
             return rest(normed, *args)
+
+
+Packing = TypeVar("Packing", bound="Packed")
+
+
+class Packed(Protocol):
+    """Where the sequences of a block stand in its packed rows: N that come in, M of them that go on."""
+
+    num_sequences: int
+    sequence_M: Tensor  # whose row each is, int64
+    on_M: Tensor | None  # which go on, int64; None: all
+
+    def subset(self: Packing, keep_S: Tensor) -> tuple[Packing, Tensor]:
+        """That of some sequences alone, bool [S] on the CPU; and which rows theirs are here, [K]. All rows have to go on."""
+        ...
+
+
+class PackedBlock(FeedForward):
+    """A block of packed rows, whose branches stochastic depth (arXiv:1603.09382) can leave out."""
+
+    drop_path_rate: float
+
+    def added(self, x_MD: Tensor, branch: Callable[[Tensor, Packing], Tensor], x_ND: Tensor, layout: Packing) -> Tensor:
+        """x_MD and a branch of x_ND, which stochastic depth leaves out for some sequences. It is not computed for these, but in the last block
+        and where there are no others: its weights have a gradient on every rank."""
+        rate = self.drop_path_rate if self.training else 0.0
+        if not rate:
+            return x_MD + branch(x_ND, layout)
+        keep_S = kept(layout.num_sequences, rate)
+        if layout.on_M is not None or not keep_S.any():
+            return x_MD + drop_path(branch(x_ND, layout), rate, sent(keep_S, x_ND.device)[layout.sequence_M])
+        part, rows_K = layout.subset(keep_S)
+        return AddRows.apply(x_MD, rows_K, branch(x_ND.index_select(0, rows_K), part), 1 / (1 - rate))
 
 
 @cache

@@ -6,7 +6,7 @@ Dimensions: B sequences, L tokens of the longest, N tokens of all together, D wi
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +76,38 @@ class Fold:
     def padded(self, x_ND: Tensor) -> Tensor:
         """[N, D] -> [B, L, D], zeros where there is no token."""
         return Placed.apply(x_ND, self.places_N, self.batch * self.length).view(self.batch, self.length, -1)
+
+
+class Run(NamedTuple):
+    """Consecutive packed rows: tokens of B sequences, `length` of each, or as many as fold says."""
+
+    start: int
+    batch: int
+    length: int
+    fold: Fold | None = None
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return self.batch * self.length if self.fold is None else self.fold.count
+
+    def sequences(self, rows_NC: Tensor) -> Tensor:
+        """Its rows [N, C] -> [B, length, C], zeros where there is no token."""
+        return rows_NC.view(self.batch, self.length, -1) if self.fold is None else self.fold.padded(rows_NC)
+
+    def packed(self, x_BLC: Tensor) -> Tensor:
+        """The same back."""
+        return x_BLC.reshape(-1, x_BLC.shape[-1]) if self.fold is None else self.fold.folded(x_BLC)
+
+    def subset(self, which_K: Tensor, start: int) -> Run:
+        """Some of its sequences, by their numbers, int64 on the CPU; from row `start` on."""
+        fold = None if self.fold is None else self.fold.subset(which_K)
+        return Run(start, len(which_K), self.length, fold)
+
+
+def in_sequence(parts: list[Tensor]) -> Tensor:
+    """[B, L, C] each -> one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def heads(x_BLD: Tensor, count: int) -> Tensor:

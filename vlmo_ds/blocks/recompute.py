@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -59,4 +60,26 @@ def norm_again(norm: LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
         return norm.kernel(x.detach(), weight, bias, norm.eps).view(packed)
 
     with saved_tensors_hooks(pack, unpack):
+        yield normed
+
+
+@contextmanager
+def gelu_norm_again(norm: LayerNorm, x: Tensor, cheap: bool) -> Iterator[Tensor]:
+    """Gives norm(gelu(x)), of which the backward pass keeps x alone: both are computed again from it."""
+    if not (cheap and torch.is_grad_enabled()):
+        yield norm(F.gelu(x))
+        return
+    activated = F.gelu(x)
+    again: dict[int, Callable[[], Tensor]] = {activated.data_ptr(): lambda: F.gelu(x.detach())}
+
+    def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size]:
+        whole = tensor.data_ptr() in again and tensor.numel() == x.numel() and tensor.is_contiguous()
+        return (tensor.data_ptr(), tensor.shape) if whole else tensor
+
+    def unpack(packed: Tensor | tuple[int, torch.Size]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else again[packed[0]]().view(packed[1])
+
+    with saved_tensors_hooks(pack, unpack):
+        normed, weight, bias = norm(activated, copies=True)
+        again[normed.data_ptr()] = lambda: norm.kernel(F.gelu(x.detach()), weight, bias, norm.eps)
         yield normed

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from vlmo_ds.config import RecipeError, nearest
-from vlmo_ds.families import blip, coca, vlmo, vqkd
+from vlmo_ds.families import beit3, blip, coca, vlmo, vqkd
 from vlmo_ds.families.interface import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (vlmo.FAMILY, coca.FAMILY, blip.FAMILY, vqkd.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (vlmo.FAMILY, coca.FAMILY, blip.FAMILY, beit3.FAMILY, vqkd.FAMILY)
+}
 DEFAULT = vlmo.FAMILY  # of a recipe that names neither an architecture nor a family
 
 

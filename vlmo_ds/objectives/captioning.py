@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmo_ds.blocks.layers import wide
+from vlmo_ds.distributed.rows import gumbel_noise
 
 CHUNK = 1024  # rows whose logits are in memory at a time
 
@@ -125,3 +126,18 @@ def learned_words(lengths_B: Tensor, length: int, prompt_B: Tensor | None) -> Te
 def chosen(learned_N: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
     """Of each the rows whose loss is taken."""
     return rows if learned_N is None else tuple(of[learned_N] for of in rows)
+
+
+def hidden_words(
+    lengths_B: Tensor, length: int, share: float, seed: int, sample_id_B: Tensor, prompt_B: Tensor | None
+) -> Tensor:
+    """bool [B, length]: the words of texts that are hidden, to be predicted (masked captioning, BEiT-3, arXiv:2208.10442, section 3.1): a
+    share of a text, one at least, the end included and its first word not; of a text that begins with a prompt, of what is
+    behind it. Which ones is a function of (seed, sample)."""
+    place_L = torch.arange(length, device=lengths_B.device)
+    first_B = torch.ones_like(lengths_B) if prompt_B is None else prompt_B
+    free_BL = (place_L >= first_B[:, None]) & (place_L < lengths_B[:, None])
+    count_B = (lengths_B * share + 0.5).long().clamp(min=1).minimum(lengths_B - first_B)
+    noise_BL = gumbel_noise(seed, sample_id_B, place_L).masked_fill(~free_BL, float("-inf"))
+    rank_BL = noise_BL.argsort(1, descending=True).argsort(1)
+    return rank_BL < count_B[:, None]

@@ -6,21 +6,20 @@ see multiway.py), M those of them that go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ds.blocks.attention import attention_kernel
-from vlmo_ds.blocks.branch import FeedForward
-from vlmo_ds.blocks.fold import Fold, heads, joined, sent
+from vlmo_ds.blocks.branch import PackedBlock
+from vlmo_ds.blocks.fold import Run, heads, in_sequence, joined, sent
 from vlmo_ds.blocks.kernels import LayerNorm
-from vlmo_ds.blocks.layers import AddRows, Mlp, ScaledLinear, drop_path, kept
+from vlmo_ds.blocks.layers import Mlp, ScaledLinear
 from vlmo_ds.blocks.recompute import norm_again
 
 
@@ -42,42 +41,10 @@ class QkvLinear(nn.Linear):
         return F.linear(x_ND[queries_M], self.weight[:dim], bias[:dim]), F.linear(x_ND, self.weight[dim:], bias[dim:])
 
 
-class Run(NamedTuple):
-    """Consecutive packed rows: tokens of B sequences, `length` of each, or as many as fold says."""
-
-    start: int
-    batch: int
-    length: int
-    fold: Fold | None = None
-
-    @property
-    def size(self) -> int:
-        """Rows."""
-        return self.batch * self.length if self.fold is None else self.fold.count
-
-    def sequences(self, rows_NC: Tensor) -> Tensor:
-        """Its rows [N, C] -> [B, length, C], zeros where there is no token."""
-        return rows_NC.view(self.batch, self.length, -1) if self.fold is None else self.fold.padded(rows_NC)
-
-    def packed(self, x_BLC: Tensor) -> Tensor:
-        """The same back."""
-        return x_BLC.reshape(-1, x_BLC.shape[-1]) if self.fold is None else self.fold.folded(x_BLC)
-
-    def subset(self, which_K: Tensor, start: int) -> Run:
-        """Some of its sequences, by their numbers, int64 on the CPU; from row `start` on."""
-        fold = None if self.fold is None else self.fold.subset(which_K)
-        return Run(start, len(which_K), self.length, fold)
-
-
 def by_run(runs: Sequence[Run], x_NC: Tensor) -> dict[int, Tensor]:
     """The rows of runs that are together all rows, by their first."""
     runs = sorted(runs)
     return {run.start: rows for run, rows in zip(runs, x_NC.split([run.size for run in runs]), strict=True)}
-
-
-def in_sequence(parts: list[Tensor]) -> Tensor:
-    """[B, L, C] each -> one behind the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @dataclass
@@ -163,7 +130,7 @@ class Attention(nn.Module):
         return self.proj(torch.cat([rows[start] for start in sorted(rows)]), gamma)
 
 
-class Block(FeedForward):
+class Block(PackedBlock):
     """A MultiWay block: shared self-attention, then one feed-forward expert per modality (VLMo, arXiv:2111.02358)."""
 
     def __init__(
@@ -212,17 +179,3 @@ class Block(FeedForward):
             norm, mlp = getattr(self, f"norm2_{modality}"), getattr(self, f"mlp_{modality}")
             outputs.append(self.fed(norm, mlp, rows_D, self.gamma_2))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def added(
-        self, x_MD: Tensor, branch: Callable[[Tensor, PackedLayout], Tensor], x_ND: Tensor, layout: PackedLayout
-    ) -> Tensor:
-        """x_MD and a branch of x_ND, which stochastic depth leaves out for some sequences. It is not computed for these, but in the last block
-        and where there are no others: its weights have a gradient on every rank."""
-        rate = self.drop_path_rate if self.training else 0.0
-        if not rate:
-            return x_MD + branch(x_ND, layout)
-        keep_S = kept(layout.num_sequences, rate)
-        if layout.on_M is not None or not keep_S.any():
-            return x_MD + drop_path(branch(x_ND, layout), rate, sent(keep_S, x_ND.device)[layout.sequence_M])
-        part, rows_K = layout.subset(keep_S)
-        return AddRows.apply(x_MD, rows_K, branch(x_ND.index_select(0, rows_K), part), 1 / (1 - rate))
