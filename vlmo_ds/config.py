@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from vlmo_ds.families.interface import Family, Task
 
 LARGEST_BLOCK = 1_000_000  # samples
@@ -113,6 +115,10 @@ class ModelConfig(Settings):
 
     def check_stage(self, stage: StageConfig) -> None:
         """ValueError where a stage asks what the model cannot do."""
+
+    def take_words(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Sets what is left to the tokenizer."""
+        self.vocab_size = self.vocab_size or len(tokenizer) + self.extra_words
 
     @property
     def recompute_every(self) -> int:

@@ -264,7 +264,7 @@ def is_free(key: str, now: Any) -> bool:
         return True
     if parts[0] == "stages" and parts[2:3] and parts[2] in ("ema", "evaluate", "evaluate_every"):
         return True
-    return key in ("model.vocab_size", "model.vqav2_label_size") and now == 0
+    return key in ("model.vocab_size", "model.mask_word", "model.vqav2_label_size") and now in (0, None)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import ModelOutput
 
 from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright_pixels
@@ -37,6 +39,22 @@ class FamilyConfig(PreTrainedConfig):
     def settings(self) -> Any:
         """The family's settings."""
         return self.settings_class(**{name: getattr(self, name) for name in self.settings_class.model_fields})
+
+
+@dataclasses.dataclass
+class RetrievalOutput(ModelOutput):
+    """logits_per_image [images, texts] and logits_per_text its transpose; image_embeds, text_embeds of unit length."""
+
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+@dataclasses.dataclass
+class ClassificationOutput(ModelOutput):
+    loss: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def as_image(pixels_HWC: np.ndarray) -> Image.Image:

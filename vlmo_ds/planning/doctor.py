@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         stages = chosen_stages(recipe, args.stages)
         prepare_cpu()
         tokenizer = make_tokenizer(recipe)
-        recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer) + recipe.model.extra_words
+        recipe.model.take_words(tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             recipe.model.vqav2_label_size = count_answers(recipe, Path(folder))
         for stage in stages:

@@ -159,7 +159,7 @@ def run_stages(command: Command, stop: StopRequest) -> None:
             print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
         known_shards = on_rank0(collector, lambda: check_before_start(command))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), *recipe.family.tokenizer)
-        recipe.model.vocab_size = recipe.model.vocab_size or len(tokenizer) + recipe.model.extra_words
+        recipe.model.take_words(tokenizer)
         recipe.model.vqav2_label_size = on_rank0(collector, lambda: count_answers(recipe, folder))
         on_rank0(collector, lambda: check_data(recipe, command.stages, tokenizer, collector))
         check_held_out(recipe, collector)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from vlmo_ds.config import ContrastSettings, ModelConfig, StageConfig
 from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PUBLISHED = {"vocab_size": 64010, "mask_word": 64001, "max_source_positions": 1024, "num_visual_tokens": 8192}
 # BEiT-3 (arXiv:2208.10442), table 2 and the released sizes.
@@ -111,6 +114,11 @@ class BEiT3Settings(ModelConfig, ContrastSettings):
                 f"max_source_positions is {self.max_source_positions}, and texts of max_text_len {self.max_text_len} need {rows}"
             )
         return self
+
+    def take_words(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().take_words(tokenizer)
+        if self.mask_word is None:
+            self.mask_word = tokenizer.mask_token_id
 
     def check_stage(self, stage: StageConfig) -> None:
         if "itm" in stage.tasks and stage.global_batch_size < 2:

@@ -10,7 +10,6 @@ FOLDER is what `python -m vlmo_ds.interop.export` writes. Neither DeepSpeed nor 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 
 from vlmo_ds.blocks.layers import init_weights
-from vlmo_ds.families.huggingface import FamilyConfig, PairProcessor, SquareImageProcessor, appearing, fill
+from vlmo_ds.families.huggingface import (
+    ClassificationOutput,
+    FamilyConfig,
+    PairProcessor,
+    RetrievalOutput,
+    SquareImageProcessor,
+    appearing,
+    fill,
+)
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
 from vlmo_ds.families.vlmo.multiway import Stream
@@ -96,16 +102,6 @@ class VLMoModel(VLMoPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=encoded, pooler_output=self.vlmo.pooler(encoded[:, 0]))
 
 
-@dataclasses.dataclass
-class RetrievalOutput(ModelOutput):
-    """logits_per_image [images, texts] and logits_per_text its transpose; image_embeds, text_embeds of unit length."""
-
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-
-
 class VLMoForImageTextRetrieval(VLMoPreTrainedModel):
     """Contrastive features, and where the weights have it the head that scores pairs (`match`)."""
 
@@ -139,12 +135,6 @@ class VLMoForImageTextRetrieval(VLMoPreTrainedModel):
         if self.vlmo.logit_bias is not None:  # of SigLIP's loss, by which a logit is the log-odds of a pair
             logits = logits + self.vlmo.logit_bias
         return RetrievalOutput(logits, logits.t(), image, text)
-
-
-@dataclasses.dataclass
-class ClassificationOutput(ModelOutput):
-    loss: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class VLMoForClassification(VLMoPreTrainedModel):

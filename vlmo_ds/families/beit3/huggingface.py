@@ -1,0 +1,238 @@
+"""BEiT-3 as Hugging Face models: importing this module makes them known to the Auto classes.
+
+    import vlmo_ds.interop.huggingface  # the classes of every family
+    from transformers import AutoModel, AutoProcessor
+
+    model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+
+FOLDER is what `python -m vlmo_ds.interop.export` writes. Neither DeepSpeed nor a process group is needed. A model that writes captions has no
+class: `python -m vlmo_ds.interop.export --official` gives its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from vlmo_ds.blocks.layers import init_weights
+from vlmo_ds.config import RecipeError
+from vlmo_ds.families.beit3.backbone import Stream
+from vlmo_ds.families.beit3.config import PIXELS, BEiT3Settings
+from vlmo_ds.families.beit3.model import BEiT3, every
+from vlmo_ds.families.huggingface import (
+    ClassificationOutput,
+    FamilyConfig,
+    PairProcessor,
+    RetrievalOutput,
+    SquareImageProcessor,
+    appearing,
+    fill,
+)
+
+RETRIEVAL = ("itc", "itm", "irtr")
+
+
+class BEiT3Config(FamilyConfig):
+    """BEiT3Settings' values; id2label: VQA's answers."""
+
+    model_type = "beit3"
+    attribute_map = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
+    settings_class = BEiT3Settings
+
+
+class BEiT3PreTrainedModel(PreTrainedModel):
+    """All classes keep the network under the name `network`, with its official parameter names."""
+
+    config_class = BEiT3Config
+    base_model_prefix = "network"
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected = [r"network\..*"]  # heads that a class does not have
+
+    def __init__(self, config: BEiT3Config, tasks: Sequence[str]):
+        super().__init__(config)
+        self.network = BEiT3(config.settings, dict.fromkeys(tasks, 1.0))
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        init_weights(module, self.config.init_std)
+
+    def texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        return {"text_ids": input_ids, "text_masks": mask}
+
+
+class BEiT3Model(BEiT3PreTrainedModel):
+    """The encoder: of a text, an image, or an image with a text."""
+
+    def __init__(self, config: BEiT3Config):
+        super().__init__(config, ())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        """input_ids, attention_mask [B, L] and pixel_values [B, 3, S, S] -> last_hidden_state [B, image and text tokens, D],
+        image first."""
+        if input_ids is None and pixel_values is None:
+            raise ValueError("BEiT3Model needs input_ids, pixel_values or both")
+        stream = Stream(None if pixel_values is None else every(pixel_values))
+        if input_ids is not None:
+            batch = self.texts(input_ids, attention_mask)
+            stream = stream._replace(ids_BL=batch["text_ids"], text_mask_BL=batch["text_masks"])
+        (encoded,) = self.network.beit3([stream], pixel_values)
+        return BaseModelOutput(last_hidden_state=torch.cat([part for part in encoded if part is not None], dim=1))
+
+
+class BEiT3ForImageTextRetrieval(BEiT3PreTrainedModel):
+    """Contrastive features, and where the weights have it the head that scores pairs (`match`)."""
+
+    def __init__(self, config: BEiT3Config):
+        super().__init__(config, [task for task in config.tasks if task in RETRIEVAL] or ["irtr"])
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, D], of unit length."""
+        return self.network.encode_image({"image": pixel_values})["image"]
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, L] -> [B, D], of unit length."""
+        return self.network.encode_text(self.texts(input_ids, attention_mask))["text"]
+
+    @property
+    def contrast_scale(self) -> float:
+        """What cosines of image and text features are multiplied with."""
+        return float(self.network.contrast_scale())
+
+    def match(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B] log-odds that each text fits its image. ValueError without an itm head."""
+        if "itm" not in self.network.tasks:
+            raise ValueError(f"this model has no itm head; it was trained for {', '.join(self.config.tasks)}")
+        return self.network.match({**self.texts(input_ids, attention_mask), "image": pixel_values})
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> RetrievalOutput:
+        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
+        logits = self.network.logit_scale.exp() * image @ text.t()
+        if self.network.logit_bias is not None:  # of SigLIP's loss, by which a logit is the log-odds of a pair
+            logits = logits + self.network.logit_bias
+        return RetrievalOutput(logits, logits.t(), image, text)
+
+
+class BEiT3ForQuestionAnswering(BEiT3PreTrainedModel):
+    """Logits [B, answers] over a fixed list of answers, config.id2label, from pixel_values [B, 3, S, S].
+
+    labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers.
+    """
+
+    def __init__(self, config: BEiT3Config):
+        super().__init__(config, ["vqa"])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> ClassificationOutput:
+        logits = self.network.answer({**self.texts(input_ids, attention_mask), "image": pixel_values})
+        if labels is None:
+            return ClassificationOutput(None, logits)
+        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
+        return ClassificationOutput(loss, logits)
+
+
+class BEiT3ForImagesAndTextClassification(BEiT3PreTrainedModel):
+    """Is a sentence true of two images? Logits [B, 2], index 1 = true, from pixel_values [B, 2, 3, S, S].
+
+    labels [B] int64.
+    """
+
+    def __init__(self, config: BEiT3Config):
+        super().__init__(config, ["nlvr2"])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> ClassificationOutput:
+        if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(
+                f"pixel_values has shape {list(pixel_values.shape)}; accepted: [B, 2, 3, S, S], two images a text"
+            )
+        images = {"image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]}
+        logits = self.network.compare({**self.texts(input_ids, attention_mask), **images})
+        return ClassificationOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
+class BEiT3ImageProcessor(SquareImageProcessor):
+    """Of values in [-1, 1]."""
+
+    normalised_by = PIXELS
+
+
+class BEiT3Processor(PairProcessor):
+    """BEiT-3's."""
+
+
+def class_for(tasks: Collection[str]) -> Callable[[BEiT3Config], BEiT3PreTrainedModel]:
+    if "vqa" in tasks:
+        return BEiT3ForQuestionAnswering
+    if "nlvr2" in tasks:
+        return BEiT3ForImagesAndTextClassification
+    return BEiT3ForImageTextRetrieval if set(tasks) & set(RETRIEVAL) else BEiT3Model
+
+
+def exported(
+    weights: Mapping[str, Tensor],
+    settings: BEiT3Settings,
+    tasks: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    answers: list[str] | None,
+    folder: Path,
+) -> BEiT3PreTrainedModel:
+    """Writes the folder in one rename. Weights that no class has (heads of masked words and patches) are left out. RecipeError for a
+    model that writes captions."""
+    if "captioning" in tasks:
+        raise RecipeError("there is no transformers class of a BEiT-3 that writes captions; accepted: --official")
+    config = BEiT3Config(tasks=list(tasks), **settings.model_dump())
+    if answers:
+        config.id2label = dict(enumerate(answers))
+        config.label2id = {answer: number for number, answer in enumerate(answers)}
+    model = class_for(tasks)(config).eval()
+    fill(model.network, weights)
+    processor = BEiT3Processor(BEiT3ImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
+    with appearing(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+    return model
+
+
+AutoConfig.register(BEiT3Config.model_type, BEiT3Config)
+AutoModel.register(BEiT3Config, BEiT3Model)
+AutoModelForVisualQuestionAnswering.register(BEiT3Config, BEiT3ForQuestionAnswering)
+AutoModelForZeroShotImageClassification.register(BEiT3Config, BEiT3ForImageTextRetrieval)
+AutoImageProcessor.register(BEiT3Config, BEiT3ImageProcessor)
+AutoProcessor.register(BEiT3Config, BEiT3Processor)
