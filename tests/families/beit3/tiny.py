@@ -1,0 +1,61 @@
+"""A very small BEiT-3 whose weights all matter, and a batch for it."""
+
+import torch
+
+from vlmo_ds.families.beit3 import build
+from vlmo_ds.families.beit3.config import BEiT3Settings
+from vlmo_ds.families.beit3.model import BEiT3
+
+MASKED = {"mim": 1.0, "textmlm": 1.0, "mvlm": 1.0}
+ALL = {**MASKED, "itc": 1.0, "itm": 1.0}
+SETTINGS = {
+    "family": "beit3", "embed_dim": 32, "depth": 3, "num_heads": 4, "image_size": 32, "patch_size": 8, "max_text_len": 24,
+    "max_source_positions": 30, "num_visual_tokens": 11,
+}  # fmt: skip
+MASK = 49  # the word
+
+
+def tiny_model(tasks=ALL, dtype=torch.float64, **changes) -> BEiT3:
+    torch.manual_seed(1)
+    settings = {**SETTINGS, "vocab_size": 50, "mask_word": MASK, "vqav2_label_size": 6}
+    model = build(BEiT3Settings(**settings | changes), tasks).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def texts(batch: int, length: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Of different lengths, one of them as long as it may be."""
+    lengths = torch.randint(4, length - 3, (batch,), generator=g)
+    lengths[-1] = length
+    masks = (torch.arange(length)[None] < lengths[:, None]).long()
+    ids = torch.randint(5, MASK, (batch, length), generator=g) * masks
+    labels = torch.full_like(ids, -100)
+    labels[1:, 2:4] = ids[1:, 2:4]  # of the first text nothing is masked
+    return {
+        "text_ids": ids,
+        "text_masks": masks,
+        "text_ids_mlm": ids.masked_fill(labels != -100, MASK),
+        "text_labels_mlm": labels,
+    }
+
+
+def images(batch: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        "image": torch.randn(batch, 3, 32, 32, generator=g, dtype=torch.float64).to(dtype),
+        "image_mask": torch.rand(batch, 16, generator=g) < 0.4,
+        "visual_tokens": torch.randint(11, (batch, 16), generator=g),
+    }
+
+
+def tiny_batch(batch: int = 5, length: int = 16, dtype=torch.float64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Pairs, and beside them images and texts alone, of other numbers and lengths."""
+    g = torch.Generator().manual_seed(seed)
+    found = {**texts(batch, length, g), **images(batch, g, dtype)}
+    found |= {f"images/{name}": value for name, value in images(batch - 1, g, dtype).items()}
+    found |= {f"texts/{name}": value for name, value in texts(batch + 2, length - 4, g).items()}
+    ids = torch.arange(batch) + 100 * seed
+    found |= {"image_0": found["image"], "image_1": found["image"].flip(0), "answers": torch.arange(batch) % 2}
+    found |= {"vqa_targets": torch.rand(batch, 6, generator=g), "image_id": ids, "sample_id": ids}
+    return found | {"negative_seed": torch.tensor(3), "step_seed": torch.tensor(7)}
