@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from conftest import run_ranks, tiny_recipe, write_yaml
+from families.beit3.tiny import tiny_batch as beit3_batch
+from families.beit3.tiny import tiny_model as beit3
 from families.blip.tiny import tiny_batch as blip_batch
 from families.blip.tiny import tiny_model as blip
 from families.coca.tiny import tiny_batch as coca_batch
@@ -15,7 +17,12 @@ from torch._dynamo.utils import counters
 
 from vlmo_ds.blocks import branch
 
-FAMILIES = {"vlmo": (vlmo, vlmo_batch), "blip": (blip, blip_batch), "coca": (coca, coca_batch)}
+FAMILIES = {
+    "vlmo": (vlmo, vlmo_batch),
+    "blip": (blip, blip_batch),
+    "coca": (coca, coca_batch),
+    "beit3": (beit3, beit3_batch),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from families.beit3.tiny import tiny_batch as beit3_batch
+from families.beit3.tiny import tiny_model as beit3
 from families.blip.tiny import tiny_batch as blip_batch
 from families.blip.tiny import tiny_model as blip
 from families.coca.tiny import tiny_batch as coca_batch
@@ -58,7 +60,13 @@ def vlmo_without_some_experts():
 
 @pytest.mark.parametrize(
     "model, batch",
-    [(vlmo, vlmo_batch), (vlmo_without_some_experts, vlmo_batch), (coca, coca_batch), (blip, blip_batch)],
+    [
+        (vlmo, vlmo_batch),
+        (vlmo_without_some_experts, vlmo_batch),
+        (coca, coca_batch),
+        (blip, blip_batch),
+        (beit3, beit3_batch),
+    ],
 )
 @pytest.mark.parametrize("setting", ["auto", "apex"])
 def test_every_norm_is_apexs_and_nothing_changes(installed, model, batch, setting):

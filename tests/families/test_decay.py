@@ -52,7 +52,19 @@ BLIP = {
     "text_proj.weight",
     "itm_head.weight",
 }
+MULTIWAY = [f"self_attn.{part}_proj.{{}}.weight" for part in ("q", "k", "v", "out")] + [
+    f"ffn.{{}}.fc{n}.weight" for n in (1, 2)
+]
+BEIT3 = {
+    "beit3.text_embed.weight",
+    "beit3.vision_embed.proj.weight",
+    *(f"{head}.weight" for head in ("mlm_head", "mim_head", "language_head", "vision_head", "itm_score")),
+    *(f"{pooler}.dense.weight" for pooler in ("pooler", "itm_pooler")),
+    *(f"head.{layer}.weight" for layer in ("0", "3", "dense1", "dense2")),
+}
 DECAYED = {
+    "beit3": BEIT3
+    | {f"beit3.encoder.layers.{i}.{name.format(expert)}" for i in (0, 1) for expert in "AB" for name in MULTIWAY},
     "blip": BLIP
     | {f"visual_encoder.blocks.{i}.{name}" for i in (0, 1) for name in [*LINEAR, "mlp.fc1.weight", "mlp.fc2.weight"]}
     | {"cls_head.0.weight", "cls_head.2.weight", "text_decoder.bert.embeddings.word_embeddings.weight"}
@@ -91,6 +103,10 @@ DECAYED = {
     | {f"transformer.blocks.1.{name}" for name in VL},
 }
 SETTINGS = {
+    "beit3": [
+        {"embed_dim": 8, "depth": 2, "num_heads": 2, "vocab_size": 20, "vqav2_label_size": 3},
+        {"itc_kind": "sigmoid"},
+    ],
     "blip": [
         {
             "embed_dim": 8,

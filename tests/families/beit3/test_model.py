@@ -300,6 +300,21 @@ def test_what_stochastic_depth_leaves_out_is_not_computed(monkeypatch, rate):
     assert less < more
 
 
+def test_every_expert_runs_where_stochastic_depth_leaves_it_no_sequence(monkeypatch):
+    """Otherwise ranks would wait for each other's modules."""
+    from vlmo_ds.blocks import branch
+
+    monkeypatch.setattr(branch, "kept", lambda sequences, rate: torch.arange(sequences) < 4)  # of mim, images alone
+    model, calls = tiny_model(MASKED, drop_path_rate=0.5).train(), []
+    block = model.beit3.encoder.layers[1]
+    for name, module in block.named_modules():
+        if isinstance(module, (torch.nn.Linear, LayerNorm)):
+            module.register_forward_hook(lambda module, args, out, name=name: calls.append((name, len(args[0]))))
+    model(tiny_batch()).loss.backward()
+    assert dict(calls) == {name: 0 if ".B" in name else 17 * 4 for name, _ in calls} and len(calls) == 2 * 10
+    assert all(parameter.grad is not None for parameter in block.parameters())
+
+
 # ---- contrast and matching ----
 
 

@@ -176,9 +176,10 @@ class Backbone(nn.Module):
         firsts = [0]
         for group in groups:
             firsts.append(firsts[-1] + group.batch)
-        layout = Layout(groups, torch.empty(0), firsts[-1], kept=kept)
+        experts = [expert for expert in EXPERTS if any(expert in runs for runs in tokens)]
+        layout = Layout(groups, experts, experts, torch.empty(0), firsts[-1], kept=kept)
         sequences = []
-        for expert in EXPERTS:
+        for expert in experts:
             for i, run in layout.runs(expert):
                 ids_B = torch.arange(firsts[i], firsts[i + 1], device=device)
                 sequences.append(run.packed(ids_B[:, None, None].expand(-1, run.length, 1))[:, 0])
@@ -235,7 +236,7 @@ def read_alone(streams: Sequence[Stream], layout: Layout) -> Layout:
     queries: list[dict[Expert, Run]] = [{} for _ in streams]
     on, start = [], 0
     places: list[list[Tensor]] = [[] for _ in streams]  # of queries among their sequence's tokens
-    for expert in EXPERTS:
+    for expert in layout.experts:
         for i, run in layout.runs(expert):
             reads = streams[i].reads(expert)
             if isinstance(reads, str) and reads == "none":
@@ -260,4 +261,5 @@ def read_alone(streams: Sequence[Stream], layout: Layout) -> Layout:
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, torch.cat(where)]
         groups.append(Group(group.tokens, of, mask))
-    return replace(layout, groups=groups, sequence_M=layout.sequence_M[on_M], on_M=on_M)
+    experts_on = [expert for expert in layout.experts if any(expert in of for of in queries)]
+    return replace(layout, groups=groups, experts_on=experts_on, sequence_M=layout.sequence_M[on_M], on_M=on_M)

@@ -6,7 +6,7 @@ them that go on behind the attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -54,10 +54,12 @@ class Group(NamedTuple):
 
 @dataclass
 class Layout:
-    """Where sequences stand in the packed rows. on_M: the rows that go on behind the attention, None: all; kept: gets keys and values of every
-    layer, of the first group."""
+    """Where sequences stand in the packed rows. experts: that rows are of, experts_on: of those that go on; on_M: which rows go on behind
+    the attention, None: all; kept: gets keys and values of every layer, of the first group."""
 
     groups: list[Group]
+    experts: Sequence[Expert]
+    experts_on: Sequence[Expert]
     sequence_M: Tensor
     num_sequences: int
     on_M: Tensor | None = None
@@ -69,11 +71,11 @@ class Layout:
         return [(number, runs[expert]) for number, runs in enumerate(of) if expert in runs]
 
     def split(self, x: Tensor, queries: bool = False) -> Iterator[tuple[Expert, Tensor]]:
-        """The rows of each expert that has any, of those that come in or (queries) of those that go on."""
-        sizes = [sum(run.size for _, run in self.runs(expert, queries)) for expert in EXPERTS]
-        yield from (
-            (expert, rows) for expert, rows in zip(EXPERTS, x.split(sizes), strict=True) if self.runs(expert, queries)
-        )
+        """The rows of each expert, of those that come in or (queries) of those that go on. Where stochastic depth has left an expert none it
+        computes none: on every rank the same modules run."""
+        experts = self.experts_on if queries else self.experts
+        sizes = [sum(run.size for _, run in self.runs(expert, queries)) for expert in experts]
+        return zip(experts, x.split(sizes), strict=True)
 
     def on(self) -> dict[Expert, Tensor]:
         """Which of an expert's rows go on; none: all."""
@@ -124,6 +126,9 @@ class Attention(nn.Module):
                 for (number, run), of in zip(runs, rows.split([run.size for _, run in runs]), strict=True):
                     part[number].append(run.sequences(of))
         out: dict[Expert, list[Tensor]] = {}
+        for expert, found in projected.items():
+            if not layout.runs(expert):
+                out[expert] = [torch.stack(found).sum(0)]  # no rows, with a gradient to all
         for number, group in enumerate(layout.groups):
             k, v, q = (heads(in_sequence(part[number]), self.num_heads) for part in parts)
             if layout.kept is not None and not number:
@@ -171,7 +176,7 @@ class Block(PackedBlock):
         """The branch of the attention, [N, D] -> [M, D]."""
         on, projected = layout.on(), {}
         for expert, rows in layout.split(x_ND):
-            goes_on = bool(layout.runs(expert, queries=True))
+            goes_on = expert in layout.experts_on
             with norm_again(self.norm_of("self_attn_layer_norm", expert), rows, self.cheap) as normed:
                 projected[expert] = self.self_attn.project(expert, normed, on.get(expert), goes_on)
         out = []

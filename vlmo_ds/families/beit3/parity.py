@@ -13,7 +13,6 @@ from vlmo_ds.families.beit3.config import BEiT3Settings
 from vlmo_ds.families.beit3.model import BEiT3
 from vlmo_ds.families.comparing import BARS, relative_difference
 from vlmo_ds.families.interface import Check
-from vlmo_ds.generation.decoding import KeyValueCache
 from vlmo_ds.objectives.mlm import IGNORE
 
 # the file's task -> the project's; None: a head without a task
@@ -140,9 +139,19 @@ def outputs(golden: dict, model: BEiT3, batch: Mapping[str, Tensor], task: str) 
     return {f"{task}.logits": model(batch, call)}
 
 
+class GrownCache(dict[int, tuple[Tensor, Tensor]]):
+    """Keys and values by layer (blocks.cache.Cache)."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # no dict's
+        if layer in self:
+            key, value = (torch.cat(both, dim=2) for both in zip(self[layer], (key, value), strict=True))
+        self[layer] = key, value
+        return self[layer]
+
+
 def written(model: BEiT3, batch: Mapping[str, Tensor], words_BL: Tensor) -> dict[str, Tensor]:
     """The logits before each of the recorded words but the first, and the most likely words."""
-    memory, cache = model(batch, "caption_image"), KeyValueCache(model.cached_layers, words_BL.shape[1])
+    memory, cache = model(batch, "caption_image"), GrownCache()
     logits = []
     for first in range(words_BL.shape[1] - 1):
         newest = {"text_ids": words_BL[:, first : first + 1], "first": first, "memory": memory, "cache": cache}
