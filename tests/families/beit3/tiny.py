@@ -1,5 +1,7 @@
 """A very small BEiT-3 whose weights all matter, and a batch for it."""
 
+from pathlib import Path
+
 import torch
 
 from vlmo_ds.families.beit3 import build
@@ -59,3 +61,32 @@ def tiny_batch(batch: int = 5, length: int = 16, dtype=torch.float64, seed: int 
     found |= {"image_0": found["image"], "image_1": found["image"].flip(0), "answers": torch.arange(batch) % 2}
     found |= {"vqa_targets": torch.rand(batch, 6, generator=g), "image_id": ids, "sample_id": ids}
     return found | {"negative_seed": torch.tensor(3), "step_seed": torch.tensor(7)}
+
+
+def tiny_beit3(data: Path, **changes) -> dict:
+    """Two stages of a few steps: contrast with matching, then captions."""
+
+    def stage(name: str, tasks: dict, **more) -> dict:
+        return {
+            "name": name,
+            "tasks": tasks,
+            "data": {"shards": [str(data / "train")], "transform": "square_transform", "lanes": 8},
+            "global_batch_size": 8,
+            "steps": 4,
+            "log_images_every": 0,
+            "optimizer": {"lr": 3e-4, "eps": 1e-6, "gradient_clipping": 1.0},
+            **more,
+        }
+
+    held_out = {"shards": [str(data / "test")], "batch_size": 16}
+    init = {"fresh": ["mlm_head.*"], "drop": ["*_head.weight", "logit_scale", "itm_*"]}
+    recipe = {
+        "name": "tiny",
+        "model": {**SETTINGS, "max_text_len": 40, "max_source_positions": 42},
+        "tokenizer": {"name": "train", "vocab_size": 200},
+        "stages": [stage("pairs", {"itc": None, "itm": None}), stage("captions", {"captioning": None}, init=init)],
+        "retrieval": {**held_out, "gallery": 2, "rerank": 4},
+        "captioning": {**held_out, "max_length": 12, "gallery": 2},
+    }
+    recipe.update(changes)
+    return recipe
