@@ -38,12 +38,12 @@ def test_a_run_of_two_stages_and_what_is_measured_after_it(reference):
 
 @pytest.mark.parametrize("ranks, zero", [(2, 3), pytest.param(2, 2, marks=pytest.mark.long)])
 def test_losses_do_not_depend_on_ranks_or_zero(tmp_path, synthetic, reference, ranks, zero):
-    recipe = tiny_beit3(synthetic, retrieval=None, captioning=None)
+    recipe = tiny_beit3(synthetic, captioning=None)
     for ours, theirs in zip(losses(run(tmp_path, recipe, ranks, zero)), losses(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_stochastic_depth_that_leaves_experts_without_sequences_stops_no_rank(tmp_path, synthetic):
-    recipe = tiny_beit3(synthetic, retrieval=None, captioning=None)
+    recipe = tiny_beit3(synthetic, captioning=None)
     recipe["model"]["drop_path_rate"] = 0.9
     assert len(losses(run(tmp_path, recipe, 2, 3))) == 8

@@ -85,7 +85,6 @@ def tiny_beit3(data: Path, **changes) -> dict:
         "model": {**SETTINGS, "max_text_len": 40, "max_source_positions": 42},
         "tokenizer": {"name": "train", "vocab_size": 200},
         "stages": [stage("pairs", {"itc": None, "itm": None}), stage("captions", {"captioning": None}, init=init)],
-        "retrieval": {**held_out, "gallery": 2, "rerank": 4},
         "captioning": {**held_out, "max_length": 12, "gallery": 2},
     }
     recipe.update(changes)
