@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.config import DecodingConfig, InitConfig, RecipeError
+from vlmo_ds.distributed import rows
 from vlmo_ds.families import FAMILIES
 from vlmo_ds.families.beit3.backbone import Stream
 from vlmo_ds.families.beit3.block import Block
@@ -333,6 +334,22 @@ def test_negatives_are_other_pairs_and_their_texts_are_the_texts():
         of_others = [j for j in range(5) if j != i]
         assert any(torch.allclose(wrong_image[i], of_pair(j, i), rtol=1e-9, atol=1e-10) for j in of_others)
         assert any(torch.allclose(wrong_text[i], of_pair(i, j), rtol=1e-9, atol=1e-10) for j in of_others)
+
+
+def test_negatives_are_the_hard_ones(monkeypatch):
+    """Without noise the most similar ones: an image for each text, a text for each image."""
+    monkeypatch.setattr(
+        rows, "gumbel_noise", lambda seed, query_B, candidate_C: torch.zeros(len(query_B), len(candidate_C))
+    )
+    model, batch, exchanged = tiny_model({"itc": 1.0, "itm": 1.0}), tiny_batch(), []
+    exchange = model.collector.exchange
+    model.collector.exchange = lambda tables, wanted: exchanged.append(wanted) or exchange(tables, wanted)
+    model(batch)
+    similar = model.encode_image(batch)["image"] @ model.encode_text(batch)["text"].t()
+    others = similar.masked_fill(torch.eye(5, dtype=torch.bool), -2.0)
+    of_texts, of_images, _ = exchanged[0]
+    assert torch.equal(of_texts, others.argmax(0)) and torch.equal(of_images, others.argmax(1))
+    assert not torch.equal(of_texts, of_images)
 
 
 def test_another_caption_of_an_image_is_no_negative():
