@@ -92,15 +92,8 @@ def activations(config: BEiT3Settings, stage: StageConfig, load: Load) -> dict[s
     inputs = 0 if load.offloaded else 1
     tokens = sum(one.times * one.length for one in sequences(config, stage))
     per_sample = tokens * d * b * (config.depth * (share * kept + (1 - share) * inputs) + 3)
-    visual, words = predicted(config, stage)
-    logits = (
-        3.0
-        * 4
-        * max(
-            min(CHUNK, load.micro * visual) * config.num_visual_tokens,
-            min(CHUNK, load.micro * words) * config.vocab_size,
-        )
-    )
+    of_images, of_texts = (min(CHUNK, load.micro * count) for count in predicted(config, stage))
+    logits = 3.0 * 4 * max(of_images * config.num_visual_tokens, of_texts * config.vocab_size)
     features = collector = 0.0
     if {"itc", "irtr"} & stage.tasks.keys():
         features, chunk = contrast_memory(2, d, stage, load)

@@ -292,7 +292,8 @@ class BEiT3(FamilyModel):
         )
         images = self.pixels(torch.cat((wrong_image, batch["image"])))
         text, mask = torch.cat((ids, wrong_ids)), torch.cat((masks, wrong_masks))
-        pairs = Stream(every(images), None, text, mask, read_image="first", read_text="none")
+        keep = int(mask.sum(1).max())
+        pairs = Stream(every(images), None, text[:, :keep], mask[:, :keep], read_image="first", read_text="none")
         return given(self.encode({"pairs": pairs}, images)["pairs"].image, "image")
 
     # ---- captioning ----

@@ -139,14 +139,17 @@ def outputs(golden: dict, model: BEiT3, batch: Mapping[str, Tensor], task: str) 
     return {f"{task}.logits": model(batch, call)}
 
 
-class GrownCache(dict[int, tuple[Tensor, Tensor]]):
+class GrownCache:
     """Keys and values by layer (blocks.cache.Cache)."""
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # no dict's
-        if layer in self:
-            key, value = (torch.cat(both, dim=2) for both in zip(self[layer], (key, value), strict=True))
-        self[layer] = key, value
-        return self[layer]
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if layer in self.kept:
+            key, value = (torch.cat(both, dim=2) for both in zip(self.kept[layer], (key, value), strict=True))
+        self.kept[layer] = key, value
+        return key, value
 
 
 def written(model: BEiT3, batch: Mapping[str, Tensor], words_BL: Tensor) -> dict[str, Tensor]:
