@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ContrastSettings, ModelConfig, StageConfig
+from vlmo_ds.config import ContrastSettings, ModelConfig, StageConfig, VisualTokenSettings
 from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
 
 if TYPE_CHECKING:
@@ -21,10 +21,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 PAIR: frozenset[Reads] = frozenset({"image", "text"})
 TASKS: dict[str, Task] = {
-    "mim": Task(reads=frozenset({"image", "masked_image"})),
-    "textmlm": Task(reads=frozenset({"text", "masked_text"})),
-    "mvlm": Task(reads=frozenset({"image", "masked_image", "text", "masked_text"})),
-    "itc": Task(reads=PAIR, gives=frozenset({"encode_image", "encode_text"}), gradient_cache="features"),
+    "mim": Task(reads=frozenset({"image", "masked_image"}), gives=frozenset({"encode_patches"}), stream="images"),
+    "textmlm": Task(reads=frozenset({"text", "masked_text"}), stream="texts"),
+    "mvlm": Task(
+        reads=frozenset({"image", "masked_image", "text", "masked_text"}), gives=frozenset({"encode_patches"})
+    ),
+    "itc": Task(
+        reads=PAIR, gives=frozenset({"encode_patches", "encode_image", "encode_text"}), gradient_cache="features"
+    ),
     "itm": Task(
         reads=PAIR,
         gives=frozenset({"match"}),
@@ -33,7 +37,7 @@ TASKS: dict[str, Task] = {
     ),
     "irtr": Task(
         reads=PAIR,
-        gives=frozenset({"encode_image", "encode_text"}),
+        gives=frozenset({"encode_patches", "encode_image", "encode_text"}),
         alone="has data of its own",
         gradient_cache="features",
     ),
@@ -65,7 +69,7 @@ WORDS = ("beit3.text_embed.weight", "mlm_head.weight", "mlm_head.bias")
 UNUSED_POSITIONS = 2  # rows that tables of positions begin with
 
 
-class BEiT3Settings(ModelConfig, ContrastSettings):
+class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings):
     """BEiT-3's architecture (arXiv:2208.10442). `arch` fills in the sizes of a published model; single settings may still
     differ."""
 
@@ -85,7 +89,6 @@ class BEiT3Settings(ModelConfig, ContrastSettings):
     mask_word: int | None = Field(
         None, ge=0, description="id of the word that stands where one is hidden; null: the tokenizer's"
     )
-    num_visual_tokens: int = Field(64, gt=1, description="visual tokens that a masked patch is one of")
     pair_views: Literal["two", "one"] = Field(
         "two",
         description="mvlm: two: a pair is seen once with masked text and whole image, and once with masked image and whole text; "
@@ -121,6 +124,18 @@ class BEiT3Settings(ModelConfig, ContrastSettings):
             self.mask_word = tokenizer.mask_token_id
 
     def check_stage(self, stage: StageConfig) -> None:
+        for part in stage.parts.values():
+            if "masked_image" not in part.reads:
+                continue
+            if not self.num_visual_tokens:
+                raise ValueError(
+                    f"num_visual_tokens is 0, and stages.{stage.name} predicts them: take the number of the tokenizer's codes"
+                )
+            if not (self.visual_tokenizer or part.data.has_visual_tokens):
+                raise ValueError(
+                    f"stages.{stage.name} predicts visual tokens, and its images have none: name a tokenizer's finished run in "
+                    "model.visual_tokenizer, or its tokens in data.visual_tokens"
+                )
         if "itm" in stage.tasks and stage.global_batch_size < 2:
             raise ValueError(
                 f"stages.{stage.name}.global_batch_size is 1: itm needs the image of another pair; take 2 or more"

@@ -22,6 +22,7 @@ from vlmo_ds.distributed.rows import Contrasted, Draw
 from vlmo_ds.families.beit3 import FAMILY
 from vlmo_ds.families.beit3.backbone import Backbone, Encoded, Stream
 from vlmo_ds.families.beit3.config import PIXELS, BEiT3Settings
+from vlmo_ds.families.outside import Outside, opened_tokenizer
 from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
 from vlmo_ds.objectives.captioning import hidden_words, word_losses
 from vlmo_ds.objectives.itc import keys_where, logit_parameters, loss_of
@@ -110,17 +111,19 @@ class BEiT3(FamilyModel):
             self.head = PairClassifier(dim)
         if classifies:
             self.fc_norm, self.head = LayerNorm(dim), nn.Linear(dim, config.num_classes)
+        self.tokenizer: Outside | None = None
         self.recomputed.tell(self)
         self.apply(partial(init_weights, std=config.init_std))
         self.beit3.reset_parameters(config.init_std)
 
     def forward(self, batch: Batch, call: str = "step"):
         """Runs one of: step (all tasks, gives StepOutput); contrast_features and cached_step (of a gradient-cached step);
-        encode_image, encode_text, match, answer, compare, caption_image, caption_step, classify (for evaluation and generation)."""
+        encode_patches, encode_image, encode_text, match, answer, compare, caption_image, caption_step, classify (for evaluation and generation)."""
         return {
             "step": self.step,
             "contrast_features": self.contrast_features,
             "cached_step": lambda batch: (self.contrast_features(batch), StepOutput.empty()),
+            "encode_patches": self.encode_patches,
             "encode_image": self.encode_image,
             "encode_text": self.encode_text,
             "match": self.match,
@@ -142,7 +145,7 @@ class BEiT3(FamilyModel):
         text_labels_mlm, text_masks; itc, itm, irtr: image, text_ids, text_masks, image_id, sample_id [B] int64, and for itm
         negative_seed 0-d int64; vqa: as answer's, and vqa_targets [B, A] float; nlvr2: as compare's, and answers [B] int64;
         captioning: image, text_ids, text_masks, sample_id, step_seed 0-d int64; where captions begin with a prompt, prompt_words
-        [B] int64: its words, the start included. Without visual_tokens these are asked of the model's visual_tokens.
+        [B] int64: its words, the start included. Without visual_tokens the tokenizer makes them.
         """
         out = StepOutput.empty()
         if "irtr" in self.tasks:
@@ -237,16 +240,21 @@ class BEiT3(FamilyModel):
         count = total.detach().new_tensor(len(labels_M))
         return self.collector.global_mean(total, count), {"accuracy": (right, count)}
 
+    @torch.no_grad()
     def tokens_of(self, batch: Batch, prefix: str = "") -> Tensor:
-        """[B, P] int64, the visual tokens of a batch's images."""
+        """[B, P] int64, the visual tokens of a batch's images: those of the data, or the tokenizer's."""
         tokens = batch.get(f"{prefix}visual_tokens")
-        return self.visual_tokens(batch[f"{prefix}image"]) if tokens is None else tokens
+        if tokens is not None:
+            return tokens
+        self.open()
+        tokenizer = given(self.tokenizer, "model.visual_tokenizer")
+        return tokenizer(batch[f"{prefix}image"], self.beit3.vision_embed.cls_token.dtype)
 
-    def visual_tokens(self, image: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, P] int64."""
-        raise ValueError(
-            "the batch has no visual_tokens, which masked images are predicted as, and the model no tokenizer of images to make them"
-        )
+    def open(self) -> None:
+        config = self.config
+        if {"mim", "mvlm"} & self.tasks.keys() and config.visual_tokenizer and self.tokenizer is None:
+            side = config.image_size // config.patch_size
+            self.tokenizer = opened_tokenizer(config.visual_tokenizer, side, config.num_visual_tokens)
 
     # ---- image-text contrast and matching ----
 
@@ -353,6 +361,11 @@ class BEiT3(FamilyModel):
     def encode(self, streams: Mapping[str, Stream], images: Tensor | None) -> dict[str, Encoded]:
         """Walks the stack once for all streams. images: normalised, what the streams' image_rows_B point to."""
         return dict(zip(streams, self.beit3(list(streams.values()), images), strict=True))
+
+    def encode_patches(self, batch: Batch) -> Tensor:
+        """image [B, 3, S, S] -> its patches' encodings [B, P, D], row by row."""
+        images = self.pixels(batch["image"])
+        return given(self.encode({"image": Stream(every(images))}, images)["image"].image, "image")[:, 1:]
 
     def encode_image(self, batch: Batch) -> dict[str, Tensor]:
         """image [B, 3, S, S] -> contrastive features image [B, D], of unit length."""
