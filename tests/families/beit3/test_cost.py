@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families.beit3.tiny import ALL, MASKED, SETTINGS, tiny_batch, tiny_model
+from families.beit3.tiny import ALL, MASKED, SETTINGS, streams_of, tiny_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmo_ds.families import FAMILIES
@@ -12,7 +12,9 @@ from vlmo_ds.families.interface import Load
 
 def stage_of(tasks, **data):
     data = {"shards": ["-"], "mlm_probability": 0.25, "mim_ratio": 0.5, **data}
-    return FAMILIES["beit3"].stage(name="a", tasks=tasks, data=data, global_batch_size=8, steps=1)
+    return FAMILIES["beit3"].stage(
+        name="a", tasks=tasks, data=data, streams=streams_of(tasks, data), global_batch_size=8, steps=1
+    )
 
 
 def whole_batch(batch: int = 8, length: int = 24) -> dict[str, torch.Tensor]:
@@ -78,6 +80,12 @@ def test_memory_and_bytes_on_the_wire_are_there_for_every_task():
         assert (memory["collector"] > 0) == ("itm" in tasks)
         wire = cost.collectives(config, stage, load)
         assert (sum(wire.values()) > 0) == bool({"itc", "irtr"} & tasks.keys())
+    pairs, whole = stage_of({"mvlm": 1.0}), stage_of(MASKED)
+    more = whole.model_copy(
+        update={"streams": {n: s.model_copy(update={"global_batch_size": 16}) for n, s in whole.streams.items()}}
+    )
+    found = [cost.forward_flops(config, stage, 1) for stage in (pairs, whole, more)]
+    assert found[2] - found[0] == pytest.approx(2 * (found[1] - found[0]))  # twice as many images and texts alone
     plain, cheap = (
         cost.activations(config.model_copy(update={"recompute": recompute}), stage_of(ALL), load)["activations"]
         for recompute in ("none", "cheap")

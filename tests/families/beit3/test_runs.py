@@ -1,26 +1,38 @@
 """BEiT-3's runs on real processes: the same losses on any ranks and under any ZeRO stage, with stochastic depth and without."""
 
 import json
+import random
 
 import pytest
 from conftest import run_ranks, write_yaml
-from families.beit3.tiny import tiny_beit3
+from families.beit3.tiny import masked_beit3, tiny_beit3
+from faults.runs import killed_at
+
+from vlmo_ds.config import RecipeError
+from vlmo_ds.recipe_file import parse_recipe
 
 
 def run(folder, recipe: dict, ranks: int, zero: int):
     """The run's folder."""
+    run_ranks(command_of(folder, recipe, zero), ranks)
+    return folder / "run"
+
+
+def command_of(folder, recipe: dict, zero: int) -> list[str]:
     folder.mkdir(exist_ok=True)
     file = write_yaml(folder / "recipe.yaml", recipe)
     spread = {"stage": zero, **({"stage3_param_persistence_threshold": 200} if zero == 3 else {})}
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": spread, "steps_per_print": 10**9}))
     command = ["train_ds.py", "--recipe", str(file), "--deepspeed_config", str(folder / "ds.json")]
-    run_ranks([*command, "--output_dir", str(folder / "run")], ranks)
-    return folder / "run"
+    return [*command, "--output_dir", str(folder / "run")]
+
+
+def rows_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name.startswith("loss/")} for row in rows]
+    return [{name: value for name, value in row.items() if name.startswith("loss/")} for row in rows_of(run)]
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +59,88 @@ def test_stochastic_depth_that_leaves_experts_without_sequences_stops_no_rank(tm
     recipe = tiny_beit3(synthetic, captioning=None)
     recipe["model"]["drop_path_rate"] = 0.9
     assert len(losses(run(tmp_path, recipe, 2, 3))) == 8
+
+
+# ---- masked data modelling: images, texts and pairs in one step ----
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer(tmp_path_factory, synthetic):
+    """A tokenizer of images, of one step, whose teacher is a tiny run."""
+    from families.vqkd.tiny import image_stage, tiny_tokenizer
+    from families.vqkd.tiny import run as trained
+
+    teacher = trained(tmp_path_factory.mktemp("teacher"), image_stage(synthetic), 1, 0, "--stages", "image")
+    return trained(tmp_path_factory.mktemp("tokenizer"), tiny_tokenizer(synthetic, teacher, steps=1), 1, 0)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory, synthetic, image_tokenizer):
+    return run(tmp_path_factory.mktemp("masked"), masked_beit3(synthetic, image_tokenizer), 1, 0)
+
+
+def test_a_step_reads_all_three_kinds_of_data(masked):
+    rows = rows_of(masked)
+    assert all({"loss/mim", "loss/textmlm", "loss/mvlm"} <= row.keys() for row in rows)
+    last = rows[-1]  # 6 steps of 8, 16 and 4 samples, of 96 each
+    assert (
+        last["data/epoch/data"] == 0.5
+        and last["data/epoch/images/data"] == 1.0
+        and last["data/epoch/texts/data"] == 0.25
+    )
+    assert json.loads((masked / "data.json").read_text()).keys() == {"pretrain", "pretrain/images", "pretrain/texts"}
+
+
+SHORT = ((2, 3),)
+
+
+@pytest.mark.parametrize("ranks, zero", [
+    pytest.param(r, z, marks=() if (r, z) in SHORT else pytest.mark.long)
+    for r in (1, 2, 4) for z in (0, 1, 2, 3) if (r, z) != (1, 0)
+])  # fmt: skip
+def test_masked_data_modelling_does_not_depend_on_ranks_or_zero(
+    tmp_path, synthetic, image_tokenizer, masked, ranks, zero
+):
+    """Each rank has all three kinds in every step."""
+    recipe = masked_beit3(synthetic, image_tokenizer)
+    for ours, theirs in zip(losses(run(tmp_path, recipe, ranks, zero)), losses(masked), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, synthetic, image_tokenizer, kills):
+    recipe = masked_beit3(synthetic, image_tokenizer)
+    recipe["stages"][0] |= {"steps": 24, "checkpoint_every": 4}
+    whole = run(tmp_path / "whole", recipe, 2, 3)
+    command = command_of(tmp_path / "killed", recipe, 3)
+    moments = random.Random(kills)
+    for number in range(kills):
+        metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+        killed_at(command, 2, metrics, 8 + 14 * number // kills, 0.3 * moments.random())
+    assert rows_of(run(tmp_path / "killed", recipe, 2, 3)) == rows_of(whole)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"streams": {"images": {}}}, "streams.texts is missing, the data that textmlm reads"),
+    ({"streams": {}}, "is missing, the data that"),
+    ({"streams": {"images": {}, "texts": {}, "text": {}}}, r"streams.text is read by none of .*did you mean 'texts'"),
+    ({"tasks": {"mim": None, "textmlm": None}}, "data is read by none of mim, textmlm"),
+    ({"micro_batch_size": 8, "streams": {"images": {}, "texts": {"global_batch_size": 3}}, "global_batch_size": 16}, "does not go along with"),
+    ({"streams": {"images": {"global_batch_size": 0}, "texts": {}}}, "greater than 0"),
+])  # fmt: skip
+def test_streams_that_do_not_fit_are_told_in_a_line(synthetic, tmp_path, changes, words):
+    recipe = masked_beit3(synthetic, tmp_path)
+    stage = recipe["stages"][0]
+    if "streams" in changes:
+        one = stage["streams"]["texts"]
+        changes = {**changes, "streams": {name: {**one, **more} for name, more in changes["streams"].items()}}
+    stage |= changes
+    with pytest.raises(RecipeError, match=words) as told:
+        parse_recipe(recipe, "r")
+    assert str(told.value).count("\n") == 1
+
+
+def test_one_kind_of_data_needs_no_stream(tmp_path, synthetic, image_tokenizer):
+    recipe = masked_beit3(synthetic, image_tokenizer)
+    recipe["stages"][0] |= {"tasks": {"textmlm": None}, "streams": {}, "steps": 1}
+    assert [sorted(row) for row in losses(run(tmp_path, recipe, 1, 0))] == [["loss/textmlm"]]

@@ -63,6 +63,43 @@ def tiny_batch(batch: int = 5, length: int = 16, dtype=torch.float64, seed: int 
     return found | {"negative_seed": torch.tensor(3), "step_seed": torch.tensor(7)}
 
 
+def streams_of(tasks, data: dict) -> dict:
+    """Data for those of the tasks that read images or texts alone, but for one kind, which `data` is for."""
+    kinds = list(dict.fromkeys({"mim": "images", "textmlm": "texts"}.get(task, "") for task in tasks))
+    first = "" if "" in kinds else kinds[0]
+    return {kind: {"data": data, "global_batch_size": 8} for kind in kinds if kind != first}
+
+
+def masked_beit3(data: Path, tokenizer: Path, **changes) -> dict:
+    """A stage of masked data modelling, over pairs, images and texts of different numbers."""
+
+    def shards(name: str) -> dict:
+        return {"shards": [str(data / name)], "transform": "square_transform", "lanes": 8}
+
+    stage = {
+        "name": "pretrain",
+        "tasks": {"mim": None, "textmlm": None, "mvlm": None},
+        "data": {**shards("train"), "mlm_probability": 0.5},
+        "streams": {
+            "images": {"data": shards("train"), "global_batch_size": 16},
+            "texts": {"data": shards("text"), "global_batch_size": 4},
+        },
+        "global_batch_size": 8,
+        "steps": 6,
+        "log_images_every": 0,
+        "optimizer": {"lr": 3e-4, "eps": 1e-6, "gradient_clipping": 1.0},
+    }
+    model = {**SETTINGS, "max_text_len": 40, "max_source_positions": 42, "num_visual_tokens": 12}
+    recipe = {
+        "name": "tiny",
+        "model": model | {"visual_tokenizer": str(tokenizer)},
+        "tokenizer": {"name": "train", "vocab_size": 200},
+        "stages": [stage],
+    }
+    recipe.update(changes)
+    return recipe
+
+
 def tiny_beit3(data: Path, **changes) -> dict:
     """Two stages of a few steps: contrast with matching, then captions."""
 

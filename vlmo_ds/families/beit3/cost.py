@@ -67,7 +67,13 @@ def predicted(config: BEiT3Settings, stage: StageConfig) -> tuple[float, float]:
 
 def forward_flops(config: BEiT3Settings, stage: StageConfig, samples: float = 1.0) -> float:
     """Multiply-adds times two of the forward pass: linear layers, attention products, patches, heads. Of the last block what is not read
-    does not count."""
+    does not count. samples: of the stage's `data`; its streams have theirs in proportion."""
+    whole = stage.global_batch_size
+    return sum(flops(config, part) * samples * part.global_batch_size / whole for part in stage.parts.values())
+
+
+def flops(config: BEiT3Settings, stage: StageConfig) -> float:
+    """Of one sample of a stream."""
     d, tasks = config.embed_dim, stage.tasks
     total: float = images(stage) * 2 * config.patches * 3 * config.patch_size**2 * d
     for times, image, text, read in sequences(config, stage):
@@ -79,8 +85,7 @@ def forward_flops(config: BEiT3Settings, stage: StageConfig, samples: float = 1.
     tokens, words = predicted(config, stage)
     total += 2 * d * (tokens * config.num_visual_tokens + words * config.vocab_size)
     total += (len({"itc", "irtr"} & tasks.keys()) * 4 + ("itm" in tasks) * 6 + ("nlvr2" in tasks) * 16) * d**2
-    total += ("vqa" in tasks) * stage.data.questions_per_image * (6 * d**2 + 4 * d * config.vqav2_label_size)
-    return samples * total
+    return total + ("vqa" in tasks) * stage.data.questions_per_image * (6 * d**2 + 4 * d * config.vqav2_label_size)
 
 
 def activations(config: BEiT3Settings, stage: StageConfig, load: Load) -> dict[str, float]:
@@ -90,17 +95,20 @@ def activations(config: BEiT3Settings, stage: StageConfig, load: Load) -> dict[s
     share = 1 - (math.ceil(config.depth / every) / config.depth if every else 0)  # of blocks that keep everything
     kept = 10 + 3 * config.mlp_ratio if config.recompute == "none" else 7 + config.mlp_ratio
     inputs = 0 if load.offloaded else 1
-    tokens = sum(one.times * one.length for one in sequences(config, stage))
-    per_sample = tokens * d * b * (config.depth * (share * kept + (1 - share) * inputs) + 3)
-    of_images, of_texts = (min(CHUNK, load.micro * count) for count in predicted(config, stage))
-    logits = 3.0 * 4 * max(of_images * config.num_visual_tokens, of_texts * config.vocab_size)
+    tokens = logits = 0.0
+    for part in stage.parts.values():
+        micro = load.micro * part.global_batch_size / stage.global_batch_size
+        tokens += micro * sum(one.times * one.length for one in sequences(config, part))
+        of_images, of_texts = (min(CHUNK, micro * count) for count in predicted(config, part))
+        logits = max(logits, 3.0 * 4 * max(of_images * config.num_visual_tokens, of_texts * config.vocab_size))
+    kept_of_blocks = tokens * d * b * (config.depth * (share * kept + (1 - share) * inputs) + 3)
     features = collector = 0.0
     if {"itc", "irtr"} & stage.tasks.keys():
         features, chunk = contrast_memory(2, d, stage, load)
         logits += chunk
     if "itm" in stage.tasks:
         collector = 3 * load.micro * row_bytes(config)  # sent, received, sorted
-    return {"activations": load.micro * per_sample, "logits": logits, "features": features, "collector": collector}
+    return {"activations": kept_of_blocks, "logits": logits, "features": features, "collector": collector}
 
 
 def row_bytes(config: BEiT3Settings) -> int:
