@@ -145,8 +145,12 @@ def forward_flops(config: VLMoSettings, stage: StageConfig, samples: float = 1.0
     if {"mlm", "textmlm"} & tasks.keys():
         total += stage.data.mlm_probability * config.max_text_len * (2 * d**2 + 2 * d * config.vocab_size)
     if "mim" in tasks:
-        masked = masked_patches(config, stage)
-        total += masked * 2 * d * 3 * config.patch_size**2
+        masked, patch = masked_patches(config, stage), 3 * config.patch_size**2
+        total += masked * 2 * d * (config.num_visual_tokens if config.mim_target == "tokens" else patch)
+        if config.mim_early_layer:  # the patch aggregation's blocks, and its predictions
+            image = patches + 1
+            block = (8 + 4 * config.mlp_ratio) * image * d**2 + 4 * image**2 * d
+            total += config.mim_head_layers * block + masked * 2 * d * config.num_visual_tokens
         if config.mim_visible_only:
             seen = patches + 1 - masked
             total += (masked * (4 + 4 * config.mlp_ratio) + seen * 4) * d**2 + 4 * masked * seen * d
