@@ -157,6 +157,26 @@ class VisualTokenSettings(Settings):
         0, ge=0, le=1 << 16, description="codes of the visual tokenizer; 0: none are predicted"
     )
 
+    def check_tokens(self, stage: StageConfig) -> None:
+        """ValueError where a stage predicts visual tokens, and nothing gives them."""
+        for part in stage.parts.values():
+            if "masked_image" not in part.reads:
+                continue
+            if not self.num_visual_tokens:
+                raise ValueError(
+                    f"num_visual_tokens is 0, and stages.{stage.name} predicts them: take the number of the tokenizer's codes"
+                )
+            if not (self.visual_tokenizer or part.data.has_visual_tokens):
+                raise ValueError(
+                    f"stages.{stage.name} predicts visual tokens, and its images have none: name a tokenizer's finished run in "
+                    "model.visual_tokenizer, or its tokens in data.visual_tokens"
+                )
+            if stage.evaluate.held_out and not self.visual_tokenizer:
+                raise ValueError(
+                    f"stages.{stage.name}.evaluate.held_out names shards, whose images' visual tokens a tokenizer makes: name its finished run in "
+                    "model.visual_tokenizer"
+                )
+
 
 class ImageTowerConfig(ModelConfig):
     """Of families whose image tower has absolute positions."""
@@ -291,6 +311,11 @@ class DataConfig(Settings):
                     f"{setting} is {getattr(self, setting)}, and no source takes random crops (transform is "
                     f"{', '.join(sorted(transforms))}); accepted with {', '.join(CROPPING)}"
                 )
+        given = [name for name, source in self.mixture.items() if source.visual_tokens or self.visual_tokens]
+        if given and len(given) < len(self.mixture):
+            raise ValueError(
+                f"visual_tokens are there for {', '.join(given)}, and not for the other sources: name those of all, or of none"
+            )
         for source in self.mixture.values():
             tokens, transform = source.visual_tokens or self.visual_tokens, source.transform or self.transform
             if tokens and transform != WHOLE:

@@ -23,14 +23,14 @@ from vlmo_ds.weights_file import STAGE, WEIGHTS
 
 class Outside:
     """image [B, 3, S, S] uint8 -> what such a model says of its patches [B, P, ...], row by row; images of another size than it takes are
-    resampled."""
+    resampled. Tokenizers compute in float32 whatever the run does: a token is the same in every precision."""
 
     def __init__(self, model: nn.Module, size: int, says: Callable[[Tensor, torch.dtype], Tensor]):
         self.model, self.size, self.says = model.eval().requires_grad_(False), size, says
         self.where: tuple[torch.device, torch.dtype] | None = None
 
     @torch.no_grad()
-    def __call__(self, image_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, image_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """dtype: that of its weights."""
         if self.where != (image_BCHW.device, dtype):
             self.where = (image_BCHW.device, dtype)

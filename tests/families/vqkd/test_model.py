@@ -98,6 +98,14 @@ def test_the_start_does_not_depend_on_how_a_batch_is_cut():
     assert float(one.quantize.cluster_size.sum()) == 8 * 16
 
 
+def test_components_that_do_not_vary_are_not_blown_up():
+    model, batch = tiny_model(teacher_norm="standard").train(), tiny_batch(8)
+    batch["teacher_features"][..., 0] = 1 + 1e-9 * batch["teacher_features"][..., 0]
+    model.keys_of_step([model(batch, "keys")])
+    told = model.features(batch)
+    assert float(told[..., 0].abs().max()) < 1e-4 and float(told[..., 1].std()) == pytest.approx(1, rel=1e-2)
+
+
 def test_an_order_of_patches_is_that_of_their_samples():
     ids = torch.tensor([7, 3, 9])
     assert torch.equal(places_of(ids, 4).view(3, 4)[1], places_of(ids[1:2], 4))

@@ -12,8 +12,10 @@ from families.vqkd.tiny import command_of, image_stage, run, tiny_tokenizer
 from faults.runs import killed_at
 from safetensors.torch import load_file
 
+from vlmo_ds.config import RecipeError
 from vlmo_ds.data import visual_tokens
 from vlmo_ds.data.shards import list_shards
+from vlmo_ds.recipe_file import parse_recipe
 
 IMAGE = ["--stages", "image"]
 TOKENS = {"mim_target": "tokens", "num_visual_tokens": 12}
@@ -117,8 +119,8 @@ def refused(folder, recipe) -> str:
 
 
 @pytest.mark.parametrize("model, data, words", [
-    ({"num_visual_tokens": 0}, {}, "num_visual_tokens 0: take the number of the tokenizer's codes"),
-    ({}, {}, "stage image has none: name a tokenizer's finished run in model.visual_tokenizer"),
+    ({"num_visual_tokens": 0}, {}, "num_visual_tokens is 0, and stages.image predicts them: take the number"),
+    ({}, {}, "stages.image predicts visual tokens, and its images have none: name a tokenizer's finished run"),
     ({"visual_tokenizer": "nowhere"}, {}, "model.visual_tokenizer: nowhere is no run: it has no recipe.yaml"),
     ({"visual_tokenizer": "REFERENCE", "num_visual_tokens": 11}, {}, "has 12 codes: take 12"),
     ({"visual_tokenizer": "TEACHER"}, {}, "no task of vlmo trains this"),
@@ -138,6 +140,19 @@ def test_tokens_that_do_not_fit_end_the_start_in_one_line(
     recipe = image_stage(synthetic, **TOKENS | {name: places.get(value, value) for name, value in model.items()})
     recipe["stages"][0]["data"] |= {name: places.get(value, value) for name, value in data.items()}
     assert words in refused(tmp_path, recipe)
+
+
+def test_tokens_of_some_images_are_not_enough(synthetic):
+    recipe = image_stage(synthetic, **TOKENS)
+    sources = {"a": {"shards": ["-"], "visual_tokens": "x"}, "b": {"shards": ["-"]}}
+    recipe["stages"][0]["data"] |= {"shards": [], "sources": sources}
+    with pytest.raises(RecipeError, match="visual_tokens are there for a, and not for the other sources"):
+        parse_recipe(recipe, "r")
+    recipe = image_stage(synthetic, **TOKENS)
+    recipe["stages"][0]["data"]["visual_tokens"] = "x"
+    recipe["stages"][0] |= {"evaluate_every": 2, "evaluate": {"held_out": ["-"]}}
+    with pytest.raises(RecipeError, match=r"stages.image.evaluate.held_out names shards, .* in model.visual_tokenizer"):
+        parse_recipe(recipe, "r")
 
 
 def test_tokens_of_another_tokenizer_or_of_other_shards_are_refused(tmp_path, synthetic, reference, teacher, tokens):

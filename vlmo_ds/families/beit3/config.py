@@ -124,18 +124,7 @@ class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings):
             self.mask_word = tokenizer.mask_token_id
 
     def check_stage(self, stage: StageConfig) -> None:
-        for part in stage.parts.values():
-            if "masked_image" not in part.reads:
-                continue
-            if not self.num_visual_tokens:
-                raise ValueError(
-                    f"num_visual_tokens is 0, and stages.{stage.name} predicts them: take the number of the tokenizer's codes"
-                )
-            if not (self.visual_tokenizer or part.data.has_visual_tokens):
-                raise ValueError(
-                    f"stages.{stage.name} predicts visual tokens, and its images have none: name a tokenizer's finished run in "
-                    "model.visual_tokenizer, or its tokens in data.visual_tokens"
-                )
+        self.check_tokens(stage)
         if "itm" in stage.tasks and stage.global_batch_size < 2:
             raise ValueError(
                 f"stages.{stage.name}.global_batch_size is 1: itm needs the image of another pair; take 2 or more"

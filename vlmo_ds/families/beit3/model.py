@@ -247,8 +247,7 @@ class BEiT3(FamilyModel):
         if tokens is not None:
             return tokens
         self.open()
-        tokenizer = given(self.tokenizer, "model.visual_tokenizer")
-        return tokenizer(batch[f"{prefix}image"], self.beit3.vision_embed.cls_token.dtype)
+        return given(self.tokenizer, "model.visual_tokenizer")(batch[f"{prefix}image"])
 
     def open(self) -> None:
         config = self.config

@@ -170,8 +170,6 @@ class VLMoSettings(ModelConfig, ContrastSettings, VisualTokenSettings):
 
     @model_validator(mode="after")
     def check_target(self) -> VLMoSettings:
-        if self.mim_target == "tokens" and not self.num_visual_tokens:
-            raise ValueError("mim_target is tokens, and num_visual_tokens 0: take the number of the tokenizer's codes")
         if self.mim_early_layer >= self.depth:
             raise ValueError(
                 f"mim_early_layer is {self.mim_early_layer}, the model has {self.depth} blocks: take 1 to {self.depth - 1}, or 0"
@@ -188,11 +186,8 @@ class VLMoSettings(ModelConfig, ContrastSettings, VisualTokenSettings):
     def check_stage(self, stage: StageConfig) -> None:
         if "mim" not in stage.tasks:
             return
-        if self.mim_target == "tokens" and not (self.visual_tokenizer or stage.data.has_visual_tokens):
-            raise ValueError(
-                f"mim_target is tokens, and stage {stage.name} has none: name a tokenizer's finished run in model.visual_tokenizer, or its tokens in "
-                "data.visual_tokens"
-            )
+        if self.mim_target == "tokens":
+            self.check_tokens(stage)
         if self.mim_target == "pixels" and stage.data.has_visual_tokens:
             raise ValueError(
                 f"stages.{stage.name}.data.visual_tokens is given, and mim_target is pixels; accepted: tokens"

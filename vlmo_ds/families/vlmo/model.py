@@ -240,7 +240,7 @@ class VLMo(FamilyModel):
         if "visual_tokens" in batch:
             return batch["visual_tokens"]
         self.open()
-        return given(self.tokenizer, "model.visual_tokenizer")(batch["image"], self.transformer.cls_token.dtype)
+        return given(self.tokenizer, "model.visual_tokenizer")(batch["image"])
 
     def open(self) -> None:
         config = self.config

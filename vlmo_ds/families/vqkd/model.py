@@ -36,6 +36,7 @@ from vlmo_ds.objectives.quantize import (
 
 VECTORS_A_CODE = 64  # of the first step's, for the start by k-means
 CANDIDATES = 256  # codes that a step replaces at most
+LEAST_VARIANCE = 1e-6  # of a teacher's component over the mean of all
 
 
 class Projection(nn.Module):
@@ -148,11 +149,14 @@ class Quantizer(nn.Module):
             use.copy_(counts_K)
         self.embedding.initted.fill_(1)
 
+    def dead(self, below: float) -> Tensor:
+        """[K] bool, which codes are used less often than `below` the mean."""
+        return self.cluster_size < below * self.cluster_size.mean()
+
     @torch.no_grad()
     def replace(self, vector_RC: Tensor, below: float) -> None:
-        """Gives codes that are used less often than `below` the mean these vectors' places, and the mean use."""
-        mean = self.cluster_size.mean()
-        dead = (self.cluster_size < below * mean).nonzero()[: len(vector_RC), 0]
+        """Gives dead codes these vectors' places, and the mean use."""
+        mean, dead = self.cluster_size.mean(), self.dead(below).nonzero()[: len(vector_RC), 0]
         self.embedding.weight[dead] = vector_RC[: len(dead)].to(self.embedding.weight.dtype)
         self.cluster_size[dead] = mean
 
@@ -250,13 +254,12 @@ class VQKD(FamilyModel):
         counts_K, sums_KC = (self.collector.sum(added(part[name] for part in seen)) for name in ("counts", "sums"))
         if taken:
             quantize.follow(counts_K, sums_KC, config.decay)
-            if config.replace_below:
+            if config.replace_below and bool(quantize.dead(config.replace_below).any()):
                 parts = [torch.cat([part[name] for part in seen]) for name in ("vector", "place")]
                 mine = first_by_place(parts[0], parts[1], CANDIDATES)
                 every = [self.collector.gather(part.contiguous()) for part in mine]
                 quantize.replace(first_by_place(every[0], every[1], CANDIDATES)[0], config.replace_below)
-        use_K = quantize.cluster_size
-        dead = use_K < (config.replace_below or DEAD) * use_K.mean()
+        dead = quantize.dead(config.replace_below or DEAD)
         told = torch.stack(((counts_K > 0).double().mean(), perplexity(counts_K), dead.double().sum()))
         return dict(zip(("vqkd/code_use", "vqkd/perplexity", "vqkd/dead_codes"), told.tolist(), strict=True))
 
@@ -294,8 +297,10 @@ class VQKD(FamilyModel):
         if self.config.teacher_norm == "standard":
             lie = self.collector.sum(added(part["lie"] for part in parts))
             mean, square = (lie[1:] / lie[0]).chunk(2)
+            variance = square - mean.square()
             self.teacher_mean.copy_(mean)
-            self.teacher_std.copy_((square - mean.square()).clamp(min=1e-12).sqrt())
+            # a component that hardly varies is rounding, which is not to be made as large as the others
+            self.teacher_std.copy_(variance.clamp(min=LEAST_VARIANCE * float(variance.mean())).sqrt())
         return {}
 
     # ---- its parts ----
