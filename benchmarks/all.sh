@@ -23,6 +23,7 @@ python benchmarks/step.py --compile none blocks --batch 4 --dtype "${precisions[
 python benchmarks/baseline.py $(golden vlmo_A) --dtype "${precisions[@]}" --output "$(result baseline)"
 python benchmarks/coca_step.py $(golden coca_A) --dtype "${precisions[@]}" --output "$(result coca_step)"
 python benchmarks/blip_step.py $(golden blip_A) --dtype "${precisions[@]}" --output "$(result blip_step)"
+python benchmarks/beit3_step.py $(golden beit3_A) --dtype "${precisions[@]}" --output "$(result beit3_step)"
 python benchmarks/attention.py --output "$(result attention)"
 python benchmarks/collector.py --output "$(result collector)"
 python benchmarks/scaling.py --output "$(result scaling)"

@@ -214,9 +214,11 @@ def computed_by(model: nn.Module, kind: type[nn.Module], plain: type[nn.Module])
             module.__class__ = plain
 
 
-def difference(plain: nn.Module, ours: nn.Module, batch: dict[str, torch.Tensor], rounding: str = "-") -> float:
+def difference(
+    plain: nn.Module, ours: nn.Module, batch: dict[str, torch.Tensor], rounding: str | tuple[str, ...] = "-"
+) -> float:
     """The largest relative difference of loss and gradients of two versions of a model, in float64, with the first one's weights.
-    rounding: end of the names of parameters whose gradient is nothing else."""
+    rounding: end or ends of the names of parameters whose gradient is nothing else."""
     ours = ours.double().train(plain.training)
     ours.load_state_dict(plain.state_dict())
     losses = [model(batch).loss for model in (plain, ours)]
