@@ -443,3 +443,36 @@ def test_a_tokenizer_without_start_and_end_is_told(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", unk_token="<pad>").save_pretrained(str(tmp_path))
     with pytest.raises(DataError, match="puts 0 ids around a text"):
         load_tokenizer(str(tmp_path), (), None)
+
+
+def test_a_sentencepiece_model_has_the_numbers_of_xlm_roberta(tmp_path):
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    words = ["\u2581a", "\u2581red", "\u2581circle", "\u2581", "b", "l", "u", "e", "blue", "\u2581be"]
+    pieces = [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        *((word, -1.0 - n, 1) for n, word in enumerate(words)),
+    ]
+    for piece, score, kind in pieces:
+        one = model.pieces.add()
+        one.piece, one.score, one.type = piece, score, kind
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 0
+    file = tmp_path / "beit3.spm"
+    file.write_bytes(model.SerializeToString())
+    for tokenizer in (load_tokenizer(str(file), padding=None), None):
+        tokenizer = tokenizer or load_tokenizer(str(tmp_path / "saved"), padding=None)
+        encoding = tokenizer("a red circle blue x")
+        # <s>, the model's pieces one number higher, <unk>, </s>
+        assert encoding["input_ids"] == [0, 4, 5, 6, 7, 12, 7, 3, 2]
+        assert encoding.word_ids() == [None, 0, 1, 2, 3, 3, 4, 4, None]
+        assert (tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer)) == (1, 14, 15)
+        tokenizer.save_pretrained(str(tmp_path / "saved"))
+    file.write_bytes(b"no model")
+    with pytest.raises(
+        DataError, match=r"beit3.spm cannot be read as a SentencePiece model of kind unigram \("
+    ) as told:
+        load_tokenizer(str(file))
+    assert "\n" not in str(told.value)

@@ -74,6 +74,8 @@ def load_tokenizer(
     pairs = path / "merges.txt"
     if path.name.endswith(".txt.gz") and path.is_file():
         tokenizer = byte_pairs(*pairs_of_clip(path))
+    elif path.suffix in (".spm", ".model") and path.is_file():
+        tokenizer = from_sentencepiece(path)
     elif pairs.is_file() and (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
         tokenizer = byte_pairs(*pairs_of_folder(path))
     elif vocab.name.endswith(".txt") and vocab.is_file() and not (path / "tokenizer.json").is_file():
@@ -90,7 +92,8 @@ def load_tokenizer(
             where = "cannot be read" if path.is_dir() else "is no folder here and cannot be loaded from the hub"
             raise DataError(
                 f"tokenizer: '{name}' {where} ({reason}); accepted: a Hugging Face name such as bert-base-uncased, a folder "
-                "with tokenizer.json, vocab.txt, or vocab.json and merges.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, or 'train'"
+                "with tokenizer.json, vocab.txt, or vocab.json and merges.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, a SentencePiece model such as "
+                "beit3.spm, or 'train'"
             ) from None
         if tokenizer.bos_token == CLIP_START and tokenizer.is_fast:
             vocabulary = tokenizer.get_vocab()
@@ -172,6 +175,36 @@ def byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Cli
     start, end = vocabulary[CLIP_START], vocabulary[CLIP_END]
     tokenizer.post_processor = processors.RobertaProcessing((CLIP_END, end), (CLIP_START, start), False, False)
     return ClipTokenizer(tokenizer_object=tokenizer, **CLIP_SPECIAL)
+
+
+class XLMRobertaWords:
+    """What transformers' converter asks of a tokenizer whose model lies in a file: numbers are XLM-RoBERTa's (arXiv:1911.02116), <s> 0, <pad> 1,
+    </s> 2, <unk> 3, then the pieces of the model, <mask> last."""
+
+    add_prefix_space = True
+
+    def __init__(self, file: Path):
+        self.vocab_file = str(file)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return {"<s>": 0, "</s>": 2}[token]
+
+
+def from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a SentencePiece model of kind unigram. DataError where the file holds none."""
+    from transformers.convert_slow_tokenizer import XLMRobertaConverter
+
+    try:
+        tokenizer = XLMRobertaConverter(XLMRobertaWords(file)).converted()
+    except Exception as error:  # protobuf and tokenizers each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"tokenizer: {file} cannot be read as a SentencePiece model of kind unigram ({reason})"
+        ) from None
+    named = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **named, pad_token="<pad>", unk_token="<unk>", mask_token="<mask>"
+    )
 
 
 def from_vocabulary(vocab: Path) -> PreTrainedTokenizerFast:
