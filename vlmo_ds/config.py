@@ -204,7 +204,7 @@ class TokenizerConfig(Settings):
 
     name: str = Field(
         "train",
-        description="a Hugging Face name, a directory, a vocab.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, a SentencePiece model (beit3.spm), or 'train': "
+        description="a Hugging Face name, a directory, a vocab.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, a SentencePiece model (.spm, .model), or 'train': "
         "word pieces of the run's own text",
     )
     kind: TokenizerKind = Field(

@@ -92,8 +92,8 @@ def load_tokenizer(
             where = "cannot be read" if path.is_dir() else "is no folder here and cannot be loaded from the hub"
             raise DataError(
                 f"tokenizer: '{name}' {where} ({reason}); accepted: a Hugging Face name such as bert-base-uncased, a folder "
-                "with tokenizer.json, vocab.txt, or vocab.json and merges.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, a SentencePiece model such as "
-                "beit3.spm, or 'train'"
+                "with tokenizer.json, vocab.txt, or vocab.json and merges.txt, CLIP's bpe_simple_vocab_16e6.txt.gz, a SentencePiece model "
+                "(.spm, .model), or 'train'"
             ) from None
         if tokenizer.bos_token == CLIP_START and tokenizer.is_fast:
             vocabulary = tokenizer.get_vocab()
