@@ -603,9 +603,10 @@ class StageConfig(Settings):
                 )
         without = [stream for stream in wanted if stream not in self.streams]
         if len(without) > 1:
+            missing = next(filter(None, reversed(without)))
+            other = next(stream for stream in without if stream != missing)
             raise ValueError(
-                f"streams.{without[-1] or without[0]} is missing, the data that {', '.join(readers[without[-1] or without[0]])} reads; "
-                f"data is that of {', '.join(readers[without[0] if without[-1] else without[-1]])}"
+                f"streams.{missing} is missing, the data that {', '.join(readers[missing])} reads; data is that of {', '.join(readers[other])}"
             )
         if not without:
             raise ValueError(
@@ -621,16 +622,16 @@ class StageConfig(Settings):
 
     @property
     def parts(self) -> dict[str, StageConfig]:
-        """The stage's data, one by one, each as a stage of the tasks that read it: "" is `data` where tasks have no stream of their own, the others
-        are by their stream's name."""
+        """The stage's data, one by one, each as a stage of the tasks that read it, by the name of their stream. `data` is that of the one which
+        `streams` has not, and comes first."""
         wanted = dict.fromkeys(task.stream for task in self.chosen.values())
         if not self.streams:
             return {next(iter(wanted)): self}
         found = {}
-        for stream in wanted:
+        for stream in sorted(wanted, key=lambda name: name in self.streams):
             tasks = {name: weight for name, weight in self.tasks.items() if self.family.tasks[name].stream == stream}
             update: dict[str, Any] = {"tasks": tasks, "streams": {}}
-            if stream:
+            if stream in self.streams:
                 size = self.streams[stream].global_batch_size
                 update |= {"data": self.streams[stream].data, "global_batch_size": size}
                 if self.micro_batch_size:

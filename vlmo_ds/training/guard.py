@@ -218,7 +218,7 @@ class ReplacedSamples:
     """
 
     def __init__(self, dataset: Streams, stage: StageConfig, first: int):
-        self.dataset, self.stage, self.first = dataset, stage, first
+        self.dataset, self.stage, self.first, self.parts = dataset, stage, first, stage.parts
         self.names = [in_stream(stream, name) for stream, part in dataset.parts.items() for name in part.names]
         self.total = dict.fromkeys(self.names, 0.0)
         self.told: set[str] = set()
@@ -245,7 +245,7 @@ class ReplacedSamples:
         DataError when a source has had more than its share since the start.
         """
         epochs: dict[str, float] = {}
-        for stream, stage in self.stage.parts.items():
+        for stream, stage in self.parts.items():
             dataset, batch = self.dataset.parts[stream], stage.global_batch_size
             names = [in_stream(stream, name) for name in dataset.names]
             began, now = (dataset.order.mixture.consumed(step * batch) for step in (self.first, done))

@@ -226,6 +226,7 @@ class StageTraining:
         _, self.accumulation = micro_batch(stage, collector.world_size)
         known_shards = run.known_shards.get(stage.name)
         self.dataset = build_dataset(recipe, stage, run.tokenizer, collector, known_shards)
+        self.samples = stage.samples  # of a step
         reader = checkpoint.Reader(resume_from) if resume_from else None
         vocabulary = vocabulary_digest(run.tokenizer)
         source: dict[str, Tensor] | None
@@ -383,7 +384,7 @@ class StageTraining:
         if near:
             clamp_scales(engine, near)
         metrics |= self.replaced.look(counts, step + 1 + self.skip)
-        run.monitor.log(step + 1, stage.steps, metrics, stage.samples, self.pace)
+        run.monitor.log(step + 1, stage.steps, metrics, self.samples, self.pace)
         if (step + 1) % WINDOW == 0 or step + 1 == stage.steps:
             run.monitor.paced(step + 1, stage, run.collector.each_rank(self.pace.of_window()), self.writer.folder)
         for warning in self.guessing.look(step + 1, metrics):

@@ -140,6 +140,19 @@ def test_streams_that_do_not_fit_are_told_in_a_line(synthetic, tmp_path, changes
     assert str(told.value).count("\n") == 1
 
 
+def test_data_is_that_of_the_kind_which_has_no_stream(tmp_path, synthetic, image_tokenizer):
+    """Images and texts without pairs: `data` is the images'."""
+    recipe = masked_beit3(synthetic, image_tokenizer)
+    stage = recipe["stages"][0]
+    stage |= {"tasks": {"mim": None, "textmlm": None}, "streams": {"texts": stage["streams"]["texts"]}, "steps": 2}
+    parts = parse_recipe(recipe, "r").stages[0].parts
+    assert {name: (list(part.tasks), part.global_batch_size) for name, part in parts.items()} == {
+        "images": (["mim"], 8),
+        "texts": (["textmlm"], 4),
+    }
+    assert [sorted(row) for row in losses(run(tmp_path, recipe, 2, 3))] == [["loss/mim", "loss/textmlm"]] * 2
+
+
 def test_one_kind_of_data_needs_no_stream(tmp_path, synthetic, image_tokenizer):
     recipe = masked_beit3(synthetic, image_tokenizer)
     recipe["stages"][0] |= {"tasks": {"textmlm": None}, "streams": {}, "steps": 1}
