@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from common import PARITY, Step, compare_with_plain, computed_by, difference, lengths_of, of_model, pairs_of
 from torch import Tensor
 
+from vlmo_ds.blocks.heads import TargetLinear
 from vlmo_ds.config import DataConfig, StreamConfig
 from vlmo_ds.families.beit3 import FAMILY
 from vlmo_ds.families.beit3.block import FeedForwardNetwork
 from vlmo_ds.families.beit3.config import UNUSED_POSITIONS, BEiT3Settings
 from vlmo_ds.families.beit3.cost import forward_flops
-from vlmo_ds.families.beit3.model import BEiT3, TokenHead
+from vlmo_ds.families.beit3.model import BEiT3
 from vlmo_ds.families.beit3.parity import build
 from vlmo_ds.families.comparing import relative_difference
 from vlmo_ds.families.step import Batch, StepOutput, added
@@ -75,7 +76,7 @@ class Plain(BEiT3):
         more = self.config.max_text_len - ids.shape[1]
         return F.pad(ids, (0, more)), F.pad(masks, (0, more)).bool()
 
-    def loss(self, head: TokenHead, x_MD: Tensor, labels_M: Tensor) -> Tensor:
+    def loss(self, head: TargetLinear, x_MD: Tensor, labels_M: Tensor) -> Tensor:
         logits = F.linear(x_MD, head.weight, head.bias)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels_M)
 

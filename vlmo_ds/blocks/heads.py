@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,12 +102,17 @@ class MLMHead(nn.Module):
 
 
 class TargetLinear(nn.Linear):
-    """[M, D] -> [M, target_dim]; with the number that each row is to have the highest of, as word_losses: the logits are there in chunks."""
+    """[M, D] -> [M, targets]. Its weight is used in its own forward: under ZeRO-3 it is there only inside it."""
 
-    def forward(self, x_MD: Tensor, label_M: Tensor | None = None):  # type: ignore[override]  # a module's forward is its own
+    def forward(self, x_MD: Tensor, label_M: Tensor | None = None, smoothing: float = 0.0) -> Any:  # type: ignore[override]  # a module's forward is its own
+        """Logits, or values to be regressed; with labels what word_losses gives, whose logits are there in chunks, a share `smoothing` of the
+        target being spread over the other ones."""
         if label_M is None:
             return super().forward(x_MD)
-        return word_losses(x_MD, self.weight, label_M, self.bias, table=True)
+        spread = (
+            smoothing * self.out_features / (self.out_features - 1) if smoothing else 0.0
+        )  # word_losses spreads over all
+        return word_losses(x_MD, self.weight, label_M, self.bias, spread, table=True)
 
 
 class MIMHead(nn.Module):

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import ModelOutput
 
+from vlmo_ds.blocks.layers import init_weights
 from vlmo_ds.config import ModelConfig, RecipeError
 from vlmo_ds.data.transforms import EncodedImage, pixels, resized, square, upright_pixels
 from vlmo_ds.families.interface import Pixels
@@ -55,6 +57,103 @@ class RetrievalOutput(ModelOutput):
 class ClassificationOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
+
+
+class PairModel(PreTrainedModel):
+    """A model of texts and images. Its network is a family's, under the name base_model_prefix."""
+
+    main_input_name = "input_ids"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.init_std)
+
+    def texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        """text_ids and text_masks of the network's batches."""
+        raise NotImplementedError
+
+
+class RetrievalModel(PairModel):
+    """Contrastive features, and where the weights have it the head that scores pairs (`match`)."""
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, D], of unit length."""
+        return self.base_model.encode_image({"image": pixel_values})["image"]
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, L] -> [B, D], of unit length."""
+        return self.base_model.encode_text(self.texts(input_ids, attention_mask))["text"]
+
+    @property
+    def contrast_scale(self) -> float:
+        """What cosines of image and text features are multiplied with."""
+        return float(self.base_model.contrast_scale())
+
+    def match(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B] log-odds that each text fits its image. ValueError without an itm head."""
+        if not self.base_model.gives("match"):
+            raise ValueError(f"this model has no itm head; it was trained for {', '.join(self.config.tasks)}")
+        return self.base_model.match({**self.texts(input_ids, attention_mask), "image": pixel_values})
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> RetrievalOutput:
+        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
+        logits = self.base_model.logit_scale.exp() * image @ text.t()
+        if self.base_model.logit_bias is not None:  # of SigLIP's loss, by which a logit is the log-odds of a pair
+            logits = logits + self.base_model.logit_bias
+        return RetrievalOutput(logits, logits.t(), image, text)
+
+
+class Classifier(PairModel):
+    """What the two classifiers share. Subclasses: their logits and their loss."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> ClassificationOutput:
+        """input_ids, attention_mask [B, L]; pixel_values, logits and labels as the class says."""
+        logits = self.logits(self.texts(input_ids, attention_mask), pixel_values)
+        return ClassificationOutput(None if labels is None else self.loss(logits, labels), logits)
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class AnswerClassifier(Classifier):
+    """Logits [B, answers] over a fixed list of answers, config.id2label, from pixel_values [B, 3, S, S].
+
+    labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers.
+    """
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        return self.base_model.answer({**texts, "image": pixel_values})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
+
+
+class ImagePairClassifier(Classifier):
+    """Is a sentence true of two images? Logits [B, 2], index 1 = true, from pixel_values [B, 2, 3, S, S].
+
+    labels [B] int64.
+    """
+
+    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
+        if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(
+                f"pixel_values has shape {list(pixel_values.shape)}; accepted: [B, 2, 3, S, S], two images a text"
+            )
+        return self.base_model.compare({**texts, "image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
 
 
 def as_image(pixels_HWC: np.ndarray) -> Image.Image:
@@ -155,3 +254,17 @@ def appearing(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     temporary.replace(folder)
+
+
+def name_answers(config: PreTrainedConfig, answers: Sequence[str] | None) -> None:
+    """Gives a configuration the answers that its model chooses among."""
+    if answers:
+        config.id2label = dict(enumerate(answers))
+        config.label2id = {answer: number for number, answer in enumerate(answers)}
+
+
+def write(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Writes both into a folder, in one rename."""
+    with appearing(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo_ds.blocks.layers import normalize
+from vlmo_ds.blocks.layers import given, normalize
 from vlmo_ds.config import RecipeError
 from vlmo_ds.families.finished import find_stage, load_model
+from vlmo_ds.families.step import Batch, FamilyModel
 from vlmo_ds.weights_file import STAGE, WEIGHTS
 
 
@@ -38,6 +39,31 @@ class Outside:
         if image_BCHW.shape[-1] != self.size:
             image_BCHW = F.interpolate(image_BCHW, size=(self.size, self.size), mode="bicubic", antialias=True)
         return self.says(image_BCHW, dtype)
+
+
+class TokensOfImages(FamilyModel):
+    """A model that may predict the visual tokens of masked patches: those of the data, or what a tokenizer outside of it makes of the batch."""
+
+    tokenizer: Outside | None = None
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether its tasks do."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        config: Any = self.config
+        if self.predicts_tokens and config.visual_tokenizer and self.tokenizer is None:
+            side = config.image_size // config.patch_size
+            self.tokenizer = opened_tokenizer(config.visual_tokenizer, side, config.num_visual_tokens)
+
+    @torch.no_grad()
+    def visual_tokens(self, batch: Batch, prefix: str = "") -> Tensor:
+        """[B, P] int64, of the images of a stream, with whose prefix the names in the batch begin."""
+        if (tokens := batch.get(f"{prefix}visual_tokens")) is not None:
+            return tokens
+        self.open()
+        return given(self.tokenizer, "model.visual_tokenizer")(batch[f"{prefix}image"])
 
 
 def opened_teacher(name: str, side: int, width: int) -> Outside:

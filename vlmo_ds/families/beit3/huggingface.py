@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,24 +24,25 @@ from transformers import (
     AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from vlmo_ds.blocks.layers import init_weights
 from vlmo_ds.config import RecipeError
 from vlmo_ds.families.beit3.backbone import Stream
 from vlmo_ds.families.beit3.config import PIXELS, BEiT3Settings
 from vlmo_ds.families.beit3.model import BEiT3, every
 from vlmo_ds.families.huggingface import (
-    ClassificationOutput,
+    AnswerClassifier,
     FamilyConfig,
+    ImagePairClassifier,
+    PairModel,
     PairProcessor,
-    RetrievalOutput,
+    RetrievalModel,
     SquareImageProcessor,
-    appearing,
     fill,
+    name_answers,
+    write,
 )
 
 RETRIEVAL = ("itc", "itm", "irtr")
@@ -56,21 +56,17 @@ class BEiT3Config(FamilyConfig):
     settings_class = BEiT3Settings
 
 
-class BEiT3PreTrainedModel(PreTrainedModel):
+class BEiT3PreTrainedModel(PairModel):
     """All classes keep the network under the name `network`, with its official parameter names."""
 
     config_class = BEiT3Config
     base_model_prefix = "network"
-    main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [r"network\..*"]  # heads that a class does not have
 
     def __init__(self, config: BEiT3Config, tasks: Sequence[str]):
         super().__init__(config)
         self.network = BEiT3(config.settings, dict.fromkeys(tasks, 1.0))
         self.post_init()
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        init_weights(module, self.config.init_std)
 
     def texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -102,89 +98,25 @@ class BEiT3Model(BEiT3PreTrainedModel):
         return BaseModelOutput(last_hidden_state=torch.cat([part for part in encoded if part is not None], dim=1))
 
 
-class BEiT3ForImageTextRetrieval(BEiT3PreTrainedModel):
-    """Contrastive features, and where the weights have it the head that scores pairs (`match`)."""
+class BEiT3ForImageTextRetrieval(BEiT3PreTrainedModel, RetrievalModel):
+    __doc__ = RetrievalModel.__doc__
 
     def __init__(self, config: BEiT3Config):
         super().__init__(config, [task for task in config.tasks if task in RETRIEVAL] or ["irtr"])
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, D], of unit length."""
-        return self.network.encode_image({"image": pixel_values})["image"]
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, L] -> [B, D], of unit length."""
-        return self.network.encode_text(self.texts(input_ids, attention_mask))["text"]
-
-    @property
-    def contrast_scale(self) -> float:
-        """What cosines of image and text features are multiplied with."""
-        return float(self.network.contrast_scale())
-
-    def match(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B] log-odds that each text fits its image. ValueError without an itm head."""
-        if "itm" not in self.network.tasks:
-            raise ValueError(f"this model has no itm head; it was trained for {', '.join(self.config.tasks)}")
-        return self.network.match({**self.texts(input_ids, attention_mask), "image": pixel_values})
-
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any
-    ) -> RetrievalOutput:
-        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
-        logits = self.network.logit_scale.exp() * image @ text.t()
-        if self.network.logit_bias is not None:  # of SigLIP's loss, by which a logit is the log-odds of a pair
-            logits = logits + self.network.logit_bias
-        return RetrievalOutput(logits, logits.t(), image, text)
-
-
-class BEiT3ForQuestionAnswering(BEiT3PreTrainedModel):
-    """Logits [B, answers] over a fixed list of answers, config.id2label, from pixel_values [B, 3, S, S].
-
-    labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers.
-    """
+class BEiT3ForQuestionAnswering(BEiT3PreTrainedModel, AnswerClassifier):
+    __doc__ = AnswerClassifier.__doc__
 
     def __init__(self, config: BEiT3Config):
         super().__init__(config, ["vqa"])
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> ClassificationOutput:
-        logits = self.network.answer({**self.texts(input_ids, attention_mask), "image": pixel_values})
-        if labels is None:
-            return ClassificationOutput(None, logits)
-        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
-        return ClassificationOutput(loss, logits)
 
-
-class BEiT3ForImagesAndTextClassification(BEiT3PreTrainedModel):
-    """Is a sentence true of two images? Logits [B, 2], index 1 = true, from pixel_values [B, 2, 3, S, S].
-
-    labels [B] int64.
-    """
+class BEiT3ForImagesAndTextClassification(BEiT3PreTrainedModel, ImagePairClassifier):
+    __doc__ = ImagePairClassifier.__doc__
 
     def __init__(self, config: BEiT3Config):
         super().__init__(config, ["nlvr2"])
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> ClassificationOutput:
-        if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
-            raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}; accepted: [B, 2, 3, S, S], two images a text"
-            )
-        images = {"image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]}
-        logits = self.network.compare({**self.texts(input_ids, attention_mask), **images})
-        return ClassificationOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
 
 
 class BEiT3ImageProcessor(SquareImageProcessor):
@@ -218,15 +150,11 @@ def exported(
     if "captioning" in tasks:
         raise RecipeError("there is no transformers class of a BEiT-3 that writes captions; accepted: --official")
     config = BEiT3Config(tasks=list(tasks), **settings.model_dump())
-    if answers:
-        config.id2label = dict(enumerate(answers))
-        config.label2id = {answer: number for number, answer in enumerate(answers)}
+    name_answers(config, answers)
     model = class_for(tasks)(config).eval()
     fill(model.network, weights)
     processor = BEiT3Processor(BEiT3ImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
-    with appearing(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+    write(folder, model, processor)
     return model
 
 

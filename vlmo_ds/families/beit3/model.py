@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_ds.blocks.heads import TargetLinear
 from vlmo_ds.blocks.kernels import LayerNorm
 from vlmo_ds.blocks.layers import given, init_weights, normalize, unit, wide
 from vlmo_ds.distributed.collector import Collector
@@ -22,9 +23,9 @@ from vlmo_ds.distributed.rows import Contrasted, Draw
 from vlmo_ds.families.beit3 import FAMILY
 from vlmo_ds.families.beit3.backbone import Backbone, Encoded, Stream
 from vlmo_ds.families.beit3.config import PIXELS, BEiT3Settings
-from vlmo_ds.families.outside import Outside, opened_tokenizer
-from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
-from vlmo_ds.objectives.captioning import hidden_words, word_losses
+from vlmo_ds.families.outside import TokensOfImages
+from vlmo_ds.families.step import Batch, StepOutput, added
+from vlmo_ds.objectives.captioning import hidden_words
 from vlmo_ds.objectives.itc import keys_where, logit_parameters, loss_of
 from vlmo_ds.objectives.itm import Negatives, draws_of, itm_loss
 from vlmo_ds.objectives.mlm import IGNORE
@@ -63,19 +64,7 @@ class PairClassifier(nn.Module):
         return self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(x)))))
 
 
-class TokenHead(nn.Linear):
-    """Predicts words or visual tokens. Its weight is used in its own forward: under ZeRO-3 it is there only inside it."""
-
-    def forward(self, x_MD: Tensor, labels_M: Tensor | None = None, smoothing: float = 0.0) -> Any:  # type: ignore[override]  # a module's forward is its own
-        """Logits [M, V] in float32 at least; with labels what word_losses gives, a share `smoothing` of the target being spread over the
-        other tokens."""
-        if labels_M is None:
-            return wide(super().forward(x_MD))
-        spread = smoothing * self.out_features / (self.out_features - 1)  # word_losses spreads over all
-        return word_losses(x_MD, self.weight, labels_M, self.bias, spread, table=True)
-
-
-class BEiT3(FamilyModel):
+class BEiT3(TokensOfImages):
     """BEiT-3 (arXiv:2208.10442) with the heads that its tasks need.
 
     tasks: task name -> loss weight. Names: mim, textmlm, mvlm (masked data modelling), itc, itm; irtr, vqa, nlvr2, captioning go alone.
@@ -91,9 +80,9 @@ class BEiT3(FamilyModel):
         # classifiers have norms of their own
         self.beit3 = Backbone(config, self.recomputed, final_norm=not ("vqa" in tasks or classifies))
         if {"textmlm", "mvlm", "captioning"} & tasks.keys():
-            self.mlm_head = TokenHead(dim, config.vocab_size)
-        if {"mim", "mvlm"} & tasks.keys():
-            self.mim_head = TokenHead(dim, config.num_visual_tokens)
+            self.mlm_head = TargetLinear(dim, config.vocab_size)
+        if self.predicts_tokens:
+            self.mim_head = TargetLinear(dim, config.num_visual_tokens)
         if {"itc", "irtr"} & tasks.keys():
             self.language_head, self.vision_head = (nn.Linear(dim, dim, bias=False) for _ in range(2))
             self.logit_scale, self.logit_bias = logit_parameters(config.itc_kind)
@@ -111,7 +100,6 @@ class BEiT3(FamilyModel):
             self.head = PairClassifier(dim)
         if classifies:
             self.fc_norm, self.head = LayerNorm(dim), nn.Linear(dim, config.num_classes)
-        self.tokenizer: Outside | None = None
         self.recomputed.tell(self)
         self.apply(partial(init_weights, std=config.init_std))
         self.beit3.reset_parameters(config.init_std)
@@ -187,7 +175,7 @@ class BEiT3(FamilyModel):
         wave1 = self.encode(streams, images.all())
 
         if "mim" in tasks:
-            tokens_BP = self.tokens_of(batch, "images/")
+            tokens_BP = self.visual_tokens(batch, "images/")
             found = given(wave1["mim"].image, "image")
             self.record(out, "mim", self.masked_loss(self.mim_head, found, tokens_BP[batch["images/image_mask"]]))
         if "textmlm" in tasks:
@@ -225,14 +213,14 @@ class BEiT3(FamilyModel):
         labels = batch["text_labels_mlm"]
         text, image = given(wave1[views[0]].text, "text"), given(wave1[views[1]].image, "image")
         of_text, right_text = self.masked_loss(self.mlm_head, text, labels[labels != IGNORE])
-        tokens_M = self.tokens_of(batch)[batch["image_mask"]]
+        tokens_M = self.visual_tokens(batch)[batch["image_mask"]]
         of_image, right_image = self.masked_loss(self.mim_head, image, tokens_M)
         out.values.update({"mvlm/text_loss": of_text.detach(), "mvlm/image_loss": of_image.detach()})
         ratios = {"text_accuracy": right_text["accuracy"], "image_accuracy": right_image["accuracy"]}
         self.record(out, "mvlm", (of_text + of_image, ratios))
 
     def masked_loss(
-        self, head: TokenHead, x_MD: Tensor, labels_M: Tensor, smoothing: float = 0.0
+        self, head: TargetLinear, x_MD: Tensor, labels_M: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Cross-entropy averaged over the masked positions of the global batch, of which this rank has M; logits are there for some of them at
         a time."""
@@ -240,20 +228,9 @@ class BEiT3(FamilyModel):
         count = total.detach().new_tensor(len(labels_M))
         return self.collector.global_mean(total, count), {"accuracy": (right, count)}
 
-    @torch.no_grad()
-    def tokens_of(self, batch: Batch, prefix: str = "") -> Tensor:
-        """[B, P] int64, the visual tokens of a batch's images: those of the data, or the tokenizer's."""
-        tokens = batch.get(f"{prefix}visual_tokens")
-        if tokens is not None:
-            return tokens
-        self.open()
-        return given(self.tokenizer, "model.visual_tokenizer")(batch[f"{prefix}image"])
-
-    def open(self) -> None:
-        config = self.config
-        if {"mim", "mvlm"} & self.tasks.keys() and config.visual_tokenizer and self.tokenizer is None:
-            side = config.image_size // config.patch_size
-            self.tokenizer = opened_tokenizer(config.visual_tokenizer, side, config.num_visual_tokens)
+    @property
+    def predicts_tokens(self) -> bool:
+        return bool({"mim", "mvlm"} & self.tasks.keys())
 
     # ---- image-text contrast and matching ----
 
@@ -340,7 +317,7 @@ class BEiT3(FamilyModel):
         memory: of caption_image; cache: Cache -> logits [R, V] of the word after the newest: those of a mask word there, which no later
         word sees."""
         ids_RL = F.pad(batch["text_ids"], (0, 1), value=self.mask_word)
-        return self.mlm_head(self.beit3.write(ids_RL, batch["first"], batch["memory"], batch["cache"]))
+        return wide(self.mlm_head(self.beit3.write(ids_RL, batch["first"], batch["memory"], batch["cache"])))
 
     @property
     def mask_word(self) -> int:

@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput
 
 from vlmo_ds.families.coca.config import PIXELS, CoCaSettings
 from vlmo_ds.families.coca.model import CoCa
-from vlmo_ds.families.huggingface import FamilyConfig, PairProcessor, SquareImageProcessor, appearing, fill
+from vlmo_ds.families.huggingface import FamilyConfig, PairProcessor, SquareImageProcessor, fill, write
 
 
 class CoCaConfig(FamilyConfig):
@@ -158,9 +158,7 @@ def exported(
         bos_token_id=start, eos_token_id=end, pad_token_id=end, max_length=settings.max_text_len
     )
     processor = CoCaProcessor(CoCaImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
-    with appearing(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+    write(folder, model, processor)
     return model
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,20 +23,21 @@ from transformers import (
     AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmo_ds.blocks.layers import init_weights
 from vlmo_ds.families.huggingface import (
-    ClassificationOutput,
+    AnswerClassifier,
     FamilyConfig,
+    ImagePairClassifier,
+    PairModel,
     PairProcessor,
-    RetrievalOutput,
+    RetrievalModel,
     SquareImageProcessor,
-    appearing,
     fill,
+    name_answers,
+    write,
 )
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.model import VLMo
@@ -54,21 +54,17 @@ class VLMoConfig(FamilyConfig):
     settings_class = VLMoSettings
 
 
-class VLMoPreTrainedModel(PreTrainedModel):
+class VLMoPreTrainedModel(PairModel):
     """All classes keep the network under the name `vlmo`, with its official parameter names."""
 
     config_class = VLMoConfig
     base_model_prefix = "vlmo"
-    main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [r"vlmo\..*"]  # heads that a class does not have
 
     def __init__(self, config: VLMoConfig, tasks: Sequence[str]):
         super().__init__(config)
         self.vlmo = VLMo(config.settings, dict.fromkeys(tasks, 1.0))
         self.post_init()
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        init_weights(module, self.config.init_std)
 
     def texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
         mask = (input_ids != 0).long() if attention_mask is None else attention_mask.long()
@@ -102,97 +98,25 @@ class VLMoModel(VLMoPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=encoded, pooler_output=self.vlmo.pooler(encoded[:, 0]))
 
 
-class VLMoForImageTextRetrieval(VLMoPreTrainedModel):
-    """Contrastive features, and where the weights have it the head that scores pairs (`match`)."""
+class VLMoForImageTextRetrieval(VLMoPreTrainedModel, RetrievalModel):
+    __doc__ = RetrievalModel.__doc__
 
     def __init__(self, config: VLMoConfig):
         super().__init__(config, [task for task in config.tasks if task in RETRIEVAL] or ["irtr"])
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, D], of unit length."""
-        return self.vlmo.encode_image({"image": pixel_values})["image"]
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, L] -> [B, D], of unit length."""
-        return self.vlmo.encode_text(self.texts(input_ids, attention_mask))["text"]
-
-    @property
-    def contrast_scale(self) -> float:
-        """What cosines of image and text features are multiplied with."""
-        return float(self.vlmo.contrast_scale())
-
-    def match(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B] log-odds that each text fits its image. ValueError without an itm head."""
-        if "itm" not in self.vlmo.tasks:
-            raise ValueError(f"this model has no itm head; it was trained for {', '.join(self.config.tasks)}")
-        return self.vlmo.match({**self.texts(input_ids, attention_mask), "image": pixel_values})
-
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any
-    ) -> RetrievalOutput:
-        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
-        logits = self.vlmo.logit_scale.exp() * image @ text.t()
-        if self.vlmo.logit_bias is not None:  # of SigLIP's loss, by which a logit is the log-odds of a pair
-            logits = logits + self.vlmo.logit_bias
-        return RetrievalOutput(logits, logits.t(), image, text)
-
-
-class VLMoForClassification(VLMoPreTrainedModel):
-    """What the two classifiers share. Subclasses: their logits and their loss."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> ClassificationOutput:
-        """input_ids, attention_mask [B, L]; pixel_values, logits and labels as the class says."""
-        logits = self.logits(self.texts(input_ids, attention_mask), pixel_values)
-        return ClassificationOutput(None if labels is None else self.loss(logits, labels), logits)
-
-    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class VLMoForQuestionAnswering(VLMoForClassification):
-    """Logits [B, answers] over a fixed list of answers, config.id2label, from pixel_values [B, 3, S, S].
-
-    labels [B, answers]: soft targets in [0, 1]; the loss is summed over the answers.
-    """
+class VLMoForQuestionAnswering(VLMoPreTrainedModel, AnswerClassifier):
+    __doc__ = AnswerClassifier.__doc__
 
     def __init__(self, config: VLMoConfig):
         super().__init__(config, ["vqa"])
 
-    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
-        return self.vlmo.answer({**texts, "image": pixel_values})
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
-
-
-class VLMoForImagesAndTextClassification(VLMoForClassification):
-    """Is a sentence true of two images? Logits [B, 2], index 1 = true, from pixel_values [B, 2, 3, S, S].
-
-    labels [B] int64.
-    """
+class VLMoForImagesAndTextClassification(VLMoPreTrainedModel, ImagePairClassifier):
+    __doc__ = ImagePairClassifier.__doc__
 
     def __init__(self, config: VLMoConfig):
         super().__init__(config, ["nlvr2"])
-
-    def logits(self, texts: dict[str, Tensor], pixel_values: Tensor) -> Tensor:
-        if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
-            raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}; accepted: [B, 2, 3, S, S], two images a text"
-            )
-        return self.vlmo.compare({**texts, "image_0": pixel_values[:, 0], "image_1": pixel_values[:, 1]})
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
 
 
 class VLMoImageProcessor(SquareImageProcessor):
@@ -223,15 +147,11 @@ def exported(
 ) -> VLMoPreTrainedModel:
     """Writes the folder in one rename. Weights that no class has (of mlm, mim) are left out."""
     config = VLMoConfig(tasks=list(tasks), **settings.model_dump())
-    if answers:
-        config.id2label = dict(enumerate(answers))
-        config.label2id = {answer: number for number, answer in enumerate(answers)}
+    name_answers(config, answers)
     model = class_for(tasks)(config).eval()
     fill(model.vlmo, weights)
     processor = VLMoProcessor(VLMoImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
-    with appearing(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+    write(folder, model, processor)
     return model
 
 

@@ -29,8 +29,8 @@ from vlmo_ds.blocks.layers import given, init_weights, normalize
 from vlmo_ds.blocks.position import num_distances
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.distributed.rows import Contrasted, Draw
-from vlmo_ds.families.outside import Outside, opened_tokenizer
-from vlmo_ds.families.step import Batch, FamilyModel, StepOutput, added
+from vlmo_ds.families.outside import TokensOfImages
+from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.multiway import Encoded, MultiWayTransformer, Stream
@@ -42,7 +42,7 @@ from vlmo_ds.objectives.nlvr2 import nlvr2_loss
 from vlmo_ds.objectives.vqa import vqa_loss
 
 
-class VLMo(FamilyModel):
+class VLMo(TokensOfImages):
     """VLMo (arXiv:2111.02358) with the heads that its tasks need.
 
     tasks: task name -> loss weight. Names: mim, textmlm, mlm, itc, itm; irtr, vqa, nlvr2 go alone.
@@ -113,7 +113,6 @@ class VLMo(FamilyModel):
             self.vqa_classifier = classifier(dim, 2 * dim, config.vqav2_label_size)
         if "nlvr2" in tasks:
             self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
-        self.tokenizer: Outside | None = None
         self.apply(partial(init_weights, std=config.init_std))
         for name, token in self.named_parameters():
             if name.endswith(("cls_token", "mask_token", "pos_embed")):
@@ -234,19 +233,9 @@ class VLMo(FamilyModel):
         (biases,) = self.transformer.biases([Stream(image_rows_B=rows)], self.relative_position_bias_table)
         return self.transformer.norm(self.mim_aggregation(early_BLD, biases[-1]))
 
-    @torch.no_grad()
-    def visual_tokens(self, batch: Batch) -> Tensor:
-        """[B, P] int64, those of the data or of the tokenizer."""
-        if "visual_tokens" in batch:
-            return batch["visual_tokens"]
-        self.open()
-        return given(self.tokenizer, "model.visual_tokenizer")(batch["image"])
-
-    def open(self) -> None:
-        config = self.config
-        if "mim" in self.tasks and self.mim_target is None and config.visual_tokenizer and self.tokenizer is None:
-            side = config.image_size // config.patch_size
-            self.tokenizer = opened_tokenizer(config.visual_tokenizer, side, config.num_visual_tokens)
+    @property
+    def predicts_tokens(self) -> bool:
+        return "mim" in self.tasks and self.mim_target is None
 
     # ---- image-text contrast ----
 
