@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from conftest import run_ranks, write_yaml
+from conftest import run_ranks, start_ranks, write_yaml
 from families.beit3.tiny import masked_beit3, tiny_beit3
 from faults.runs import killed_at
 
@@ -138,6 +138,15 @@ def test_streams_that_do_not_fit_are_told_in_a_line(synthetic, tmp_path, changes
     with pytest.raises(RecipeError, match=words) as told:
         parse_recipe(recipe, "r")
     assert str(told.value).count("\n") == 1
+
+
+def test_a_mask_word_that_the_vocabulary_has_not_ends_the_start_in_one_line(tmp_path, synthetic):
+    recipe = masked_beit3(synthetic, tmp_path)
+    recipe["model"]["mask_word"] = 9999
+    (process,) = start_ranks(command_of(tmp_path, recipe, 0), 1)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "error: model.mask_word is 9999, and the vocabulary has " in output
 
 
 def test_data_is_that_of_the_kind_which_has_no_stream(tmp_path, synthetic, image_tokenizer):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ContrastSettings, ModelConfig, StageConfig, VisualTokenSettings
+from vlmo_ds.config import ContrastSettings, ModelConfig, RecipeError, StageConfig, VisualTokenSettings
 from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
 
 if TYPE_CHECKING:
@@ -122,6 +122,10 @@ class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings):
         super().take_words(tokenizer)
         if self.mask_word is None:
             self.mask_word = tokenizer.mask_token_id
+        if self.mask_word >= self.vocab_size:
+            raise RecipeError(
+                f"model.mask_word is {self.mask_word}, and the vocabulary has {self.vocab_size} words: take the tokenizer's (null), or a lower number"
+            )
 
     def check_stage(self, stage: StageConfig) -> None:
         self.check_tokens(stage)
