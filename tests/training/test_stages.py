@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, free_port, run_ranks, start_ranks, tiny_recipe, write_yaml
 from safetensors.torch import load_file
+from training import gathers
 
 from vlmo_ds.config import RecipeError
 from vlmo_ds.distributed.collector import Collector
@@ -190,48 +191,10 @@ def test_resume_after_kill_9_equals_the_uninterrupted_run(tmp_path, synthetic):
     assert list((tmp_path / "b" / "run").rglob("*.tmp")) == []
 
 
-GATHERS = """
-import collections, sys
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator as coordinator
-counts, phase, steps = collections.Counter(), ["forward"], [0]
-original = coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__all_gather_params
-def counted(self, params, forward):
-    for p in params:
-        if forward and p.ds_status == partition_parameters.ZeroParamStatus.NOT_AVAILABLE:
-            counts[p.ds_id] += 1
-    return original(self, params, forward)
-coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__all_gather_params = counted
-from vlmo_ds.families.vlmo.model import VLMo
-step = VLMo.step
-def watched(self, batch):
-    counts.clear()
-    out = step(self, batch)
-    names = {p.ds_id: n for n, p in self.named_parameters()}
-    self.last = {names[k]: v for k, v in counts.items()}
-    open(sys.argv[1], "w").write(repr(self.last))
-    return out
-VLMo.step = watched
-from vlmo_ds.training.run import main
-log = sys.argv.pop(1)
-sys.argv.insert(1, log)
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 def test_zero3_gathers_each_weight_at_most_twice_in_a_joint_forward(tmp_path, synthetic):
-    config = {
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
-        }
-    }
-    command = arguments(tmp_path, synthetic, 3, config, retrieval=None)[1:]
-    (tmp_path / "watch.py").write_text(GATHERS)
-    run_ranks([str(tmp_path / "watch.py"), str(tmp_path / "counts"), *command], 2)
-    counts = eval((tmp_path / "counts").read_text())
+    of_run = arguments(tmp_path, synthetic, 3, gathers.GATHERED_ALWAYS, retrieval=None)[1:]
+    run_ranks(gathers.command(tmp_path, "vlmo_ds.families.vlmo.model:VLMo", of_run), 2)
+    counts = json.loads((tmp_path / "gathers.json").read_text())
     assert {k: v for k, v in counts.items() if v not in (1, 2)} == {}
     for i in range(3):
         for part in ("attn.qkv.weight", "attn.proj.weight", "norm1.weight"):

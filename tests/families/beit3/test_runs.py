@@ -5,8 +5,9 @@ import random
 
 import pytest
 from conftest import run_ranks, start_ranks, write_yaml
-from families.beit3.tiny import masked_beit3, tiny_beit3
+from families.beit3.tiny import SETTINGS, masked_beit3, tiny_beit3
 from faults.runs import killed_at
+from training import gathers
 
 from vlmo_ds.config import RecipeError
 from vlmo_ds.recipe_file import parse_recipe
@@ -89,6 +90,19 @@ def test_a_step_reads_all_three_kinds_of_data(masked):
         and last["data/epoch/texts/data"] == 0.25
     )
     assert json.loads((masked / "data.json").read_text()).keys() == {"pretrain", "pretrain/images", "pretrain/texts"}
+
+
+def test_zero3_gathers_each_weight_once_in_a_step_over_all_three_kinds_of_data(tmp_path, synthetic, image_tokenizer):
+    recipe = masked_beit3(synthetic, image_tokenizer)
+    recipe["stages"][0]["steps"] = 3
+    of_run = command_of(tmp_path, recipe, 3)
+    (tmp_path / "ds.json").write_text(json.dumps({**gathers.GATHERED_ALWAYS, "steps_per_print": 10**9}))
+    run_ranks(gathers.command(tmp_path, "vlmo_ds.families.beit3.model:BEiT3", of_run[1:]), 2)
+    counts = json.loads((tmp_path / "gathers.json").read_text())
+    heads = {"mim_head.weight", "mim_head.bias", "mlm_head.weight", "mlm_head.bias"}  # of images or texts alone, and of pairs
+    assert {name: times for name, times in counts.items() if times != 1} == dict.fromkeys(heads, 2)
+    blocks = SETTINGS["depth"] * 2 * (4 + 2 + 4) * 2  # of each expert 4 + 2 linear layers and 4 norms, weight and bias
+    assert sum(".layers." in name for name in counts) == blocks
 
 
 SHORT = ((2, 3),)
