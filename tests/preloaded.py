@@ -43,6 +43,7 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], output: 
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     elif first == "-m":
         sys.argv = rest
+        sys.modules.pop(rest[0], None)  # as in a new interpreter, where runpy does not warn of it
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments

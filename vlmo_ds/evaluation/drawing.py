@@ -13,7 +13,7 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: l
 .curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } figcaption { font-weight: 600 }
 small { font-weight: 400; margin-left: .4rem }
 .query { display: flex; gap: .6rem; align-items: flex-start; margin: 1rem 0; flex-wrap: wrap }
-.query > p { width: 17rem; margin: 0 } .query > div { flex: 1; min-width: 20rem } ul { margin: .2rem 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover }
+.query > p { width: 17rem; margin: 0 } .query > div { flex: 1; min-width: 20rem } ul { margin: .2rem 0 } .hit { outline: 4px solid #2da44e } img { width: 96px; height: 96px; object-fit: cover } .codes img { width: auto; height: auto }
 ol { margin: 0; padding-left: 1.4rem } li.hit { outline: none; color: #1a7f37; font-weight: 600 }
 table.facts td { text-align: left } pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: 12px }
 details { margin: .6rem 0 } summary { cursor: pointer }

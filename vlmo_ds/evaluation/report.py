@@ -194,16 +194,21 @@ def write_report(
     ranks: Sequence[Hardware] = (),
     evaluation_seconds: float = 0.0,
     precisions: Mapping[str, str] | None = None,
+    codes: bytes = b"",
 ) -> Path:
     """Writes <run>/report/index.html and returns its path.
 
-    tables: further numbers, by evaluation; captions: images with what was written for them; ranks: what each runs on; precisions: of each stage, in the run's order.
+    tables: further numbers, by evaluation; captions: images with what was written for them; ranks: what each runs on; precisions: of each
+    stage, in the run's order; codes: a picture of a visual tokenizer's codes.
     """
     body = [f"<h1>{html.escape(name)}</h1><p class='note'>A vlmo_ds run: {html.escape(str(run))}</p>"]
     if data is not None and result is not None:
         body.append("<h2>Retrieval</h2>" + retrieval_table(result, len(data.images), len(data.captions)))
     body += [numbers_table(title, values) for title, values in (tables or {}).items()]
     body.append("<h2>Training</h2>" + curves(run))
+    if codes:
+        note = "In each row the patches that are nearest to one code, from the most to the least used."
+        body.append(f"<h2>Codes</h2><p class='note'>{note}</p><div class='codes'>{picture(codes)}</div>")
     if captions:
         body.append(caption_gallery(captions))
     if data is not None and result is not None and queries:

@@ -34,6 +34,7 @@ from vlmo_ds.families.step import FamilyModel
 from vlmo_ds.objectives.quantize import perplexity
 
 CALL = "tokenize"
+SHEET = "codes.png"
 SHOWN, PATCHES_SHOWN, LOOKED_AT = (
     24,
     12,
@@ -82,7 +83,7 @@ def main() -> None:
         f"{float(perplexity(counts.double())):.1f}; the tokenizer's checksum is {origin.tokenizer}"
     )
     if rank == 0:
-        sheet = args.output / "codes.png"
+        sheet = args.output / SHEET
         write_atomically(sheet, contact_sheet(model, shards, counts, args.batch_size))
         print(f"{sheet}: patches of {min(SHOWN, used)} codes")
 
@@ -119,8 +120,9 @@ def tokenize(model: FamilyModel, shard: Shard, file: Path, origin: Origin, batch
 
 
 @torch.no_grad()
-def contact_sheet(model: FamilyModel, shards: list[Shard], counts_K: Tensor, batch: int) -> bytes:
-    """A PNG: in each row the patches that are nearest to one code, of codes from the most to the least used, among some images."""
+def contact_sheet(model: FamilyModel, shards: list[Shard], counts_K: Tensor | None = None, batch: int = 64) -> bytes:
+    """A PNG: in each row the patches that are nearest to one code, of codes from the most to the least used, among some images.
+    counts_K: how often each code is used; None: by these images."""
     side = model.config.patch_size
     device = next(model.parameters()).device
     images, codes, near = [], [], []
@@ -141,6 +143,8 @@ def contact_sheet(model: FamilyModel, shards: list[Shard], counts_K: Tensor, bat
             near.append(model(inputs, "nearness").float().cpu())
     image, code_N, near_N = torch.cat(images), torch.cat(codes).flatten(), torch.cat(near).flatten()
     patch_NCHW = image.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    if counts_K is None:
+        counts_K = code_N.bincount()
     used = counts_K.argsort(descending=True)[: int((counts_K > 0).sum())]
     rows = used[np.unique(np.linspace(0, len(used) - 1, min(SHOWN, len(used))).astype(int))].tolist()
     sheet = Image.new("RGB", (PATCHES_SHOWN * (TILE + 2), max(len(rows), 1) * (TILE + 2)), "white")

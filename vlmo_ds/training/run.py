@@ -24,6 +24,7 @@ from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
+from vlmo_ds.evaluation import tokenize
 from vlmo_ds.evaluation.circumstances import hardware
 from vlmo_ds.evaluation.held_out import check_held_out
 from vlmo_ds.evaluation.overlap import overlap
@@ -393,6 +394,15 @@ def precisions(run: Path) -> dict[str, str]:
     return {stage: precision_of(config) for stage, config in configs.items()}
 
 
+def sheet_of_codes(recipe: Recipe, folder: Path) -> bytes:
+    """A picture of the codes of a visual tokenizer, by images that it was trained on; nothing where the last stage trains none."""
+    stage = recipe.stages[-1]
+    if tokenize.CALL not in stage.gives:
+        return b""
+    shards = [shard for source in source_shards(stage.data) for shard in source]
+    return tokenize.contact_sheet(load_model(recipe, folder).to(device()), shards)
+
+
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:
     """Evaluation after the last stage, and the report."""
     started = time.monotonic()
@@ -409,6 +419,7 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
                     outcomes[f"{name}_{EMA}"] = Outcome(outcome.metrics, f"by the moving average: {outcome.text}")
                 else:
                     outcomes[name] = outcome
+    codes = sheet_of_codes(recipe, folder / FINAL) if collector.rank == 0 else b""
 
     def publish() -> None:
         for name, outcome in outcomes.items():
@@ -420,7 +431,11 @@ def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collec
         queries = recipe.retrieval.gallery if recipe.retrieval else 0
         seconds = time.monotonic() - started
         captions = [one for outcome in outcomes.values() for one in outcome.captions]
-        path = write_report(run, recipe.name, data, result, queries, tables, captions, ranks, seconds, precisions(run))
+        if codes:
+            write_atomically(run / tokenize.SHEET, codes)
+        path = write_report(
+            run, recipe.name, data, result, queries, tables, captions, ranks, seconds, precisions(run), codes
+        )
         print(f"report: {path}", flush=True)
 
     if collector.rank == 0:

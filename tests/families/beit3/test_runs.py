@@ -99,7 +99,12 @@ def test_zero3_gathers_each_weight_once_in_a_step_over_all_three_kinds_of_data(t
     (tmp_path / "ds.json").write_text(json.dumps({**gathers.GATHERED_ALWAYS, "steps_per_print": 10**9}))
     run_ranks(gathers.command(tmp_path, "vlmo_ds.families.beit3.model:BEiT3", of_run[1:]), 2)
     counts = json.loads((tmp_path / "gathers.json").read_text())
-    heads = {"mim_head.weight", "mim_head.bias", "mlm_head.weight", "mlm_head.bias"}  # of images or texts alone, and of pairs
+    heads = {
+        "mim_head.weight",
+        "mim_head.bias",
+        "mlm_head.weight",
+        "mlm_head.bias",
+    }  # of images or texts alone, and of pairs
     assert {name: times for name, times in counts.items() if times != 1} == dict.fromkeys(heads, 2)
     blocks = SETTINGS["depth"] * 2 * (4 + 2 + 4) * 2  # of each expert 4 + 2 linear layers and 4 norms, weight and bias
     assert sum(".layers." in name for name in counts) == blocks

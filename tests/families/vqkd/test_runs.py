@@ -39,6 +39,11 @@ def reference(tmp_path_factory, synthetic, teacher):
     return run(tmp_path_factory.mktemp("tokenizer"), tiny_tokenizer(synthetic, teacher, replace_below=0.3), 1, 0)
 
 
+def test_the_report_shows_the_codes(reference):
+    assert (reference / "codes.png").stat().st_size > 1000
+    assert "<h2>Codes</h2>" in (reference / "report" / "index.html").read_text()
+
+
 SHORT = ((2, 3),)
 
 

@@ -1,0 +1,60 @@
+"""VLMo's quickstart with an image stage that predicts visual tokens, beside its own, which predicts pixels.
+
+    python benchmarks/visual_tokens.py [--output FILE] [key=value ...]
+
+The same data, steps and settings but for the target of the image stage, three seeds. The tokens are those of the first two runs of
+launch/beit3_quickstart.sh, a teacher that contrast has trained and its tokenizer, which are trained here where they are not yet there; no seed of
+the quickstart changes them. R@1 after the last stage, re-ranked as the recipe says, over 256 held-out scenes. data/synthetic has to be there; runs go to
+runs/tokens_*, and those that are there go on or are taken as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from common import write_results
+from pretraining import ROOT, SEEDS, gain, row, train
+
+TOKENIZER = "beit3_quickstart_tokenizer"
+STAGES = ("image", "text", "words", "contrast", "joint")
+ON_TOKENS = ["model.mim_target=tokens", "model.num_visual_tokens=256", f"model.visual_tokenizer=runs/{TOKENIZER}"]
+
+
+def masked_patches(folders: list[str]) -> dict:
+    """How many of the masked patches the end of the image stage finds, mean of its last tenth, of each seed."""
+    found = []
+    for folder in folders:
+        rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        shares = [row["mim/accuracy"] for row in rows if row["stage"] == "image"]
+        last = shares[-max(1, len(shares) // 10) :]
+        found.append(round(100 * sum(last) / len(last), 1))
+    return {"masked patches whose token is found, percent": found, "by chance": round(100 / 256, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the quickstart to change")
+    args = parser.parse_intermixed_args()
+    output = args.output and args.output.resolve()
+    os.chdir(ROOT)  # where recipes look for data
+    for name in ("beit3_quickstart_teacher", TOKENIZER):
+        train(f"beit3_quickstart/{name}", name)
+    runs = {
+        target: [train("quickstart", f"tokens_{target}_{seed}", f"seed={seed}", *of, *args.overrides) for seed in SEEDS]
+        for target, of in (("pixels", []), ("tokens", ON_TOKENS))
+    }
+    results = [row(target, folders, *STAGES) for target, folders in runs.items()]
+    results[1] |= masked_patches(runs["tokens"])
+    results.append(gain(runs["tokens"], runs["pixels"], STAGES[-1]))
+    for result in results:
+        print(json.dumps(result))
+    if output:
+        write_results(output, results)
+
+
+if __name__ == "__main__":
+    main()
