@@ -29,7 +29,9 @@ def trained(part: str, seed: int, *options: str, name: str = "") -> tuple[str, f
     """(the run's folder, seconds)."""
     recipe = "beit3_quickstart" + (f"_{part}" if part else "")
     start = time.perf_counter()
-    folder = train(f"beit3_quickstart/{recipe}", f"beit3q_{name or part or 'pretraining'}_{seed}", f"seed={seed}", *options)
+    folder = train(
+        f"beit3_quickstart/{recipe}", f"beit3q_{name or part or 'pretraining'}_{seed}", f"seed={seed}", *options
+    )
     return folder, round(time.perf_counter() - start, 1)
 
 

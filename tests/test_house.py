@@ -28,7 +28,7 @@ FORWARDING = {f"training/{name}.py" for name in ("plan", "preflight", "supervise
 # Where a word that is also a task's name means something else: an evaluation or a method of retrieval, by its name in a
 # recipe and in a run's files, a dataset, or a field of a sample.
 OTHER_MEANINGS = {
-    "__main__.py": {"vqa", "nlvr2", "captioning"},
+    "__main__.py": {"vqa", "nlvr2", "captioning", "classification"},
     "config.py": {"vqa"},
     **{
         f"data/{file}.py": {"caption"}
@@ -38,7 +38,8 @@ OTHER_MEANINGS = {
     "data/prepare/sources.py": {"nlvr2", "caption"},
     "evaluation/captioning.py": {"caption", "captioning"},
     "evaluation/capfilt.py": {"caption"},
-    "evaluation/table.py": {"vqa", "nlvr2", "captioning"},
+    "evaluation/table.py": {"vqa", "nlvr2", "captioning", "classification"},
+    "evaluation/classification.py": {"classification"},
     "evaluation/vqa.py": {"vqa"},
     "evaluation/nlvr2.py": {"nlvr2"},
     "evaluation/retrieval.py": {"itc"},

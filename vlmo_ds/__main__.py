@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate vqa": ("vlmo_ds.evaluation.vqa", "questions about images"),
     "evaluate nlvr2": ("vlmo_ds.evaluation.nlvr2", "sentences about pairs of images"),
     "evaluate captioning": ("vlmo_ds.evaluation.captioning", "captions for images, and their scores"),
+    "evaluate classification": ("vlmo_ds.evaluation.classification", "classification by a trained head"),
     "evaluate zero_shot": ("vlmo_ds.evaluation.zero_shot", "classification by the names of the classes"),
     "capfilt": ("vlmo_ds.evaluation.capfilt", "write captions for a shard set, and leave out those that do not fit"),
     "search": ("vlmo_ds.evaluation.search", "find photographs in a folder by words"),

@@ -178,6 +178,19 @@ class VisualTokenSettings(Settings):
                 )
 
 
+class ClassSettings(Settings):
+    """Of families that say which of some classes an image is of."""
+
+    num_classes: int = Field(0, ge=0, description="classes that an image is one of; 0: no head for them")
+
+    def check_classes(self, stage: StageConfig) -> None:
+        """ValueError where a stage learns classes, and it is not said how many there are."""
+        if not self.num_classes and any("label" in part.reads for part in stage.parts.values()):
+            raise ValueError(
+                f"num_classes is 0, and stages.{stage.name} learns classes of images: take as many as the labels number"
+            )
+
+
 class ImageTowerConfig(ModelConfig):
     """Of families whose image tower has absolute positions."""
 
@@ -851,7 +864,12 @@ class Recipe(Settings):
     vqa: VQAConfig | None = Field(None, description="null: no questions answered after the last stage")
     nlvr2: EvaluationConfig | None = Field(None, description="null: no pairs of images judged after the last stage")
     captioning: CaptioningConfig | None = Field(None, description="null: no captions written after the last stage")
-    zero_shot: ZeroShotConfig | None = Field(None, description="null: no pictures classified after the last stage")
+    zero_shot: ZeroShotConfig | None = Field(
+        None, description="null: no pictures classified by the names of classes after the last stage"
+    )
+    classification: EvaluationConfig | None = Field(
+        None, description="null: no pictures classified by a trained head after the last stage"
+    )
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept per stage")
     background_checkpoints: bool = Field(
         True, description="write checkpoints while training goes on, from a copy in host memory"

@@ -78,6 +78,8 @@ def test_members_of_a_sample(shard, count):
             changed["json"] = json.dumps(mutated_value(META, rng), ensure_ascii=rng.random() < 0.5).encode(
                 errors="surrogatepass"
             )
+        if rng.random() < 0.2:
+            changed["cls"] = mutated(b"12\n", rng)
         return changed
 
     def read(changed: dict[str, bytes]) -> None:
@@ -88,6 +90,7 @@ def test_members_of_a_sample(shard, count):
         data = sets[len(changed["json"]) % len(sets)]
         attempt(lambda: collate([data.make(raw, Place(0, 1, 0, 0))], 20))
         attempt(lambda: zero_shot.label_of(raw, ["cat", "dog"]))
+        attempt(lambda: raw.label_below(3))
         attempt(lambda: [vqa.accuracy("yes", e["answers"]) for e in vqa.read(raw)[1] if e.get("answers")])
         attempt(
             lambda: nlvr2.scores(

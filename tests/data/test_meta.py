@@ -228,12 +228,30 @@ CLASSES = ["crane", "dog", "crane", "cat"]
     ],
 )
 def test_labels_of_zero_shot(meta, wanted):
-    raw = SimpleNamespace(name="a.tar:7", meta=meta)
+    raw = SimpleNamespace(name="a.tar:7", meta=meta, label=meta.get("label"))
     if isinstance(wanted, int):
         assert label_of(raw, CLASSES) == wanted
     else:
         with pytest.raises(DataError, match=f"a.tar:7: its .json has .*{wanted}"):
             label_of(raw, CLASSES)
+
+
+@pytest.mark.parametrize("fields, wanted", [
+    ({"json": b'{"label": 2}'}, 2), ({"cls": b"2\n"}, 2), ({"cls": b"2", "json": b"{}"}, 2), ({"cls": b"5", "json": b'{"label": 1}'}, 1),
+    ({}, "None"), ({"cls": b"3"}, "3"), ({"cls": b"-1"}, "'-1'"), ({"cls": "٢".encode()}, "'٢'"), ({"cls": b""}, "''"),
+    ({"cls": b"\xff"}, "'.'"), ({"cls": b"9" * 5000}, "'999+"), ({"json": b'{"label": "2"}', "cls": b"2"}, "'2'"),
+    ({"json": b'{"label": true}'}, "True"),
+])  # fmt: skip
+def test_labels_of_classes(tmp_path, fields, wanted):
+    write_tar(tmp_path / "a.tar", {"x.png": png(), **{f"x.{name}": content for name, content in fields.items()}})
+    (raw,) = samples(tmp_path)
+    if isinstance(wanted, int):
+        assert raw.label_below(3) == label_of(raw, ["a", "b", "c"]) == wanted
+    else:
+        with pytest.raises(
+            DataError, match=rf"a.tar:x: its label in .json or .cls is {wanted}.*; accepted: a number from 0 to 2 \("
+        ):
+            raw.label_below(3)
 
 
 def test_pairs_without_labels_or_pictures_are_named(tmp_path):

@@ -43,7 +43,9 @@ class SampleSpec:
     questions: bool
     answer_texts: bool
     image_pair: bool
+    label: bool
     answers: int
+    classes: int
     image_size: int
     window: int
     max_text_len: int
@@ -51,9 +53,15 @@ class SampleSpec:
 
 
 def spec_for(
-    reads: Collection[str], image_size: int, patch_size: int, max_text_len: int, seed: int, answers: int = 0
+    reads: Collection[str],
+    image_size: int,
+    patch_size: int,
+    max_text_len: int,
+    seed: int,
+    answers: int = 0,
+    classes: int = 0,
 ) -> SampleSpec:
-    """reads: as families.interface.Task.reads; answers: those that questions choose among."""
+    """reads: as families.interface.Task.reads; answers: those that questions choose among; classes: that images are of."""
     return SampleSpec(
         image="image" in reads,
         text="text" in reads,
@@ -62,7 +70,9 @@ def spec_for(
         questions="questions" in reads,
         answer_texts="answers" in reads,
         image_pair="image_pair" in reads,
+        label="label" in reads,
         answers=answers,
+        classes=classes,
         image_size=image_size,
         window=image_size // patch_size,
         max_text_len=max_text_len,
@@ -175,6 +185,8 @@ class BatchDataset(Dataset):
             if all(self.tokens):
                 file = visual_tokens.file_of(self.tokens[place.source] or "", self.shards[place.source][place.shard])
                 out["visual_tokens"] = visual_tokens.opened(file).of(place.row, raw)
+        if spec.label:
+            out["label"] = raw.label_below(spec.classes)
         if spec.questions:
             wanted = ("answers",) if spec.answer_texts else ("labels", "scores")
             entries = raw.entries("questions", ("question", *wanted))

@@ -28,7 +28,7 @@ from vlmo_ds.data.index import (
     unpack,
     unpack_spans,
 )
-from vlmo_ds.data.meta import is_unicode, parse_json, printable, read_meta, truth
+from vlmo_ds.data.meta import is_label, is_unicode, parse_json, printable, read_meta, shown, truth
 from vlmo_ds.data.storage import DataError, NoAccess, Storage, expand, is_remote, read_span
 
 ANSWERS = "answers.json"
@@ -284,6 +284,22 @@ class RawSample:
             return read_meta(self.fields["json"])
         except ValueError as error:
             raise DataError(f"{self.name}: its .json {error}") from None
+
+    @property
+    def label(self) -> Any:
+        """The number of the picture's class: "label" of .json, or what .cls holds; None where there is neither."""
+        if "label" in self.meta or "cls" not in self.fields:
+            return self.meta.get("label")
+        text = self.fields["cls"].decode("utf-8", "replace").strip()
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else text
+
+    def label_below(self, classes: int) -> int:
+        """The label. DataError where it is none of so many classes."""
+        if is_label(self.label) and self.label < classes:
+            return self.label
+        raise DataError(
+            f"{self.name}: its label in .json or .cls is {shown(self.label)}; accepted: a number from 0 to {classes - 1} (model.num_classes)"
+        )
 
     @property
     def sample_id(self) -> int:

@@ -19,7 +19,7 @@ from vlmo_ds.config import (
     ZeroShotConfig,
 )
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import captioning, nlvr2, retrieval, runs, vqa, zero_shot
+from vlmo_ds.evaluation import captioning, classification, nlvr2, retrieval, runs, vqa, zero_shot
 from vlmo_ds.evaluation.captioning import Captioned
 from vlmo_ds.evaluation.retrieval import RetrievalResult, RetrievalSet
 from vlmo_ds.families.step import FamilyModel
@@ -83,7 +83,12 @@ def measure_captioning(model: FamilyModel, of: Finished, config: CaptioningConfi
 
 def measure_zero_shot(model: FamilyModel, of: Finished, config: ZeroShotConfig) -> Outcome:
     metrics = zero_shot.evaluate(model, config, *zero_shot.names_of(config), of.tokenizer, of.collector)
-    return Outcome(metrics, zero_shot.table(metrics))
+    return Outcome(metrics, classification.table(metrics, "zero-shot"))
+
+
+def measure_classification(model: FamilyModel, of: Finished, config: EvaluationConfig) -> Outcome:
+    metrics = classification.evaluate(model, config, of.collector)
+    return Outcome(metrics, classification.table(metrics))
 
 
 TABLE: dict[str, Evaluation] = {
@@ -98,9 +103,14 @@ TABLE: dict[str, Evaluation] = {
     ),
     "zero_shot": Evaluation(
         "encode_text",
-        lambda config: runs.names_and_pictures(config, zero_shot.read),
+        lambda config: runs.names_and_pictures(config, classification.read),
         measure_zero_shot,
         zero_shot.check,
+    ),
+    "classification": Evaluation(
+        "classify",
+        lambda config: runs.names_and_pictures(config, classification.read),
+        measure_classification,
     ),
 }
 

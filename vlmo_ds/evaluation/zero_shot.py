@@ -2,14 +2,14 @@
 
     python -m vlmo_ds.evaluation.zero_shot RUN --shards PATTERN ... --classes FILE [--templates FILE] [--output FILE]
 
-The recipe's section zero_shot says the same for the end of a run, and while it trains. Shards hold images with a class in .json ("label": a number from 0, or "class": one of the names), as
+The recipe's section zero_shot says the same for the end of a run, and while it trains. Shards hold images with a class in .json ("label": a number from 0, or "class": one of the names) or .cls, as
 `python -m vlmo_ds.data.prepare image_folder` writes them. FILE: one class name, or one template with {} in it, a line.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.config import EvaluationConfig, RecipeError, ZeroShotConfig, number
 from vlmo_ds.data.meta import is_label, is_whole, shown
-from vlmo_ds.data.shards import RawSample, lines, list_shards
+from vlmo_ds.data.shards import RawSample, lines
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
+from vlmo_ds.evaluation.classification import accuracy, table
 from vlmo_ds.families.step import FamilyModel
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}.")
-BEST = (1, 5)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def class_features(
 
 def label_of(raw: RawSample, classes: Sequence[str]) -> int:
     """The number of a picture's class. DataError where .json names none, or label and class name different ones."""
-    label, name = raw.meta.get("label"), raw.meta.get("class")
+    label, name = raw.label, raw.meta.get("class")
     if is_label(label) and label < len(classes):
         if name in classes and name != classes[label]:
             raise DataError(
@@ -79,23 +79,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Percent of images whose class is among the best 1 and 5, on every rank. Of equally near classes the first counts."""
     model.eval()
-    device = next(model.parameters()).device
     class_CD = class_features(model, classes, templates, tokenizer, config.batch_size, collector)
 
-    def make(raw: RawSample) -> list[dict]:
-        image = runs.square_pixels(raw.image, model.config.image_size, raw.name)
-        return [{"image": image, "label": label_of(raw, classes)}]
+    def scores(images: Tensor) -> Tensor:
+        return model({"image": images}, "encode_image")["image"] @ class_CD.t()
 
-    counts = torch.zeros(1 + len(BEST), dtype=torch.float64)
-    samples = runs.Samples(list_shards(config.shards), make, collector)
-    for batch in runs.examples_in_batches(samples, config.batch_size, config.workers, "zero-shot"):
-        images = torch.stack([example["image"] for example in batch]).to(device)
-        scores_BC = model({"image": images}, "encode_image")["image"] @ class_CD.t()
-        order = scores_BC.argsort(dim=1, descending=True, stable=True).cpu()
-        hits = order == torch.tensor([example["label"] for example in batch])[:, None]
-        counts += torch.tensor([len(batch), *(float(hits[:, :k].any(1).sum()) for k in BEST)], dtype=torch.float64)
-    total, *right = collector.sum(counts.to(device)).tolist()
-    return {f"top-{k}": 100 * n / total for k, n in zip(BEST, right, strict=True)} | {"images": total}
+    return accuracy(model, scores, lambda raw: label_of(raw, classes), config, collector, "zero-shot")
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -106,11 +95,6 @@ def read_lines(path: Path, what: str) -> list[str]:
     if not found:
         raise RecipeError(f"{path}, the {what}, is empty")
     return found
-
-
-def read(raw: RawSample) -> tuple[dict[str, bytes], list[dict]]:
-    """The picture of a sample; whose class it is depends on the names."""
-    return {"image": raw.image}, []
 
 
 def names_of(config: ZeroShotConfig) -> tuple[list[str], Sequence[str]]:
@@ -129,12 +113,6 @@ def check(config: ZeroShotConfig, max_text_len: int, tokenizer: PreTrainedTokeni
     names_of(config)
 
 
-def table(metrics: Mapping[str, float]) -> str:
-    return f"zero-shot: {int(metrics['images'])} images, " + ", ".join(
-        f"top-{k} {metrics[f'top-{k}']:.2f}" for k in BEST
-    )
-
-
 def main() -> None:
     parser = runs.parser(__doc__)
     parser.add_argument(
@@ -149,7 +127,7 @@ def main() -> None:
     given = {name: getattr(args, name) for name in ("shards", "classes", "templates", "batch_size")}
     config = ZeroShotConfig.of(recipe.zero_shot, "zero_shot", **given)
     metrics = evaluate(model, config, *names_of(config), tokenizer, model.collector)
-    print(table(metrics))
+    print(table(metrics, "zero-shot"))
     if args.output:
         write_atomically(args.output, runs.as_json(metrics))
 

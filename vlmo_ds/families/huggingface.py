@@ -156,6 +156,17 @@ class ImagePairClassifier(Classifier):
         return F.cross_entropy(logits, labels)
 
 
+class ImageClassifier(PairModel):
+    """Logits [B, classes] of images alone."""
+
+    main_input_name = "pixel_values"
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ClassificationOutput:
+        """pixel_values [B, 3, S, S]; labels [B] int64."""
+        logits = self.base_model.classify({"image": pixel_values})
+        return ClassificationOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
 def as_image(pixels_HWC: np.ndarray) -> Image.Image:
     try:
         return Image.fromarray(pixels_HWC)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlmo_ds.distributed.collector import Collector
     from vlmo_ds.families.step import FamilyModel
 
-Reads = Literal["image", "text", "masked_image", "masked_text", "questions", "answers", "image_pair"]
+Reads = Literal["image", "text", "masked_image", "masked_text", "questions", "answers", "image_pair", "label"]
 IMAGES = frozenset({"image", "masked_image", "image_pair", "questions"})  # questions are about an image
 # and a sentence about an image pair is a text; "answers" are the questions' as texts, in place of their numbers in a list
 TEXTS = frozenset({"text", "masked_text", "image_pair", "questions", "answers"})

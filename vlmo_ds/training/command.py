@@ -30,7 +30,7 @@ Settings are those of the recipe, key=value, such as stages.joint.steps=100. The
   stages.<name>.init.*         initial weights
   stages.<name>.ema.*          a moving average of the weights
   stages.<name>.evaluate.*     what is measured every evaluate_every steps, the best weights, an early end
-  retrieval.*, vqa.*, nlvr2.*, captioning.*, zero_shot.*  what is evaluated after the last stage
+  retrieval.*, vqa.*, nlvr2.*, captioning.*, zero_shot.*, classification.*  what is evaluated after the last stage
   loss_spike.*                 a guard against jumps of the loss
   name, seed, keep_checkpoints, background_checkpoints, checkpoint_failures, max_nonfinite_steps, check_ranks, check_bits
 `vlmo recipe --explain` lists every setting with its type, default and meaning (from a clone: python -m vlmo_ds recipe --explain).

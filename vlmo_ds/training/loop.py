@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmo_ds.blocks.branch import compile_branches
 from vlmo_ds.blocks.kernels import use_kernels
-from vlmo_ds.config import Recipe, RecipeError, StageConfig
+from vlmo_ds.config import ClassSettings, Recipe, RecipeError, StageConfig
 from vlmo_ds.data.loader import BatchDataset, Streams, batches, spec_for, stable_seed
 from vlmo_ds.data.shards import stable_id
 from vlmo_ds.data.tokenizer import vocabulary_digest
@@ -117,7 +117,9 @@ def build_dataset(
     for stream, part in stage.parts.items():
         micro, _ = micro_batch(part, collector.world_size)
         own = stable_seed(seed, stable_id(stream)) if len(stage.parts) > 1 and stream else seed
-        spec = spec_for(part.reads, model.image_size, model.patch_size, model.max_text_len, own, model.vqav2_label_size)
+        classes = model.num_classes if isinstance(model, ClassSettings) else 0
+        sizes = (model.image_size, model.patch_size, model.max_text_len)
+        spec = spec_for(part.reads, *sizes, own, model.vqav2_label_size, classes)
         found[stream] = BatchDataset(
             part.data,
             spec,

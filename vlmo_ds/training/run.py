@@ -275,11 +275,8 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer.name != "train":
         return load_tokenizer(recipe.tokenizer.name, *recipe.family.tokenizer)
     with_text = [part.data for stage in recipe.stages for part in stage.parts.values() if part.reads & TEXTS]
-    if not any(task.reads & TEXTS for task in recipe.family.tasks.values()):
-        return train_tokenizer((), recipe.tokenizer.vocab_size)  # special tokens alone, which nothing reads
     if not with_text:
-        raise RecipeError("tokenizer.name is 'train', but no stage reads text; name a tokenizer")
-
+        return train_tokenizer((), recipe.tokenizer.vocab_size)  # special tokens alone, which nothing reads
     answers = any("answers" in stage.reads for stage in recipe.stages)
 
     def texts():

@@ -35,7 +35,11 @@ def whole_batch(batch: int = 8, length: int = 24) -> dict[str, torch.Tensor]:
     return found
 
 
-GROUPS = [*({task: 1.0} for task in ("mim", "textmlm", "mvlm", "itc", "irtr", "nlvr2", "captioning")), MASKED, ALL]
+GROUPS = [
+    *({task: 1.0} for task in ("mim", "textmlm", "mvlm", "itc", "irtr", "nlvr2", "captioning", "classification")),
+    MASKED,
+    ALL,
+]
 
 
 @pytest.mark.parametrize("views", ["two", "one"])

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from families.beit3.tiny import tiny_batch, tiny_model
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
 from vlmo_ds.config import RecipeError
 from vlmo_ds.data.tokenizer import train_tokenizer
@@ -49,6 +54,17 @@ def test_classifiers(tmp_path, task, call):
     torch.testing.assert_close(out.logits, model(batch, call), rtol=0, atol=0)
     torch.testing.assert_close(out.loss, model(batch).losses[task])
     assert task != "vqa" or theirs.config.id2label[3] == "answer 3"
+
+
+@torch.no_grad()
+def test_images_alone(tmp_path):
+    model, theirs = export(tmp_path / "m", ["classification"], num_classes=6, label_smoothing=0.0)
+    batch = tiny_batch(dtype=torch.float32)
+    auto = AutoModelForImageClassification.from_pretrained(tmp_path / "m").eval()
+    assert type(auto) is type(theirs) and auto.config.num_labels == 6
+    out = auto(batch["image"], batch["label"])
+    torch.testing.assert_close(out.logits, model.classify(batch), rtol=0, atol=0)
+    torch.testing.assert_close(out.loss, model(batch).losses["classification"])
 
 
 def test_a_model_that_writes_captions_is_refused(tmp_path):

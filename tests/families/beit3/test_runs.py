@@ -4,9 +4,12 @@ import json
 import random
 
 import pytest
-from conftest import run_ranks, start_ranks, write_yaml
+import torch
+from conftest import call, run_ranks, start_ranks, write_yaml
+from data.files import jpeg, write_tar
 from families.beit3.tiny import SETTINGS, masked_beit3, tiny_beit3
 from faults.runs import killed_at
+from safetensors.torch import load_file
 from training import gathers
 
 from vlmo_ds.config import RecipeError
@@ -185,3 +188,69 @@ def test_one_kind_of_data_needs_no_stream(tmp_path, synthetic, image_tokenizer):
     recipe = masked_beit3(synthetic, image_tokenizer)
     recipe["stages"][0] |= {"tasks": {"textmlm": None}, "streams": {}, "steps": 1}
     assert [sorted(row) for row in losses(run(tmp_path, recipe, 1, 0))] == [["loss/textmlm"]]
+
+
+# ---- classes of images ----
+
+
+def labelled(folder, labels: list[int]) -> str:
+    """A shard of plain pictures, whose colour is their class; half of them have it in .json, the others in .cls."""
+    members = {}
+    for i, label in enumerate(labels):
+        colour = [40 + i % 5, 40 + i % 7, 40]
+        colour[label % 3] = 200
+        of_class = {"cls": str(label).encode()} if i % 2 else {"json": json.dumps({"label": label}).encode()}
+        members |= {f"{i:03d}.jpg": jpeg((32, 32), tuple(colour))}
+        members |= {f"{i:03d}.{kind}": content for kind, content in of_class.items()}
+    folder.mkdir(exist_ok=True)
+    write_tar(folder / "labelled.tar", members)
+    return str(folder / "labelled.tar")
+
+
+def classes_of(shards: str, **stage) -> dict:
+    return {
+        "name": "tiny",
+        "model": {**SETTINGS, "max_source_positions": 42, "num_classes": 3},
+        "stages": [
+            {
+                "name": "classes",
+                "tasks": {"classification": None},
+                "data": {"shards": [shards], "transform": "square_transform", "lanes": 8},
+                "global_batch_size": 16,
+                "steps": 12,
+                "log_images_every": 0,
+                "optimizer": {"lr": 3e-3},
+                **stage,
+            }
+        ],
+        "classification": {"shards": [shards], "batch_size": 16},
+    }
+
+
+def test_images_are_classified_by_the_whole_model_and_by_a_linear_layer_alone(tmp_path):
+    shards = labelled(tmp_path / "data", [i % 3 for i in range(48)])
+    whole = run(tmp_path / "whole", classes_of(shards), 2, 3)
+    found = json.loads((whole / "classification.json").read_text())
+    assert found == {"top-1": 100.0, "top-5": 100.0, "images": 48.0}
+    call("vlmo_ds.evaluation.classification", whole, "--output", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == found
+
+    weights = whole / "checkpoints" / "classes" / "final"
+    fresh = {"weights": str(weights), "fresh": ["fc_norm.*", "head.*"]}
+    probe = run(tmp_path / "probe", classes_of(shards, trainable=["fc_norm.*", "head.*"], init=fresh), 1, 0)
+    before, after = (load_file(f / "model.safetensors") for f in (weights, probe / "checkpoints/classes/final"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert json.loads((probe / "classification.json").read_text())["top-1"] == 100.0
+
+
+@pytest.mark.parametrize("label, classes, words", [
+    (7, 3, "its label in .json or .cls is 7; accepted: a number from 0 to 2 (model.num_classes)"),
+    (1, 0, "num_classes is 0, and stages.classes learns classes of images: take as many as the labels number"),
+])  # fmt: skip
+def test_classes_that_do_not_fit_are_told_in_a_line(tmp_path, label, classes, words):
+    recipe = classes_of(labelled(tmp_path / "data", [label] * 16))
+    recipe["model"]["num_classes"] = classes
+    (process,) = start_ranks(command_of(tmp_path, recipe, 0), 1)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in output and words in output, output

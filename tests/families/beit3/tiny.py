@@ -19,7 +19,7 @@ MASK = 49  # the word
 
 def tiny_model(tasks=ALL, dtype=torch.float64, **changes) -> BEiT3:
     torch.manual_seed(1)
-    settings = {**SETTINGS, "vocab_size": 50, "mask_word": MASK, "vqav2_label_size": 6}
+    settings = {**SETTINGS, "vocab_size": 50, "mask_word": MASK, "vqav2_label_size": 6, "num_classes": 6}
     model = build(BEiT3Settings(**settings | changes), tasks).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,6 +59,7 @@ def tiny_batch(batch: int = 5, length: int = 16, dtype=torch.float64, seed: int 
     found |= {f"texts/{name}": value for name, value in texts(batch + 2, length - 4, g).items()}
     ids = torch.arange(batch) + 100 * seed
     found |= {"image_0": found["image"], "image_1": found["image"].flip(0), "answers": torch.arange(batch) % 2}
+    found["label"] = torch.randint(6, (batch,), generator=g)
     found |= {"vqa_targets": torch.rand(batch, 6, generator=g), "image_id": ids, "sample_id": ids}
     return found | {"negative_seed": torch.tensor(3), "step_seed": torch.tensor(7)}
 

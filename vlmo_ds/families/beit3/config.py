@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmo_ds.config import ContrastSettings, ModelConfig, RecipeError, StageConfig, VisualTokenSettings
+from vlmo_ds.config import ClassSettings, ContrastSettings, ModelConfig, RecipeError, StageConfig, VisualTokenSettings
 from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ TASKS: dict[str, Task] = {
     "vqa": Task(reads=frozenset({"image", "questions"}), gives=frozenset({"answer"}), alone="has data of its own"),
     "nlvr2": Task(reads=frozenset({"image_pair"}), gives=frozenset({"compare"}), alone="has data of its own"),
     "captioning": Task(reads=PAIR, gives=frozenset({"caption_step"}), alone="has data of its own"),
+    "classification": Task(
+        reads=frozenset({"image", "label"}), gives=frozenset({"classify"}), alone="has data of its own"
+    ),
 }
 
 # What a stage trains, by name; a recipe may list its own patterns (fnmatch) instead.
@@ -52,7 +55,7 @@ TRAINABLE: dict[str, list[str]] = {
     "image_only": ["beit3.vision_embed.*", "beit3.encoder.*.A.*", "mim_head.*"],
     "text_only": ["beit3.text_embed.*", "beit3.encoder.*.B.*", "mlm_head.*"],
 }
-HEADS = ("head.*", "pooler.*")  # what a fine-tuning task has of its own
+HEADS = ("head.*", "pooler.*", "fc_norm.*")  # what a fine-tuning task has of its own
 NO_DECAY = (
     "*.bias",
     "*norm*.weight",
@@ -69,7 +72,7 @@ WORDS = ("beit3.text_embed.weight", "mlm_head.weight", "mlm_head.bias")
 UNUSED_POSITIONS = 2  # rows that tables of positions begin with
 
 
-class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings):
+class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings, ClassSettings):
     """BEiT-3's architecture (arXiv:2208.10442). `arch` fills in the sizes of a published model; single settings may still
     differ."""
 
@@ -99,12 +102,12 @@ class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings):
         0.02, gt=0, le=10, description="std of initial positions, class and mask tokens, patches and heads"
     )
     label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="captioning: share of a target that is spread over the other words"
+        0.1,
+        ge=0,
+        lt=1,
+        description="captioning: share of a target that is spread over the other words; classification: over all classes",
     )
     caption_mask: float = Field(0.6, gt=0, lt=1, description="captioning: share of a caption's words that are hidden")
-    num_classes: int = Field(
-        0, ge=0, description="classes of the head of image classification in a model without tasks; 0: no such head"
-    )
 
     @model_validator(mode="after")
     def check_sizes(self) -> BEiT3Settings:
@@ -129,6 +132,7 @@ class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings):
 
     def check_stage(self, stage: StageConfig) -> None:
         self.check_tokens(stage)
+        self.check_classes(stage)
         if "itm" in stage.tasks and stage.global_batch_size < 2:
             raise ValueError(
                 f"stages.{stage.name}.global_batch_size is 1: itm needs the image of another pair; take 2 or more"

@@ -48,6 +48,7 @@ def sequences(config: BEiT3Settings, stage: StageConfig) -> list[Sequences]:
         "vqa": [Sequences(questions, image, text, 1)],
         "nlvr2": [Sequences(2, image, text, 2)],
         "captioning": [Sequences(1, image, text, words)],
+        "classification": [Sequences(1, image, 0, image)],
     }
     return [one for task in stage.tasks for one in of_task[task]]
 
@@ -84,6 +85,7 @@ def flops(config: BEiT3Settings, stage: StageConfig) -> float:
         total += times * ((config.depth - 1) * block + last)
     tokens, words = predicted(config, stage)
     total += 2 * d * (tokens * config.num_visual_tokens + words * config.vocab_size)
+    total += ("classification" in tasks) * 2 * d * config.num_classes
     total += (len({"itc", "irtr"} & tasks.keys()) * 4 + ("itm" in tasks) * 6 + ("nlvr2" in tasks) * 16) * d**2
     return total + ("vqa" in tasks) * stage.data.questions_per_image * (6 * d**2 + 4 * d * config.vqav2_label_size)
 

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -35,6 +36,7 @@ from vlmo_ds.families.beit3.model import BEiT3, every
 from vlmo_ds.families.huggingface import (
     AnswerClassifier,
     FamilyConfig,
+    ImageClassifier,
     ImagePairClassifier,
     PairModel,
     PairProcessor,
@@ -119,6 +121,13 @@ class BEiT3ForImagesAndTextClassification(BEiT3PreTrainedModel, ImagePairClassif
         super().__init__(config, ["nlvr2"])
 
 
+class BEiT3ForImageClassification(BEiT3PreTrainedModel, ImageClassifier):
+    __doc__ = ImageClassifier.__doc__
+
+    def __init__(self, config: BEiT3Config):
+        super().__init__(config, ["classification"])
+
+
 class BEiT3ImageProcessor(SquareImageProcessor):
     """Of values in [-1, 1]."""
 
@@ -134,6 +143,8 @@ def class_for(tasks: Collection[str]) -> Callable[[BEiT3Config], BEiT3PreTrained
         return BEiT3ForQuestionAnswering
     if "nlvr2" in tasks:
         return BEiT3ForImagesAndTextClassification
+    if "classification" in tasks:
+        return BEiT3ForImageClassification
     return BEiT3ForImageTextRetrieval if set(tasks) & set(RETRIEVAL) else BEiT3Model
 
 
@@ -151,6 +162,8 @@ def exported(
         raise RecipeError("there is no transformers class of a BEiT-3 that writes captions; accepted: --official")
     config = BEiT3Config(tasks=list(tasks), **settings.model_dump())
     name_answers(config, answers)
+    if "classification" in tasks:
+        config.num_labels = settings.num_classes
     model = class_for(tasks)(config).eval()
     fill(model.network, weights)
     processor = BEiT3Processor(BEiT3ImageProcessor(size=settings.image_size), tokenizer, settings.max_text_len)
@@ -160,6 +173,7 @@ def exported(
 
 AutoConfig.register(BEiT3Config.model_type, BEiT3Config)
 AutoModel.register(BEiT3Config, BEiT3Model)
+AutoModelForImageClassification.register(BEiT3Config, BEiT3ForImageClassification)
 AutoModelForVisualQuestionAnswering.register(BEiT3Config, BEiT3ForQuestionAnswering)
 AutoModelForZeroShotImageClassification.register(BEiT3Config, BEiT3ForImageTextRetrieval)
 AutoImageProcessor.register(BEiT3Config, BEiT3ImageProcessor)

@@ -26,16 +26,17 @@ from vlmo_ds.families.beit3.config import PIXELS, BEiT3Settings
 from vlmo_ds.families.outside import TokensOfImages
 from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.objectives.captioning import hidden_words
+from vlmo_ds.objectives.classification import classification_loss
 from vlmo_ds.objectives.itc import keys_where, logit_parameters, loss_of
 from vlmo_ds.objectives.itm import Negatives, draws_of, itm_loss
 from vlmo_ds.objectives.mlm import IGNORE
-from vlmo_ds.objectives.nlvr2 import nlvr2_loss
 from vlmo_ds.objectives.vqa import vqa_loss
 
 LAST_QUERIES = ("self_attn.q_proj", "self_attn.out_proj", "self_attn.inner_attn_ln", "ffn", "final_layer_norm")
 # Which experts have tokens in a task, and which of these are read behind the last block.
-EXPERTS_OF = {"mim": "A", "textmlm": "B"}  # of the others both
-READ_OF = {"mim": "A", "textmlm": "B", "itm": "A", "vqa": "A", "captioning": "B"}
+EXPERTS_OF = {"mim": "A", "classification": "A", "textmlm": "B"}  # of the others both
+READ_OF = {**EXPERTS_OF, "itm": "A", "vqa": "A", "captioning": "B"}
+HEAD_SCALE = 0.001  # of the first weights of the classes' head, as the reference has them
 
 
 class Pooler(nn.Module):
@@ -67,7 +68,7 @@ class PairClassifier(nn.Module):
 class BEiT3(TokensOfImages):
     """BEiT-3 (arXiv:2208.10442) with the heads that its tasks need.
 
-    tasks: task name -> loss weight. Names: mim, textmlm, mvlm (masked data modelling), itc, itm; irtr, vqa, nlvr2, captioning go alone.
+    tasks: task name -> loss weight. Names: mim, textmlm, mvlm (masked data modelling), itc, itm; irtr, vqa, nlvr2, captioning, classification go alone.
     Parameter names and shapes are those of the official checkpoints.
     """
 
@@ -76,9 +77,9 @@ class BEiT3(TokensOfImages):
 
     def __init__(self, config: BEiT3Settings, tasks: Mapping[str, float], collector: Collector | None = None):
         super().__init__(config, tasks, collector)
-        dim, classifies = config.embed_dim, not tasks and config.num_classes
+        dim = config.embed_dim
         # classifiers have norms of their own
-        self.beit3 = Backbone(config, self.recomputed, final_norm=not ("vqa" in tasks or classifies))
+        self.beit3 = Backbone(config, self.recomputed, final_norm=not {"vqa", "classification"} & tasks.keys())
         if {"textmlm", "mvlm", "captioning"} & tasks.keys():
             self.mlm_head = TargetLinear(dim, config.vocab_size)
         if self.predicts_tokens:
@@ -98,10 +99,13 @@ class BEiT3(TokensOfImages):
             )
         if "nlvr2" in tasks:
             self.head = PairClassifier(dim)
-        if classifies:
+        if "classification" in tasks:
             self.fc_norm, self.head = LayerNorm(dim), nn.Linear(dim, config.num_classes)
         self.recomputed.tell(self)
         self.apply(partial(init_weights, std=config.init_std))
+        if "classification" in tasks:
+            with torch.no_grad():
+                self.get_parameter("head.weight").mul_(HEAD_SCALE)
         self.beit3.reset_parameters(config.init_std)
 
     def forward(self, batch: Batch, call: str = "step"):
@@ -133,7 +137,7 @@ class BEiT3(TokensOfImages):
         text_labels_mlm, text_masks; itc, itm, irtr: image, text_ids, text_masks, image_id, sample_id [B] int64, and for itm
         negative_seed 0-d int64; vqa: as answer's, and vqa_targets [B, A] float; nlvr2: as compare's, and answers [B] int64;
         captioning: image, text_ids, text_masks, sample_id, step_seed 0-d int64; where captions begin with a prompt, prompt_words
-        [B] int64: its words, the start included. Without visual_tokens the tokenizer makes them.
+        [B] int64: its words, the start included; classification: image, label [B] int64. Without visual_tokens the tokenizer makes them.
         """
         out = StepOutput.empty()
         if "irtr" in self.tasks:
@@ -141,7 +145,12 @@ class BEiT3(TokensOfImages):
         elif "vqa" in self.tasks:
             self.record(out, "vqa", vqa_loss(self.answer(batch), batch["vqa_targets"], self.collector))
         elif "nlvr2" in self.tasks:
-            self.record(out, "nlvr2", nlvr2_loss(self.compare(batch), batch["answers"], self.collector))
+            self.record(out, "nlvr2", classification_loss(self.compare(batch), batch["answers"], self.collector))
+        elif "classification" in self.tasks:
+            found = classification_loss(
+                self.classify(batch), batch["label"], self.collector, self.config.label_smoothing
+            )
+            self.record(out, "classification", found)
         elif "captioning" in self.tasks:
             self.record(out, "captioning", self.caption_loss(batch))
         else:
@@ -381,9 +390,7 @@ class BEiT3(TokensOfImages):
 
     def classify(self, batch: Batch) -> Tensor:
         """image [B, 3, S, S] -> [B, num_classes] logits, from the mean of the patches."""
-        images = self.pixels(batch["image"])
-        x_BID = given(self.encode({"image": Stream(every(images))}, images)["image"].image, "image")
-        return self.head(self.fc_norm(x_BID[:, 1:].mean(1)))
+        return self.head(self.fc_norm(self.encode_patches(batch).mean(1)))
 
     def contrast_scale(self) -> Tensor:
         return self.logit_scale.detach().float().exp()

@@ -14,7 +14,7 @@ from vlmo_ds.families.blip.config import BLIPSettings
 from vlmo_ds.families.blip.text import AnswerDecoder, Look, Memory, at_two_images
 from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.objectives.captioning import before_last
-from vlmo_ds.objectives.nlvr2 import nlvr2_loss
+from vlmo_ds.objectives.classification import classification_loss
 
 RANKED_WORDS = 4096  # whose logits are in memory at a time when answers are ranked
 
@@ -131,7 +131,7 @@ class BLIPForImagePairs(BLIPModel):
     def step(self, batch: Batch) -> StepOutput:
         """The weighted loss. batch: as compare's, and answers [B] int64, 1 = true."""
         out = StepOutput.empty()
-        self.record(out, "nlvr2", nlvr2_loss(self.compare(batch), batch["answers"], self.collector))
+        self.record(out, "nlvr2", classification_loss(self.compare(batch), batch["answers"], self.collector))
         return out._replace(loss=added(out.losses.values()))
 
     def compare(self, batch: Batch) -> Tensor:

@@ -34,11 +34,11 @@ from vlmo_ds.families.step import Batch, StepOutput, added
 from vlmo_ds.families.vlmo import FAMILY
 from vlmo_ds.families.vlmo.config import PIXELS, VLMoSettings
 from vlmo_ds.families.vlmo.multiway import Encoded, MultiWayTransformer, Stream
+from vlmo_ds.objectives.classification import classification_loss
 from vlmo_ds.objectives.itc import keys_where, logit_parameters, loss_of
 from vlmo_ds.objectives.itm import Negatives, draws_of, itm_loss
 from vlmo_ds.objectives.mim import NormalizedPixels, mim_loss
 from vlmo_ds.objectives.mlm import mlm_loss
-from vlmo_ds.objectives.nlvr2 import nlvr2_loss
 from vlmo_ds.objectives.vqa import vqa_loss
 
 
@@ -149,7 +149,7 @@ class VLMo(TokensOfImages):
         elif "vqa" in self.tasks:
             self.record(out, "vqa", vqa_loss(self.answer(batch), batch["vqa_targets"], self.collector))
         elif "nlvr2" in self.tasks:
-            self.record(out, "nlvr2", nlvr2_loss(self.compare(batch), batch["answers"], self.collector))
+            self.record(out, "nlvr2", classification_loss(self.compare(batch), batch["answers"], self.collector))
         else:
             self.pretraining_step(batch, out)
         return out._replace(loss=added(out.losses.values()))
