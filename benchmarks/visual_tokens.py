@@ -1,8 +1,8 @@
 """VLMo's quickstart with an image stage that predicts visual tokens, beside its own, which predicts pixels.
 
-    python benchmarks/visual_tokens.py [--output FILE] [key=value ...]
+    python benchmarks/visual_tokens.py [--image_steps 80] [--output FILE]
 
-The same data, steps and settings but for the target of the image stage, three seeds. The tokens are those of the first two runs of
+The same data, steps and settings but for the target of the image stage, three seeds; --image_steps: of that stage, of both. The tokens are those of the first two runs of
 launch/beit3_quickstart.sh, a teacher that contrast has trained and its tokenizer, which are trained here where they are not yet there; no seed of
 the quickstart changes them. R@1 after the last stage, re-ranked as the recipe says, over 256 held-out scenes. data/synthetic has to be there; runs go to
 runs/tokens_*, and those that are there go on or are taken as they are.
@@ -36,15 +36,19 @@ def masked_patches(folders: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_steps", type=int, default=80, help="default: %(default)s, as in the quickstart")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the quickstart to change")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     output = args.output and args.output.resolve()
     os.chdir(ROOT)  # where recipes look for data
     for name in ("beit3_quickstart_teacher", TOKENIZER):
         train(f"beit3_quickstart/{name}", name)
+    steps = args.image_steps
     runs = {
-        target: [train("quickstart", f"tokens_{target}_{seed}", f"seed={seed}", *of, *args.overrides) for seed in SEEDS]
+        target: [
+            train("quickstart", f"tokens_{target}_{steps}_{seed}", f"seed={seed}", f"stages.image.steps={steps}", *of)
+            for seed in SEEDS
+        ]
         for target, of in (("pixels", []), ("tokens", ON_TOKENS))
     }
     results = [row(target, folders, *STAGES) for target, folders in runs.items()]
