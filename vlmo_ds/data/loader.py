@@ -149,6 +149,17 @@ class BatchDataset(Dataset):
         pairs = zip(self.tokens, self.shards, strict=True)
         return [visual_tokens.check(folder, shards, size, patches) for folder, shards in pairs if folder]
 
+    def made_by(self) -> str:
+        """The checksum of the tokenizer that the visual tokens were made by, "" where none are read."""
+        if not self.spec.mask_image:
+            return ""
+        made = (
+            visual_tokens.file_of(folder, shards[0])
+            for folder, shards in zip(self.tokens, self.shards, strict=True)
+            if folder
+        )
+        return next((visual_tokens.opened(file).origin.tokenizer for file in made), "")
+
     def text_length(self, place: Place) -> int:
         """Bytes of text as the index knows them; 0 where it does not."""
         lengths = self.shards[place.source][place.shard].text_lengths

@@ -38,8 +38,8 @@ def file_of(folder: str | Path, shard: Shard) -> Path:
 
 
 def key_of(raw: RawSample) -> int:
-    """A hash of a sample's key, above 0."""
-    return int.from_bytes(hashlib.blake2b(raw.key.encode(), digest_size=8).digest(), "big") or 1
+    """A hash of a sample's key and picture, above 0. The picture is in it since many sets number their samples alike."""
+    return int.from_bytes(hashlib.blake2b(raw.key.encode() + b"\0" + raw.image, digest_size=8).digest(), "big") or 1
 
 
 def write(file: Path, tokens_NP: np.ndarray, keys_N: np.ndarray, origin: Origin) -> None:
@@ -67,6 +67,19 @@ class TokensOfShard:
             raise DataError(
                 f"data.visual_tokens: {file} cannot be read as visual tokens ({type(error).__name__}: {str(error)[:200]})"
             ) from None
+
+    def fits(self, shard: Shard) -> bool:
+        """Whether it was made of this shard, as far as the first and the last sample tell."""
+        if len(self.keys_N) != shard.samples:
+            return False
+        for row in (0, shard.samples - 1):
+            try:
+                key = key_of(shard.read(row))
+            except DataError:
+                key = UNREAD
+            if self.keys_N[row] not in (key, UNREAD):
+                return False
+        return True
 
     def of(self, row: int, raw: RawSample) -> np.ndarray:
         """[P] int64, of one sample."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vlmo_ds.config import HeldOutConfig, Recipe
+from vlmo_ds.config import HeldOutConfig, ModelConfig, Recipe
 from vlmo_ds.data.storage import DataError
 from vlmo_ds.data.transforms import EncodedImage
 from vlmo_ds.distributed import heartbeat
@@ -16,7 +16,7 @@ from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation.table import planned
 from vlmo_ds.progress import progress
 
-Reader = Callable[[Any], Iterator[tuple[str, list[bytes]]]]  # of its section: name and pictures of all that is read
+Reader = Callable[[Any, Any], Iterator[tuple[str, list[bytes]]]]  # as table.Evaluation.read
 
 
 def check_held_out(recipe: Recipe, collector: Collector) -> None:
@@ -26,17 +26,19 @@ def check_held_out(recipe: Recipe, collector: Collector) -> None:
     """
     for setting, evaluation in planned(recipe).items():
         config = getattr(recipe, setting)
-        found = collector.each_rank(first_fault(config, evaluation.read, setting, collector))
+        found = collector.each_rank(first_fault(config, recipe.model, evaluation.read, setting, collector))
         if faults := [fault for fault in found if fault]:
             raise DataError(f"{setting}: {min(faults)[1]}")
 
 
-def first_fault(config: HeldOutConfig, reader: Reader, setting: str, collector: Collector) -> tuple[int, str] | None:
+def first_fault(
+    config: HeldOutConfig, model: ModelConfig, reader: Reader, setting: str, collector: Collector
+) -> tuple[int, str] | None:
     """(number of the sample, what is wrong) of the first that this rank finds."""
     number = 0
     try:
         for name, pictures in progress(
-            reader(config), f"checking {setting}", unit="samples", silent=collector.rank > 0
+            reader(config, model), f"checking {setting}", unit="samples", silent=collector.rank > 0
         ):
             heartbeat.beat(f"reading the held-out set of {setting}")
             if number % collector.world_size == collector.rank:

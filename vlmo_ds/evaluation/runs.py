@@ -123,10 +123,17 @@ def names_and_pictures(config: HeldOutConfig, read: Read) -> Iterator[tuple[str,
 
 
 class Samples(Dataset):
-    """This rank's samples of some shards, every world_size-th, each made into a list of examples by a function."""
+    """This rank's samples of some shards, every world_size-th, each made into a list of examples by a function; unread: what one that cannot be
+    read is made into, None: it ends the evaluation."""
 
-    def __init__(self, shards: Sequence[Shard], make: Callable[[RawSample], list[dict]], collector: Collector):
-        self.places, self.make = places_of(shards)[collector.rank :: collector.world_size], make
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        make: Callable[[RawSample], list[dict]],
+        collector: Collector,
+        unread: Callable[[DataError], list[dict]] | None = None,
+    ):
+        self.places, self.make, self.unread = places_of(shards)[collector.rank :: collector.world_size], make, unread
         self.silent = collector.rank > 0  # one rank shows how far it is
 
     def __len__(self) -> int:
@@ -134,7 +141,12 @@ class Samples(Dataset):
 
     def __getitem__(self, number: int) -> list[dict]:
         shard, row = self.places[number]
-        return self.make(shard.read(row))
+        try:
+            return self.make(shard.read(row))
+        except DataError as error:
+            if self.unread is None:
+                raise
+            return self.unread(error)
 
 
 def examples_in_batches(samples: Samples, size: int, workers: int, about: str) -> Iterator[list[dict]]:
@@ -202,12 +214,16 @@ def batches_of_entries(
         yield [example["entry"] for example in batch], {name: value.to(device) for name, value in inputs.items()}
 
 
-def parser(about: str) -> argparse.ArgumentParser:
+def parser(
+    about: str,
+    shards: str = "held-out shards (default: the recipe's)",
+    output: str = "write the metrics to this JSON file",
+) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", type=Path, help="a run's directory, or checkpoints/<stage>/final inside it")
     choose_weights(made)
-    made.add_argument("--shards", nargs="+", help="held-out shards (default: the recipe's)")
-    made.add_argument("--output", type=Path, help="write the metrics to this JSON file")
+    made.add_argument("--shards", nargs="+", help=shards)
+    made.add_argument("--output", type=Path, help=output)
     return made
 
 

@@ -47,11 +47,11 @@ class Outcome:
 
 
 class Evaluation(NamedTuple):
-    """call: of the model, which the stage has to have trained; read: name and pictures of all that is read, from the settings;
-    measure: with the same settings; check: that they fit the model's longest text and the tokenizer."""
+    """call: of the model, which the stage has to have trained; read: name and pictures of all that is read, from the settings and
+    those of the model; measure: with the same settings; check: that they fit the model's longest text and the tokenizer."""
 
     call: str
-    read: Callable[[Any], Iterator[tuple[str, list[bytes]]]]
+    read: Callable[[Any, Any], Iterator[tuple[str, list[bytes]]]]
     measure: Callable[[FamilyModel, Finished, Any], Outcome]
     check: Callable[[Any, int, PreTrainedTokenizerBase], None] = lambda *_: None
 
@@ -92,24 +92,24 @@ def measure_classification(model: FamilyModel, of: Finished, config: EvaluationC
 
 
 TABLE: dict[str, Evaluation] = {
-    "retrieval": Evaluation("encode_text", retrieval.names_and_pictures, measure_retrieval),
-    "vqa": Evaluation("answer", lambda config: runs.names_and_pictures(config, vqa.read), measure_vqa),
-    "nlvr2": Evaluation("compare", lambda config: runs.names_and_pictures(config, nlvr2.read), measure_nlvr2),
+    "retrieval": Evaluation("encode_text", lambda config, _: retrieval.names_and_pictures(config), measure_retrieval),
+    "vqa": Evaluation("answer", lambda config, _: runs.names_and_pictures(config, vqa.read), measure_vqa),
+    "nlvr2": Evaluation("compare", lambda config, _: runs.names_and_pictures(config, nlvr2.read), measure_nlvr2),
     "captioning": Evaluation(
         "caption_step",
-        lambda config: runs.names_and_pictures(config, captioning.read),
+        lambda config, _: runs.names_and_pictures(config, captioning.read),
         measure_captioning,
         captioning.check,
     ),
     "zero_shot": Evaluation(
         "encode_text",
-        lambda config: runs.names_and_pictures(config, classification.read),
+        lambda config, _: zero_shot.names_and_pictures(config),
         measure_zero_shot,
         zero_shot.check,
     ),
     "classification": Evaluation(
         "classify",
-        lambda config: runs.names_and_pictures(config, classification.read),
+        lambda config, model: classification.names_and_pictures(config, lambda raw: raw.label_below(model.num_classes)),
         measure_classification,
     ),
 }

@@ -25,6 +25,7 @@ from vlmo_ds.data import visual_tokens
 from vlmo_ds.data.shards import RawSample, Shard, list_shards
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.data.visual_tokens import UNREAD, Origin, TokensOfShard, file_of, key_of
+from vlmo_ds.distributed import heartbeat
 from vlmo_ds.distributed.collector import Collector
 from vlmo_ds.evaluation import runs
 from vlmo_ds.evaluation.runs import Samples, examples_in_batches, square_pixels
@@ -44,7 +45,7 @@ TILE = 32  # pixels of a patch there
 
 
 def main() -> None:
-    parser = runs.parser(__doc__)
+    parser = runs.parser(__doc__, "shards whose images get tokens", "the folder for their tokens")
     parser.add_argument(
         "--batch_size", type=number(int), default=256, help="images of a forward pass (default: %(default)s)"
     )
@@ -64,16 +65,20 @@ def main() -> None:
         raise RecipeError(
             f"--output: two shards would have the file {twice}: give each folder of shards its own folder of tokens"
         )
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--output: {args.output} cannot be a folder for the tokens: {error.strerror}") from None
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     counts = torch.zeros(origin.codes, dtype=torch.int64)
     for shard in shards[rank::ranks]:
         file = file_of(args.output, shard)
         if not file.exists():
             tokenize(model, shard, file, origin, args.batch_size, args.workers)
-        elif TokensOfShard(file).origin != origin:
+        elif (found := TokensOfShard(file)).origin != origin or not found.fits(shard):
+            whose = "shard" if found.origin == origin else "tokenizer"
             raise RecipeError(
-                f"--output: {file} is there already, and of another tokenizer: name another folder, or delete it"
+                f"--output: {file} is there already, and of another {whose}: name another folder, or delete it"
             )
         counts += torch.bincount(torch.from_numpy(read(file)).flatten(), minlength=origin.codes)
     images = int(counts.sum()) // model.config.patches
@@ -100,15 +105,15 @@ def tokenize(model: FamilyModel, shard: Shard, file: Path, origin: Origin, batch
     size, device = model.config.image_size, next(model.parameters()).device
 
     def make(raw: RawSample) -> list[dict]:
-        try:
-            return [{"image": square_pixels(raw.image, size, raw.name), "key": key_of(raw)}]
-        except DataError as error:
-            return [{"image": torch.zeros(3, size, size, dtype=torch.uint8), "key": UNREAD, "error": str(error)}]
+        return [{"image": square_pixels(raw.image, size, raw.name), "key": key_of(raw)}]
+
+    def unread(error: DataError) -> list[dict]:
+        return [{"image": torch.zeros(3, size, size, dtype=torch.uint8), "key": UNREAD, "error": str(error)}]
 
     tokens: list[np.ndarray] = []
     keys: list[int] = []
     for examples in examples_in_batches(
-        Samples([shard], make, Collector()), batch, workers, f"tokenizing {Path(shard.url).name}"
+        Samples([shard], make, Collector(), unread), batch, workers, f"tokenizing {Path(shard.url).name}"
     ):
         for example in examples:
             if "error" in example:
@@ -116,19 +121,22 @@ def tokenize(model: FamilyModel, shard: Shard, file: Path, origin: Origin, batch
         found = model({"image": torch.stack([e["image"] for e in examples]).to(device)}, CALL).cpu().numpy()
         keys += [e["key"] for e in examples]
         tokens.append(np.where((np.array([e["key"] for e in examples]) == UNREAD)[:, None], 0, found))
+    if all(key == UNREAD for key in keys):
+        raise DataError(f"{shard.url} has no image that can be read")
     visual_tokens.write(file, np.concatenate(tokens), np.array(keys, dtype=np.uint64), origin)
 
 
 @torch.no_grad()
 def contact_sheet(model: FamilyModel, shards: list[Shard], counts_K: Tensor | None = None, batch: int = 64) -> bytes:
     """A PNG: in each row the patches that are nearest to one code, of codes from the most to the least used, among some images.
-    counts_K: how often each code is used; None: by these images."""
+    counts_K: how often each code is used; None: by these images. Nothing where none of the images can be read."""
     side = model.config.patch_size
     device = next(model.parameters()).device
     images, codes, near = [], [], []
     places = [(shard, row) for shard in shards for row in range(shard.samples)]
     chosen = [places[n] for n in np.unique(np.linspace(0, len(places) - 1, min(LOOKED_AT, len(places))).astype(int))]
     for first in range(0, len(chosen), batch):
+        heartbeat.beat("a picture of the codes")
         pictures = []
         for shard, row in chosen[first : first + batch]:
             try:
@@ -141,6 +149,8 @@ def contact_sheet(model: FamilyModel, shards: list[Shard], counts_K: Tensor | No
             images.append(inputs["image"].cpu())
             codes.append(model(inputs, CALL).cpu())
             near.append(model(inputs, "nearness").float().cpu())
+    if not images:
+        return b""
     image, code_N, near_N = torch.cat(images), torch.cat(codes).flatten(), torch.cat(near).flatten()
     patch_NCHW = image.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     if counts_K is None:

@@ -9,7 +9,7 @@ The recipe's section zero_shot says the same for the end of a run, and while it 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +22,7 @@ from vlmo_ds.data.meta import is_label, is_whole, shown
 from vlmo_ds.data.shards import RawSample, lines
 from vlmo_ds.data.storage import DataError, write_atomically
 from vlmo_ds.distributed.collector import Collector
-from vlmo_ds.evaluation import runs
-from vlmo_ds.evaluation.classification import accuracy, table
+from vlmo_ds.evaluation import classification, runs
 from vlmo_ds.families.step import FamilyModel
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}.")
@@ -60,11 +59,12 @@ def label_of(raw: RawSample, classes: Sequence[str]) -> int:
                 "the order of the labels?"
             )
         return label
-    if not is_whole(label) and classes.count(name) == 1:
-        return classes.index(name)
+    for named in (name, label):  # a .cls may hold a name
+        if not is_whole(label) and classes.count(named) == 1:
+            return classes.index(named)
     raise DataError(
         f"{raw.name}: its .json has label {shown(label)} and class {shown(name)}; accepted: a label from 0 to "
-        f"{len(classes) - 1}, or one of the class names"
+        f"{len(classes) - 1} in .json or .cls, or one of the class names"
     )
 
 
@@ -84,7 +84,7 @@ def evaluate(
     def scores(images: Tensor) -> Tensor:
         return model({"image": images}, "encode_image")["image"] @ class_CD.t()
 
-    return accuracy(model, scores, lambda raw: label_of(raw, classes), config, collector, "zero-shot")
+    return classification.accuracy(model, scores, lambda raw: label_of(raw, classes), config, collector, "zero-shot")
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -95,6 +95,12 @@ def read_lines(path: Path, what: str) -> list[str]:
     if not found:
         raise RecipeError(f"{path}, the {what}, is empty")
     return found
+
+
+def names_and_pictures(config: ZeroShotConfig) -> Iterator[tuple[str, list[bytes]]]:
+    """As runs.names_and_pictures. DataError where a sample has none of the classes either."""
+    classes, _ = names_of(config)
+    return classification.names_and_pictures(config, lambda raw: label_of(raw, classes))
 
 
 def names_of(config: ZeroShotConfig) -> tuple[list[str], Sequence[str]]:
@@ -127,7 +133,7 @@ def main() -> None:
     given = {name: getattr(args, name) for name in ("shards", "classes", "templates", "batch_size")}
     config = ZeroShotConfig.of(recipe.zero_shot, "zero_shot", **given)
     metrics = evaluate(model, config, *names_of(config), tokenizer, model.collector)
-    print(table(metrics, "zero-shot"))
+    print(classification.table(metrics, "zero-shot"))
     if args.output:
         write_atomically(args.output, runs.as_json(metrics))
 

@@ -26,8 +26,9 @@ class Outside:
     """image [B, 3, S, S] uint8 -> what such a model says of its patches [B, P, ...], row by row; images of another size than it takes are
     resampled. Tokenizers compute in float32 whatever the run does: a token is the same in every precision."""
 
-    def __init__(self, model: nn.Module, size: int, says: Callable[[Tensor, torch.dtype], Tensor]):
-        self.model, self.size, self.says = model.eval().requires_grad_(False), size, says
+    def __init__(self, model: nn.Module, size: int, says: Callable[[Tensor, torch.dtype], Tensor], digest: str = ""):
+        """digest: a checksum of its weights, where it is a run of this project."""
+        self.model, self.size, self.says, self.digest = model.eval().requires_grad_(False), size, says, digest
         self.where: tuple[torch.device, torch.dtype] | None = None
 
     @torch.no_grad()
@@ -36,9 +37,17 @@ class Outside:
         if self.where != (image_BCHW.device, dtype):
             self.where = (image_BCHW.device, dtype)
             self.model.to(*self.where)
-        if image_BCHW.shape[-1] != self.size:
-            image_BCHW = F.interpolate(image_BCHW, size=(self.size, self.size), mode="bicubic", antialias=True)
-        return self.says(image_BCHW, dtype)
+        return self.says(resampled(image_BCHW, self.size), dtype)
+
+
+def resampled(image_BCHW: Tensor, size: int) -> Tensor:
+    """Pictures [B, 3, S, S] of this size, bicubic. Those of uint8 by way of floats: a GPU resamples no others, and all devices shall give the
+    same pixels."""
+    if image_BCHW.shape[-1] == size:
+        return image_BCHW
+    floats = image_BCHW if image_BCHW.is_floating_point() else image_BCHW.float()
+    found = F.interpolate(floats, size=(size, size), mode="bicubic", antialias=True)
+    return found if image_BCHW.is_floating_point() else found.round().clamp(0, 255).to(image_BCHW.dtype)
 
 
 class TokensOfImages(FamilyModel):
@@ -56,6 +65,12 @@ class TokensOfImages(FamilyModel):
         if self.predicts_tokens and config.visual_tokenizer and self.tokenizer is None:
             side = config.image_size // config.patch_size
             self.tokenizer = opened_tokenizer(config.visual_tokenizer, side, config.num_visual_tokens)
+
+    def open_as(self, other: TokensOfImages) -> None:
+        self.tokenizer = other.tokenizer
+
+    def outside(self) -> dict[str, str]:
+        return {"model.visual_tokenizer": self.tokenizer.digest} if self.tokenizer else {}
 
     @torch.no_grad()
     def visual_tokens(self, batch: Batch, prefix: str = "") -> Tensor:
@@ -97,6 +112,11 @@ def digest_of(name: str) -> str:
         folder = find_stage(Path(name), "tokenize")[2]
     except RecipeError as error:
         raise RecipeError(f"model.visual_tokenizer: {error}") from None
+    return digest_in(folder)
+
+
+def digest_in(folder: Path) -> str:
+    """Of a stage's weights."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
@@ -120,7 +140,11 @@ def of_run(name: str, call: str, setting: str) -> tuple[Outside, Any]:
         model = load_model(recipe, folder)
     except RecipeError as error:
         raise RecipeError(f"{setting}: {error}") from None
-    return Outside(model, model.config.image_size, lambda image, dtype: model({"image": image}, call)), model.config
+
+    def says(image: Tensor, dtype: torch.dtype) -> Tensor:
+        return model({"image": image}, call)
+
+    return Outside(model, model.config.image_size, says, digest_in(folder)), model.config
 
 
 def of_transformers(name: str) -> Outside:

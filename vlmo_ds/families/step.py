@@ -93,6 +93,13 @@ class FamilyModel(nn.Module):
     def open(self) -> None:
         """Opens what training reads and is no part of the model. RecipeError where it cannot be used."""
 
+    def open_as(self, other: Any) -> None:
+        """Takes what another model of this kind has opened."""
+
+    def outside(self) -> dict[str, str]:
+        """Checksums of what has been opened, by the setting that names it: a run goes on with the same. None of what has no checksum."""
+        return {}
+
     @property
     def looks_ahead(self) -> bool:
         """Whether the call `keys` is to see all micro-batches of a step before `step` sees the first."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmo_ds.blocks.branch import compile_branches
 from vlmo_ds.blocks.kernels import use_kernels
 from vlmo_ds.config import ClassSettings, Recipe, RecipeError, StageConfig
-from vlmo_ds.data.loader import BatchDataset, Streams, batches, spec_for, stable_seed
+from vlmo_ds.data.loader import BatchDataset, Streams, batches, in_stream, spec_for, stable_seed
 from vlmo_ds.data.shards import stable_id
 from vlmo_ds.data.tokenizer import vocabulary_digest
 from vlmo_ds.distributed import heartbeat
@@ -95,6 +95,22 @@ def refuse_other_words(ours: str, theirs: str | None, stage: StageConfig, origin
         f"pieces: set tokenizer.name to the tokenizer folder of the run that trained them, or name {table} and "
         f"{', '.join(others)} in init.fresh"
     )
+
+
+def makers_of_tokens(dataset: Streams) -> dict[str, str]:
+    """The checksum of the tokenizer that made the visual tokens of each stream, where they were made before."""
+    found = {in_stream(stream, "data.visual_tokens"): part.made_by() for stream, part in dataset.parts.items()}
+    return {name: tokenizer for name, tokenizer in found.items() if tokenizer}
+
+
+def refuse_other_origins(ours: Mapping[str, str], theirs: Mapping[str, str], origin: str) -> None:
+    """RecipeError where a checkpoint was trained on what another teacher or tokenizer says, under the same name."""
+    for name, checksum in ours.items():
+        if theirs.get(name, checksum) != checksum:
+            raise RecipeError(
+                f"{name}: what {origin} was trained with had the checksum {theirs[name]}, and what is there now {checksum}: put the former back, or "
+                "choose another --output_dir"
+            )
 
 
 def stage_seed(recipe: Recipe, stage: StageConfig) -> int:
@@ -243,6 +259,9 @@ class StageTraining:
         model = build_model(recipe, stage, source, origin, collector, resumed=reader is not None)
         del source
         model.open()
+        outside = model.outside() | makers_of_tokens(self.dataset)
+        if reader:
+            refuse_other_origins(outside, reader.state.get("outside", {}), str(resume_from))
         self.frozen, self.averages = frozen_state(model), Averages(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.counts = parameter_counts(model)
@@ -277,11 +296,11 @@ class StageTraining:
             held_out = None
             if stage.evaluate.held_out:
                 held_out = build_dataset(recipe, held_out_of(stage), run.tokenizer, collector, seed=SEED)
-            self.scores = Scores(run, stage, held_out)
+            self.scores = Scores(run, stage, held_out, model)
         self.failures = checkpoint.FailedCheckpoints(recipe.checkpoint_failures, folder, collector.rank == 0)
         shapes = {**self.shapes, **buffer_shapes}
         self.about = checkpoint.about_run(stage.name, recipe.model_dump(mode="json"), shapes, self.engine)
-        self.about["vocabulary"] = vocabulary
+        self.about |= {"vocabulary": vocabulary, "outside": outside}
 
     def follow_schedule(self, recipe: dict) -> None:
         """Of a stage that has been made longer the learning rate goes on along the new schedule. recipe: the checkpoint's."""

@@ -40,7 +40,12 @@ COPIED = (
     DATA,
 )
 # Files at the top of a run's directory that write_atomically writes.
-OWN_FILES = (*COPIED, "captions.json", *(f"{name}{of}.json" for name in EVALUATIONS for of in ("", f"_{EMA}")))
+OWN_FILES = (
+    *COPIED,
+    "captions.json",
+    "codes.png",
+    *(f"{name}{of}.json" for name in EVALUATIONS for of in ("", f"_{EMA}")),
+)
 BLOCK, MOST_BLOCKS = (
     4096,
     4000,

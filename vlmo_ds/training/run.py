@@ -321,6 +321,12 @@ def check_data(
             f"model.vocab_size is {recipe.model.vocab_size}, the tokenizer has {len(tokenizer)} pieces"
             f"{f' and the model {extra} words of its own' if extra else ''}: take 0 (as many as that) or more"
         )
+    if any(stage.reads & TEXTS for stage in stages) and not set(tokenizer.get_vocab()) - set(
+        tokenizer.all_special_tokens
+    ):
+        raise RecipeError(
+            f"tokenizer.name: {recipe.tokenizer.name} has special words alone, as that of a run which read no text: take 'train', or another"
+        )
     for name, evaluation in planned(recipe).items():
         try:
             evaluation.check(getattr(recipe, name), recipe.model.max_text_len, tokenizer)
@@ -391,13 +397,21 @@ def precisions(run: Path) -> dict[str, str]:
     return {stage: precision_of(config) for stage, config in configs.items()}
 
 
+SHARDS_SHOWN = 4  # that the report takes images from: each is read as a whole where it is remote
+
+
 def sheet_of_codes(recipe: Recipe, folder: Path) -> bytes:
-    """A picture of the codes of a visual tokenizer, by images that it was trained on; nothing where the last stage trains none."""
+    """A picture of the codes of a visual tokenizer, by images that it was trained on; nothing where the last stage trains none, or is not
+    there."""
     stage = recipe.stages[-1]
-    if tokenize.CALL not in stage.gives:
+    if tokenize.CALL not in stage.gives or not folder.is_dir():
         return b""
-    shards = [shard for source in source_shards(stage.data) for shard in source]
-    return tokenize.contact_sheet(load_model(recipe, folder).to(device()), shards)
+    try:
+        shards = [shard for source in source_shards(stage.data) for shard in source]
+    except DataError as error:
+        print(f"warning: the report shows no codes: {error}", file=sys.stderr, flush=True)
+        return b""
+    return tokenize.contact_sheet(load_model(recipe, folder).to(device()), shards[:SHARDS_SHOWN])
 
 
 def finish(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, collector: Collector) -> None:

@@ -37,8 +37,9 @@ SEED = 20_070_913  # of their masks and negatives: the same at every evaluation
 class Scores:
     """The evaluations of a stage. best: the best value so far of the metric that is followed, and its step."""
 
-    def __init__(self, run: Run, stage: StageConfig, held_out: Streams | None):
-        """held_out: the data of held_out_of(stage), where that names shards. RecipeError where they make no batch."""
+    def __init__(self, run: Run, stage: StageConfig, held_out: Streams | None, trained: FamilyModel):
+        """held_out: the data of held_out_of(stage), where that names shards; trained: the model. RecipeError where they make no batch."""
+        self.trained = trained
         self.run, self.stage, self.config = run, stage, stage.evaluate
         self.every = stage.evaluate_every
         self.due = due_in(run.recipe, stage)
@@ -125,6 +126,7 @@ class Scores:
         run = self.run
         heartbeat.beat(f"evaluation: gathering the weights of {self.stage.name}")
         model = run.recipe.family.build(run.recipe.model_of(self.stage), self.stage.weights, run.collector)
+        model.open_as(self.trained)
         own = model.state_dict()
         with torch.no_grad():
             for name, value in own.items():

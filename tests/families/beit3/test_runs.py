@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from conftest import call, run_ranks, start_ranks, write_yaml
 from data.files import jpeg, write_tar
 from families.beit3.tiny import SETTINGS, masked_beit3, tiny_beit3
 from faults.runs import killed_at
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import gathers
 
 from vlmo_ds.config import RecipeError
+from vlmo_ds.data.tokenizer import train_tokenizer
+from vlmo_ds.manifest import MANIFEST
 from vlmo_ds.recipe_file import parse_recipe
 
 
@@ -162,13 +165,27 @@ def test_streams_that_do_not_fit_are_told_in_a_line(synthetic, tmp_path, changes
     assert str(told.value).count("\n") == 1
 
 
-def test_a_mask_word_that_the_vocabulary_has_not_ends_the_start_in_one_line(tmp_path, synthetic):
+def test_a_mask_word_that_is_not_the_tokenizers_ends_the_start_in_one_line(tmp_path, synthetic):
     recipe = masked_beit3(synthetic, tmp_path)
     recipe["model"]["mask_word"] = 9999
-    (process,) = start_ranks(command_of(tmp_path, recipe, 0), 1)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "Traceback" not in output, output
-    assert "error: model.mask_word is 9999, and the vocabulary has " in output
+    assert "error: model.mask_word is 9999, and the tokenizer's mask word 4: take the tokenizer's (null)" in refused(
+        tmp_path, recipe
+    )
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer_of_images(tmp_path, synthetic, image_tokenizer):
+    copied = tmp_path / "tokenizer"
+    shutil.copytree(image_tokenizer, copied)
+    recipe = masked_beit3(synthetic, copied)
+    recipe["stages"][0] |= {"steps": 2, "checkpoint_every": 1}
+    run(tmp_path, recipe, 1, 0)
+    recipe["stages"][0]["steps"] = 4
+    final = copied / "checkpoints" / "tokenizer" / "final"
+    weights = load_file(final / "model.safetensors")
+    weights["quantize.embedding.weight"].neg_()
+    save_file(weights, final / "model.safetensors")
+    (final / MANIFEST).unlink()  # which would tell of it
+    assert "model.visual_tokenizer: what " in refused(tmp_path, recipe)
 
 
 def test_data_is_that_of_the_kind_which_has_no_stream(tmp_path, synthetic, image_tokenizer):
@@ -244,13 +261,27 @@ def test_images_are_classified_by_the_whole_model_and_by_a_linear_layer_alone(tm
     assert json.loads((probe / "classification.json").read_text())["top-1"] == 100.0
 
 
-@pytest.mark.parametrize("label, classes, words", [
-    (7, 3, "its label in .json or .cls is 7; accepted: a number from 0 to 2 (model.num_classes)"),
-    (1, 0, "num_classes is 0, and stages.classes learns classes of images: take as many as the labels number"),
-])  # fmt: skip
-def test_classes_that_do_not_fit_are_told_in_a_line(tmp_path, label, classes, words):
-    recipe = classes_of(labelled(tmp_path / "data", [label] * 16))
-    recipe["model"]["num_classes"] = classes
-    (process,) = start_ranks(command_of(tmp_path, recipe, 0), 1)
+def refused(folder, recipe: dict) -> str:
+    """The one line of a run that cannot start."""
+    (process,) = start_ranks(command_of(folder, recipe, 0), 1)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "Traceback" not in output and words in output, output
+    assert process.returncode == 2 and "Traceback" not in output, output
+    return output[output.index("error: ") :]
+
+
+@pytest.mark.parametrize("label, held_out, classes, words", [
+    (7, 1, 3, "labelled.tar:000: its label in .json or .cls is 7; accepted: a number from 0 to 2 (model.num_classes)"),
+    (1, 7, 3, "error: classification: "),
+    (1, 1, 0, "num_classes is 0, and stages.classes learns classes of images: take as many as the labels number"),
+])  # fmt: skip
+def test_classes_that_do_not_fit_are_told_in_a_line(tmp_path, label, held_out, classes, words):
+    recipe = classes_of(labelled(tmp_path / "data", [label] * 16))
+    recipe["classification"]["shards"] = [labelled(tmp_path / "held-out", [held_out] * 4)]
+    recipe["model"]["num_classes"] = classes
+    assert words in refused(tmp_path, recipe)
+
+
+def test_a_vocabulary_of_special_words_alone_is_refused_where_texts_are_read(tmp_path, synthetic):
+    recipe = tiny_beit3(synthetic, tokenizer={"name": str(tmp_path / "words")})
+    train_tokenizer((), 200).save_pretrained(tmp_path / "words")
+    assert "has special words alone" in refused(tmp_path, recipe)

@@ -10,7 +10,7 @@ from families.vqkd.tiny import tiny_batch, tiny_model
 
 from vlmo_ds.config import InitConfig, RecipeError
 from vlmo_ds.families.handing_over import hand_over
-from vlmo_ds.families.outside import opened_teacher
+from vlmo_ds.families.outside import opened_teacher, resampled
 from vlmo_ds.interop.parity import main as parity
 from vlmo_ds.objectives.quantize import kmeans, moved, nearest, perplexity, places_of
 
@@ -98,6 +98,18 @@ def test_the_start_does_not_depend_on_how_a_batch_is_cut():
     assert float(one.quantize.cluster_size.sum()) == 8 * 16
 
 
+def test_mean_and_variance_of_a_teacher_are_taken_for_a_codebook_that_is_there():
+    batch = tiny_batch(8)
+    model = tiny_model(teacher_norm="standard").train()
+    with torch.no_grad():
+        model.quantize.embedding.initted.fill_(1)
+    codebook = model.quantize.embedding.weight.clone()
+    assert model.looks_ahead
+    model.keys_of_step([model(batch, "keys")])
+    assert not model.looks_ahead and torch.equal(model.quantize.embedding.weight, codebook)
+    torch.testing.assert_close(model.features(batch).flatten(0, 1).mean(0), torch.zeros(32).double(), atol=1e-9, rtol=0)
+
+
 def test_components_that_do_not_vary_are_not_blown_up():
     model, batch = tiny_model(teacher_norm="standard").train(), tiny_batch(8)
     batch["teacher_features"][..., 0] = 1 + 1e-9 * batch["teacher_features"][..., 0]
@@ -110,6 +122,17 @@ def test_an_order_of_patches_is_that_of_their_samples():
     ids = torch.tensor([7, 3, 9])
     assert torch.equal(places_of(ids, 4).view(3, 4)[1], places_of(ids[1:2], 4))
     assert len(set(places_of(torch.arange(50), 9).tolist())) == 450
+
+
+def test_pictures_of_bytes_are_resampled_by_way_of_floats(monkeypatch):
+    """GPUs resample no bytes."""
+    interpolate, kinds = F.interpolate, []
+    monkeypatch.setattr(F, "interpolate", lambda x, **how: kinds.append(x.dtype) or interpolate(x, **how))
+    picture = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found, exact = resampled(picture, 24), resampled(picture.double(), 24)
+    assert set(kinds) == {torch.float32, torch.float64} and found.dtype == torch.uint8 and found.shape == (2, 3, 24, 24)
+    assert float((found - exact.clamp(0, 255)).abs().max()) <= 0.501
+    assert resampled(picture, 32) is picture
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2"])

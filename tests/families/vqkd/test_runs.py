@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, start_ranks
+from data.files import jpeg, write_tar
 from families.vqkd.tiny import command_of, image_stage, run, tiny_tokenizer
 from faults.runs import killed_at
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from vlmo_ds.config import RecipeError
 from vlmo_ds.data import visual_tokens
 from vlmo_ds.data.shards import list_shards
+from vlmo_ds.data.storage import DataError
 from vlmo_ds.recipe_file import parse_recipe
 
 IMAGE = ["--stages", "image"]
@@ -112,6 +114,35 @@ def test_tokens_that_are_there_stay(synthetic, reference, teacher, tokens, tmp_p
     other = run(tmp_path, tiny_tokenizer(synthetic, teacher, steps=1), 1, 0)
     done = call("vlmo_ds.evaluation.tokenize", other, "--shards", synthetic / "train", "--output", tokens, code=2)
     assert done.stderr.count("\n") == 1 and "is there already, and of another tokenizer" in done.stderr
+
+
+def test_what_cannot_get_tokens_is_told_of(tmp_path, synthetic, reference, tokens):
+    def tokenized(shards, output, code: int = 0):
+        return call("vlmo_ds.evaluation.tokenize", reference, "--shards", shards, "--output", output, code=code)
+
+    members = {f"{i}.jpg": jpeg((32, 32), (i, 90, 9)) for i in range(6)} | {"2.json": b"{", "4.jpg": b"no picture"}
+    write_tar(tmp_path / "train-000000.tar", members)
+    done = tokenized(tmp_path / "train-000000.tar", tmp_path / "some")
+    assert done.stdout.count("it has no tokens") == 2 and "tokens of 5 images" in done.stdout
+    assert "and of another shard" in tokenized(tmp_path / "train-000000.tar", tokens, 2).stderr
+    for shards, output, words in (
+        (synthetic / "text", tmp_path / "none", "text-000000.tar has no image that can be read"),
+        (synthetic / "train", tmp_path / "train-000000.tar", "cannot be a folder for the tokens: File exists"),
+    ):
+        done = tokenized(shards, output, 2)
+        assert "Traceback" not in done.stderr and words in done.stderr, done.stderr
+    assert not list((tmp_path / "none").glob("*.safetensors"))
+
+
+def test_sets_that_number_their_pictures_alike_have_tokens_of_their_own(synthetic, tokens):
+    """The first shard's samples, with pictures of the second."""
+    one, other, *_ = list_shards([str(synthetic / "train")])
+    found = visual_tokens.TokensOfShard(visual_tokens.file_of(tokens, one))
+    raw, another = one.read(3), other.read(3)
+    assert found.of(3, raw).shape == (16,) and found.fits(one) and not found.fits(other)
+    raw.fields = {**raw.fields, **{name: data for name, data in another.fields.items() if name != "json"}}
+    with pytest.raises(DataError, match="was made of another shard of this name"):
+        found.of(3, raw)
 
 
 def refused(folder, recipe) -> str:

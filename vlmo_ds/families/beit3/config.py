@@ -12,7 +12,7 @@ from vlmo_ds.families.interface import MATCHING, Pixels, Reads, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PUBLISHED = {"vocab_size": 64010, "mask_word": 64001, "max_source_positions": 1024, "num_visual_tokens": 8192}
+PUBLISHED = {"vocab_size": 64010, "max_source_positions": 1024, "num_visual_tokens": 8192}
 # BEiT-3 (arXiv:2208.10442), table 2 and the released sizes.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "beit3_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, **PUBLISHED},
@@ -125,9 +125,9 @@ class BEiT3Settings(ModelConfig, ContrastSettings, VisualTokenSettings, ClassSet
         super().take_words(tokenizer)
         if self.mask_word is None:
             self.mask_word = tokenizer.mask_token_id
-        if self.mask_word >= self.vocab_size:
+        if self.mask_word != tokenizer.mask_token_id:
             raise RecipeError(
-                f"model.mask_word is {self.mask_word}, and the vocabulary has {self.vocab_size} words: take the tokenizer's (null), or a lower number"
+                f"model.mask_word is {self.mask_word}, and the tokenizer's mask word {tokenizer.mask_token_id}: take the tokenizer's (null)"
             )
 
     def check_stage(self, stage: StageConfig) -> None:

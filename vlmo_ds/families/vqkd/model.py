@@ -180,6 +180,7 @@ class VQKD(FamilyModel):
     family = FAMILY
     config: VQKDSettings
     teacher_mean: Tensor  # [T], of the first step, where features are standardised by it
+    teacher_known: Tensor  # 1 once it has been taken, with the deviations
     teacher_std: Tensor
 
     def __init__(self, config: VQKDSettings, tasks: Mapping[str, float], collector: Collector | None = None):
@@ -199,12 +200,19 @@ class VQKD(FamilyModel):
         if config.teacher_norm == "standard":
             self.register_buffer("teacher_mean", torch.zeros(config.teacher_dim))
             self.register_buffer("teacher_std", torch.ones(config.teacher_dim))
+            self.register_buffer("teacher_known", torch.zeros(1))
         self.teacher: Outside | None = None
         self.begun = False
 
     def open(self) -> None:
         if self.teacher is None:
             self.teacher = opened_teacher(self.config.teacher, self.config.side, self.config.teacher_dim)
+
+    def open_as(self, other: VQKD) -> None:
+        self.teacher = other.teacher
+
+    def outside(self) -> dict[str, str]:
+        return {"model.teacher": self.teacher.digest} if self.teacher and self.teacher.digest else {}
 
     def forward(self, batch: Batch, call: str = "step"):
         """Runs one of: step (gives StepOutput); keys (vectors for the codebook's start); tokenize, nearness (for the evaluations)."""
@@ -267,8 +275,13 @@ class VQKD(FamilyModel):
 
     @property
     def looks_ahead(self) -> bool:
-        self.begun = self.begun or bool(self.quantize.embedding.initted)
+        self.begun = self.begun or (bool(self.quantize.embedding.initted) and self.knows_teacher)
         return not self.begun
+
+    @property
+    def knows_teacher(self) -> bool:
+        """Whether mean and variance of its features have been taken, where they are needed."""
+        return self.config.teacher_norm == "none" or bool(self.teacher_known)
 
     @torch.no_grad()
     def keys(self, batch: Batch) -> dict[str, Tensor]:
@@ -282,7 +295,21 @@ class VQKD(FamilyModel):
 
     @torch.no_grad()
     def keys_of_step(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Begins the codebook by k-means over the vectors of the first step on all ranks, or a part of them where they are many."""
+        """What a codebook and a teacher that are new begin with."""
+        if not bool(self.quantize.embedding.initted):
+            self.begin_codebook(parts)
+        if not self.knows_teacher:
+            lie = self.collector.sum(added(part["lie"] for part in parts))
+            mean, square = (lie[1:] / lie[0]).chunk(2)
+            variance = square - mean.square()
+            self.teacher_mean.copy_(mean)
+            # a component that hardly varies is rounding, which is not to be made as large as the others
+            self.teacher_std.copy_(variance.clamp(min=LEAST_VARIANCE * float(variance.mean())).sqrt())
+            self.teacher_known.fill_(1)
+        return {}
+
+    def begin_codebook(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """By k-means over the vectors of the first step on all ranks, or a part of them where they are many."""
         vector, place = (torch.cat([part[name] for part in parts]) for name in ("vector", "place"))
         most = VECTORS_A_CODE * self.config.num_codes
         ranks = self.collector.world_size
@@ -294,14 +321,6 @@ class VQKD(FamilyModel):
         self.collector.broadcast(codebook_KC)
         self.collector.broadcast(counts_K)
         self.quantize.begin(codebook_KC, counts_K)
-        if self.config.teacher_norm == "standard":
-            lie = self.collector.sum(added(part["lie"] for part in parts))
-            mean, square = (lie[1:] / lie[0]).chunk(2)
-            variance = square - mean.square()
-            self.teacher_mean.copy_(mean)
-            # a component that hardly varies is rounding, which is not to be made as large as the others
-            self.teacher_std.copy_(variance.clamp(min=LEAST_VARIANCE * float(variance.mean())).sqrt())
-        return {}
 
     # ---- its parts ----
 
