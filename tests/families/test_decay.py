@@ -60,7 +60,7 @@ BEIT3 = {
     "beit3.vision_embed.proj.weight",
     *(f"{head}.weight" for head in ("mlm_head", "mim_head", "language_head", "vision_head", "itm_score")),
     *(f"{pooler}.dense.weight" for pooler in ("pooler", "itm_pooler")),
-    *(f"head.{layer}.weight" for layer in ("0", "3", "dense1", "dense2")),
+    *(f"head{layer}.weight" for layer in ("", ".0", ".3", ".dense1", ".dense2")),
 }
 DECAYED = {
     "beit3": BEIT3
@@ -104,7 +104,7 @@ DECAYED = {
 }
 SETTINGS = {
     "beit3": [
-        {"embed_dim": 8, "depth": 2, "num_heads": 2, "vocab_size": 20, "vqav2_label_size": 3},
+        {"embed_dim": 8, "depth": 2, "num_heads": 2, "vocab_size": 20, "vqav2_label_size": 3, "num_classes": 3},
         {"itc_kind": "sigmoid"},
     ],
     "blip": [
