@@ -179,8 +179,7 @@ class VQKD(FamilyModel):
 
     family = FAMILY
     config: VQKDSettings
-    teacher_mean: Tensor  # [T], of the first step, where features are standardised by it
-    teacher_known: Tensor  # 1 once it has been taken, with the deviations
+    teacher_mean: Tensor  # [T], of the first step, where features are standardised by it; zeros before
     teacher_std: Tensor
 
     def __init__(self, config: VQKDSettings, tasks: Mapping[str, float], collector: Collector | None = None):
@@ -200,7 +199,6 @@ class VQKD(FamilyModel):
         if config.teacher_norm == "standard":
             self.register_buffer("teacher_mean", torch.zeros(config.teacher_dim))
             self.register_buffer("teacher_std", torch.ones(config.teacher_dim))
-            self.register_buffer("teacher_known", torch.zeros(1))
         self.teacher: Outside | None = None
         self.begun = False
 
@@ -281,7 +279,7 @@ class VQKD(FamilyModel):
     @property
     def knows_teacher(self) -> bool:
         """Whether mean and variance of its features have been taken, where they are needed."""
-        return self.config.teacher_norm == "none" or bool(self.teacher_known)
+        return self.config.teacher_norm == "none" or bool(self.teacher_mean.any())
 
     @torch.no_grad()
     def keys(self, batch: Batch) -> dict[str, Tensor]:
@@ -305,7 +303,6 @@ class VQKD(FamilyModel):
             self.teacher_mean.copy_(mean)
             # a component that hardly varies is rounding, which is not to be made as large as the others
             self.teacher_std.copy_(variance.clamp(min=LEAST_VARIANCE * float(variance.mean())).sqrt())
-            self.teacher_known.fill_(1)
         return {}
 
     def begin_codebook(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
