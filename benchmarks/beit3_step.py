@@ -185,4 +185,6 @@ def step_of(settings: dict, version: str, dtype: torch.dtype, captions: str, dev
 
 
 if __name__ == "__main__":
-    compare_with_plain(__doc__, __file__, {"arch": "beit3_base_patch16", "batch": 4, "recompute": "cheap"}, check_parity, step_of)
+    compare_with_plain(
+        __doc__, __file__, {"arch": "beit3_base_patch16", "batch": 4, "recompute": "cheap"}, check_parity, step_of
+    )

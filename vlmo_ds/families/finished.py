@@ -50,8 +50,13 @@ def wanted_for(recipe: Recipe, call: str) -> str:
 
 
 def load_model(recipe: Recipe, folder: Path) -> FamilyModel:
-    """Weights of a stage, from a folder of it, in a plain module."""
+    """Weights of a stage, from a folder of it, in a plain module. RecipeError where they are not those of the recipe's model."""
     stage = next(stage for stage in recipe.stages if stage.name == folder.parent.name)
     model = recipe.family.build(recipe.model_of(stage), stage.weights, Collector())
-    model.load_state_dict(read_weights(folder))
+    try:
+        model.load_state_dict(read_weights(folder))
+    except RuntimeError as error:  # torch's, of several lines
+        raise RecipeError(
+            f"{folder}: its weights are not those of the model in its recipe: {' '.join(str(error).split())[:400]}"
+        ) from None
     return model.eval()

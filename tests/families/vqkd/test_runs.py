@@ -17,7 +17,10 @@ from vlmo_ds.config import RecipeError
 from vlmo_ds.data import visual_tokens
 from vlmo_ds.data.shards import list_shards
 from vlmo_ds.data.storage import DataError
+from vlmo_ds.families import finished
+from vlmo_ds.families.finished import find_stage
 from vlmo_ds.recipe_file import parse_recipe
+from vlmo_ds.weights_file import read_weights
 
 IMAGE = ["--stages", "image"]
 TOKENS = {"mim_target": "tokens", "num_visual_tokens": 12}
@@ -114,6 +117,16 @@ def test_tokens_that_are_there_stay(synthetic, reference, teacher, tokens, tmp_p
     other = run(tmp_path, tiny_tokenizer(synthetic, teacher, steps=1), 1, 0)
     done = call("vlmo_ds.evaluation.tokenize", other, "--shards", synthetic / "train", "--output", tokens, code=2)
     assert done.stderr.count("\n") == 1 and "is there already, and of another tokenizer" in done.stderr
+
+
+def test_weights_that_are_not_of_the_recipes_model_are_told_of_in_a_line(reference, monkeypatch):
+    _, recipe, folder = find_stage(reference)
+    weights = read_weights(folder)
+    del weights["quantize.embedding.initted"]
+    monkeypatch.setattr(finished, "read_weights", lambda folder: weights)
+    with pytest.raises(RecipeError, match=r'final: its weights are not .*"quantize.embedding.initted"') as told:
+        finished.load_model(recipe, folder)
+    assert "\n" not in str(told.value)
 
 
 def test_what_cannot_get_tokens_is_told_of(tmp_path, synthetic, reference, tokens):
