@@ -1,6 +1,6 @@
 """launch/beit3_quickstart.sh, run by run: its time, what the visual tokenizer uses of its codes, and what the pretraining is worth.
 
-    python benchmarks/beit3_quickstart.py [--seeds 0] [--output FILE]
+    python benchmarks/beit3_quickstart.py [--seeds 0] [--pair_views two] [--output FILE]
 
 Teacher, tokenizer, pretraining, then retrieval and captions from the pretrained weights and, by the same settings, steps and seeds, from random
 ones. Retrieval over 256 held-out scenes by contrast; captions of the same scenes, objects/F1 and what else captioning.json has. data/synthetic has
@@ -17,9 +17,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from common import write_results
 from pretraining import ROOT, train
+
+from vlmo_ds.families.beit3.config import BEiT3Settings
 
 MEASURED = {"retrieval": "retrieval.json", "captions": "captioning.json"}
 LAST = 50  # steps of a stage whose shares are averaged
@@ -55,12 +58,15 @@ def codes_used(tokenizer: str, seed: int) -> dict[str, float]:
     return {"codes": codes, "used, percent": round(100 * used / codes, 1), "perplexity": perplexity}
 
 
-def of_seed(seed: int) -> dict:
+def of_seed(seed: int, views: str) -> dict:
     teacher, first = trained("teacher", seed)
     tokenizer, second = trained("tokenizer", seed, f"model.teacher={teacher}")
-    pretrained, third = trained("", seed, f"model.visual_tokenizer={tokenizer}")
+    after = "" if views == "two" else f"_{views}_view"  # in names of runs
+    of_pairs = [f"model.visual_tokenizer={tokenizer}", f"model.pair_views={views}"]
+    pretrained, third = trained("", seed, *of_pairs, name=f"pretraining{after}")
     result: dict = {
         "seed": seed,
+        "pair_views": views,
         "seconds": {"teacher": first, "tokenizer": second, "pretraining": third},
         "tokenizer": codes_used(tokenizer, seed),
         f"pretraining, last {LAST} steps": end_of(pretrained),
@@ -69,11 +75,13 @@ def of_seed(seed: int) -> dict:
     for part, file in MEASURED.items():
         words = f"tokenizer.name={pretrained}/tokenizer"
         weights = f"stages.{part}.init.weights={pretrained}/checkpoints/{last}/final"
-        folder, result["seconds"][part] = trained(part, seed, words, weights)
-        fresh, _ = trained(part, seed, words, f"stages.{part}.init={{weights: fresh}}", name=f"{part}_fresh")
-        result[part] = {
-            start: json.loads(Path(of, file).read_text()) for start, of in (("pretrained", folder), ("fresh", fresh))
-        }
+        folder, result["seconds"][part] = trained(part, seed, words, weights, name=f"{part}{after}")
+        starts = {"pretrained": folder}
+        if not after:
+            starts["fresh"], _ = trained(
+                part, seed, words, f"stages.{part}.init={{weights: fresh}}", name=f"{part}_fresh"
+            )
+        result[part] = {start: json.loads(Path(of, file).read_text()) for start, of in starts.items()}
     result["seconds"]["all"] = round(sum(result["seconds"].values()), 1)
     return result
 
@@ -81,11 +89,17 @@ def of_seed(seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument(
+        "--pair_views",
+        choices=get_args(BEiT3Settings.model_fields["pair_views"].annotation),
+        default="two",
+        help="of the pretraining's pairs; one: without the runs from random weights (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     args = parser.parse_args()
     output = args.output and args.output.resolve()
     os.chdir(ROOT)  # where recipes look for data
-    results = [of_seed(seed) for seed in args.seeds]
+    results = [of_seed(seed, args.pair_views) for seed in args.seeds]
     for result in results:
         print(json.dumps(result))
     if output:
