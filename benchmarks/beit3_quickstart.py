@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,9 +18,9 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from common import write_results
-from pretraining import ROOT, train
+from pretraining import told, train
 
+from vlmo_ds.evaluation.report import read_metrics
 from vlmo_ds.families.beit3.config import BEiT3Settings
 
 MEASURED = {"retrieval": "retrieval.json", "captions": "captioning.json"}
@@ -39,9 +38,9 @@ def trained(part: str, seed: int, *options: str, name: str = "") -> tuple[str, f
 
 
 def end_of(folder: str) -> dict[str, float]:
-    """Shares of the last steps of a run, mean."""
-    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()][-LAST:]
-    shares = [name for name in rows[-1] if name.endswith("accuracy") or name.startswith("vqkd/")]
+    """Shares of the last steps of the pretraining, mean."""
+    rows = read_metrics(Path(folder))["pretrain"][-LAST:]
+    shares = [name for name in rows[-1] if name.endswith("accuracy")]
     return {name: round(sum(row[name] for row in rows) / len(rows), 4) for name in shares}
 
 
@@ -71,10 +70,9 @@ def of_seed(seed: int, views: str) -> dict:
         "tokenizer": codes_used(tokenizer, seed),
         f"pretraining, last {LAST} steps": end_of(pretrained),
     }
-    last = [row["stage"] for row in map(json.loads, Path(pretrained, "metrics.jsonl").read_text().splitlines())][-1]
     for part, file in MEASURED.items():
         words = f"tokenizer.name={pretrained}/tokenizer"
-        weights = f"stages.{part}.init.weights={pretrained}/checkpoints/{last}/final"
+        weights = f"stages.{part}.init.weights={pretrained}/checkpoints/pretrain/final"
         folder, result["seconds"][part] = trained(part, seed, words, weights, name=f"{part}{after}")
         starts = {"pretrained": folder}
         if not after:
@@ -97,13 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     args = parser.parse_args()
-    output = args.output and args.output.resolve()
-    os.chdir(ROOT)  # where recipes look for data
-    results = [of_seed(seed, args.pair_views) for seed in args.seeds]
-    for result in results:
-        print(json.dumps(result))
-    if output:
-        write_results(output, results)
+    told(args.output, lambda: [of_seed(seed, args.pair_views) for seed in args.seeds])
 
 
 if __name__ == "__main__":

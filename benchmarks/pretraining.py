@@ -1,4 +1,5 @@
-"""What emoji.py and stamps.py share: a recipe's last stage after its pretraining and from random weights, by the same settings, steps and seeds."""
+"""What benchmarks of trainings share. Of emoji.py and stamps.py: a recipe's last stage after its pretraining and from random weights, by the same
+settings, steps and seeds."""
 
 from __future__ import annotations
 
@@ -95,17 +96,22 @@ def gain(folders: list[str], others: list[str], stage: str) -> dict:
     return {"start": "difference, query by query", "queries": ours["text_to_image"].shape[1], **recalls}
 
 
+def told(output: Path | None, made: Callable[[], list[dict]]) -> None:
+    """Makes results where recipes look for data, prints them, and writes them to a file where one is named."""
+    output = output and output.resolve()
+    os.chdir(ROOT)
+    results = made()
+    for result in results:
+        print(json.dumps(result))
+    if output:
+        write_results(output, results)
+
+
 def command(about: str | None, made: Callable[[Path], list[dict]]) -> None:
     """The command line of a benchmark. made: the rows, of the folder of the unpacked packages."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder of the unpacked packages")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     args = parser.parse_args()
-    output = args.output and args.output.resolve()
     root = args.root.resolve()
-    os.chdir(ROOT)  # where recipes look for data
-    results = made(root)
-    for result in results:
-        print(json.dumps(result))
-    if output:
-        write_results(output, results)
+    told(args.output, lambda: made(root))

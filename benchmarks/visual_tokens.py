@@ -11,12 +11,11 @@ runs/tokens_*, and those that are there go on or are taken as they are.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 
-from common import write_results
-from pretraining import ROOT, SEEDS, gain, row, train
+from pretraining import SEEDS, gain, row, told, train
+
+from vlmo_ds.evaluation.report import read_metrics
 
 TOKENIZER = "beit3_quickstart_tokenizer"
 STAGES = ("image", "text", "words", "contrast", "joint")
@@ -27,23 +26,16 @@ def masked_patches(folders: list[str]) -> dict:
     """How many of the masked patches the end of the image stage finds, mean of its last tenth, of each seed."""
     found = []
     for folder in folders:
-        rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-        shares = [row["mim/accuracy"] for row in rows if row["stage"] == "image"]
+        shares = [record["mim/accuracy"] for record in read_metrics(Path(folder))["image"]]
         last = shares[-max(1, len(shares) // 10) :]
         found.append(round(100 * sum(last) / len(last), 1))
     return {"masked patches whose token is found, percent": found, "by chance": round(100 / 256, 2)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_steps", type=int, default=80, help="default: %(default)s, as in the quickstart")
-    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
-    args = parser.parse_args()
-    output = args.output and args.output.resolve()
-    os.chdir(ROOT)  # where recipes look for data
+def made(steps: int) -> list[dict]:
+    """The rows; steps: of the image stage."""
     for name in ("beit3_quickstart_teacher", TOKENIZER):
         train(f"beit3_quickstart/{name}", name)
-    steps = args.image_steps
     runs = {
         target: [
             train("quickstart", f"tokens_{target}_{steps}_{seed}", f"seed={seed}", f"stages.image.steps={steps}", *of)
@@ -54,10 +46,15 @@ def main() -> None:
     results = [row(target, folders, *STAGES) for target, folders in runs.items()]
     results[1] |= masked_patches(runs["tokens"])
     results.append(gain(runs["tokens"], runs["pixels"], STAGES[-1]))
-    for result in results:
-        print(json.dumps(result))
-    if output:
-        write_results(output, results)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_steps", type=int, default=80, help="default: %(default)s, as in the quickstart")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    args = parser.parse_args()
+    told(args.output, lambda: made(args.image_steps))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,14 @@ def write_yaml(path: Path, value: dict) -> Path:
     return path
 
 
+def refused(command: list[str]) -> str:
+    """The one line of a run on one rank that cannot start."""
+    (process,) = start_ranks(command, 1)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    return output[output.index("error: ") :]
+
+
 def call(module: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
     """Runs `python -m module`, which has to end with this exit status."""
     command = ["-m", module, *map(str, arguments)]

@@ -295,10 +295,11 @@ class RawSample:
 
     def label_below(self, classes: int) -> int:
         """The label. DataError where it is none of so many classes."""
-        if is_label(self.label) and self.label < classes:
-            return self.label
+        label = self.label
+        if is_label(label) and label < classes:
+            return label
         raise DataError(
-            f"{self.name}: its label in .json or .cls is {shown(self.label)}; accepted: a number from 0 to {classes - 1} (model.num_classes)"
+            f"{self.name}: its label in .json or .cls is {shown(label)}; accepted: a number from 0 to {classes - 1} (model.num_classes)"
         )
 
     @property

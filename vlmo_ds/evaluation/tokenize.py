@@ -147,8 +147,9 @@ def contact_sheet(model: FamilyModel, shards: list[Shard], counts_K: Tensor | No
         if pictures:
             inputs = {"image": torch.stack(pictures).to(device)}
             images.append(inputs["image"].cpu())
-            codes.append(model(inputs, CALL).cpu())
-            near.append(model(inputs, "nearness").float().cpu())
+            code, nearness = model(inputs, "nearness")
+            codes.append(code.cpu())
+            near.append(nearness.float().cpu())
     if not images:
         return b""
     image, code_N, near_N = torch.cat(images), torch.cat(codes).flatten(), torch.cat(near).flatten()

@@ -59,9 +59,10 @@ def label_of(raw: RawSample, classes: Sequence[str]) -> int:
                 "the order of the labels?"
             )
         return label
-    for named in (name, label):  # a .cls may hold a name
-        if not is_whole(label) and classes.count(named) == 1:
-            return classes.index(named)
+    if not is_whole(label):
+        for named in (name, label):  # a .cls may hold a name
+            if classes.count(named) == 1:
+                return classes.index(named)
     raise DataError(
         f"{raw.name}: its .json has label {shown(label)} and class {shown(name)}; accepted: a label from 0 to "
         f"{len(classes) - 1} in .json or .cls, or one of the class names"

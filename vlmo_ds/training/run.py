@@ -63,6 +63,7 @@ from vlmo_ds.training.watch import Watch
 from vlmo_ds.weights_file import EMA, FINAL
 
 TOKENIZER_TEXTS = 200_000
+SHARDS_SHOWN = 4  # that a tokenizer's report takes images from: each is read as a whole where it is remote
 
 
 def run(command: Command) -> int:
@@ -395,9 +396,6 @@ def precisions(run: Path) -> dict[str, str]:
     """Of each stage, from what write_resolved has written."""
     configs = json.loads((run / "ds_config.json").read_bytes())
     return {stage: precision_of(config) for stage, config in configs.items()}
-
-
-SHARDS_SHOWN = 4  # that the report takes images from: each is read as a whole where it is remote
 
 
 def sheet_of_codes(recipe: Recipe, folder: Path) -> bytes:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call, run_ranks, start_ranks, write_yaml
+from conftest import call, refused, run_ranks, write_yaml
 from data.files import jpeg, write_tar
 from families.beit3.tiny import SETTINGS, masked_beit3, tiny_beit3
 from faults.runs import killed_at
@@ -105,12 +105,7 @@ def test_zero3_gathers_each_weight_once_in_a_step_over_all_three_kinds_of_data(t
     (tmp_path / "ds.json").write_text(json.dumps({**gathers.GATHERED_ALWAYS, "steps_per_print": 10**9}))
     run_ranks(gathers.command(tmp_path, "vlmo_ds.families.beit3.model:BEiT3", of_run[1:]), 2)
     counts = json.loads((tmp_path / "gathers.json").read_text())
-    heads = {
-        "mim_head.weight",
-        "mim_head.bias",
-        "mlm_head.weight",
-        "mlm_head.bias",
-    }  # of images or texts alone, and of pairs
+    heads = {f"{head}.{part}" for head in ("mim_head", "mlm_head") for part in ("weight", "bias")}  # alone and of pairs
     assert {name: times for name, times in counts.items() if times != 1} == dict.fromkeys(heads, 2)
     blocks = SETTINGS["depth"] * 2 * (4 + 2 + 4) * 2  # of each expert 4 + 2 linear layers and 4 norms, weight and bias
     assert sum(".layers." in name for name in counts) == blocks
@@ -169,7 +164,7 @@ def test_a_mask_word_that_is_not_the_tokenizers_ends_the_start_in_one_line(tmp_p
     recipe = masked_beit3(synthetic, tmp_path)
     recipe["model"]["mask_word"] = 9999
     assert "error: model.mask_word is 9999, and the tokenizer's mask word 4: take the tokenizer's (null)" in refused(
-        tmp_path, recipe
+        command_of(tmp_path, recipe, 0)
     )
 
 
@@ -185,7 +180,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_images(tmp_path, synthet
     weights["quantize.embedding.weight"].neg_()
     save_file(weights, final / "model.safetensors")
     (final / MANIFEST).unlink()  # which would tell of it
-    assert "model.visual_tokenizer: what " in refused(tmp_path, recipe)
+    assert "model.visual_tokenizer: what " in refused(command_of(tmp_path, recipe, 0))
 
 
 def test_data_is_that_of_the_kind_which_has_no_stream(tmp_path, synthetic, image_tokenizer):
@@ -261,14 +256,6 @@ def test_images_are_classified_by_the_whole_model_and_by_a_linear_layer_alone(tm
     assert json.loads((probe / "classification.json").read_text())["top-1"] == 100.0
 
 
-def refused(folder, recipe: dict) -> str:
-    """The one line of a run that cannot start."""
-    (process,) = start_ranks(command_of(folder, recipe, 0), 1)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "Traceback" not in output, output
-    return output[output.index("error: ") :]
-
-
 @pytest.mark.parametrize("label, held_out, classes, words", [
     (7, 1, 3, "labelled.tar:000: its label in .json or .cls is 7; accepted: a number from 0 to 2 (model.num_classes)"),
     (1, 7, 3, "error: classification: "),
@@ -278,10 +265,10 @@ def test_classes_that_do_not_fit_are_told_in_a_line(tmp_path, label, held_out, c
     recipe = classes_of(labelled(tmp_path / "data", [label] * 16))
     recipe["classification"]["shards"] = [labelled(tmp_path / "held-out", [held_out] * 4)]
     recipe["model"]["num_classes"] = classes
-    assert words in refused(tmp_path, recipe)
+    assert words in refused(command_of(tmp_path, recipe, 0))
 
 
 def test_a_vocabulary_of_special_words_alone_is_refused_where_texts_are_read(tmp_path, synthetic):
     recipe = tiny_beit3(synthetic, tokenizer={"name": str(tmp_path / "words")})
     train_tokenizer((), 200).save_pretrained(tmp_path / "words")
-    assert "has special words alone" in refused(tmp_path, recipe)
+    assert "has special words alone" in refused(command_of(tmp_path, recipe, 0))

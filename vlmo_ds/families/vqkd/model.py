@@ -344,7 +344,7 @@ class VQKD(FamilyModel):
         """image [B, 3, S, S] -> its visual tokens [B, P] int64, patches row by row."""
         return self.encode(self.pixels(batch)).token
 
-    def nearness(self, batch: Batch) -> Tensor:
-        """image [B, 3, S, S] -> cosine of each patch's vector with its code [B, P]."""
+    def nearness(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """image [B, 3, S, S] -> its visual tokens [B, P] int64, and the cosine of each patch's vector with its code [B, P]."""
         found = self.encode(self.pixels(batch))
-        return (found.vector * found.code).sum(1).flatten(1)
+        return found.token, (found.vector * found.code).sum(1).flatten(1)
