@@ -740,7 +740,7 @@ class HeldOutConfig(Settings):
 
 
 class EvaluationConfig(HeldOutConfig):
-    """NLVR2 on held-out shards after the last stage."""
+    """NLVR2, or classes of images, on held-out shards after the last stage."""
 
     workers: int = Field(0, ge=0, le=1024, description="loader processes per rank")
 
